@@ -1,0 +1,32 @@
+# What contributors and CI run. `./setup_llm.sh test` installs what these need and calls them.
+PY := .venv/bin/python
+BIN := .venv/bin
+
+.PHONY: check test lint types imports format generate lock
+
+check: lint types imports  ## everything that reads the code without running it
+
+test:  ## every test
+	$(PY) -m pytest
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+imports:
+	cd backend && ../$(BIN)/lint-imports --config ../pyproject.toml
+
+format:
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+generate:  ## files that are made from the code
+	cd backend && ../$(PY) -c "from app.config import *; EXAMPLE_FILE.write_text(env_example())"
+
+lock:  ## pin what pyproject.toml allows
+	$(BIN)/uv pip compile --universal --no-header pyproject.toml -o backend/requirements.txt
+	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra llm pyproject.toml -o backend/requirements-llm.txt
+	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra dev --extra llm pyproject.toml -o backend/requirements-dev.txt

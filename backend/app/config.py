@@ -1,0 +1,278 @@
+"""Settings: the only place that reads the environment.
+
+Values come from the environment first, then from the `.env` file, then from the defaults here.
+`.env.example` is generated from this class, so its descriptions are the documentation.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import textwrap
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+BACKEND_DIR = Path(__file__).resolve().parent.parent
+DEFAULT_ENV_FILE = BACKEND_DIR / ".env"
+EXAMPLE_FILE = BACKEND_DIR / ".env.example"
+
+MIN_SECRET_CHARS = 32
+KNOWN_SECRETS = (
+    "change",
+    "secret",
+    "example",
+    "placeholder",
+    "default",
+    "password",
+    "0123456789",
+    "aaaaaaaa",
+)
+
+
+def _heading(title: str) -> dict[str, Any]:
+    return {"section": title}
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Names are those of the environment, in lower case."""
+
+    model_config = SettingsConfigDict(env_file=None, extra="ignore", frozen=True, env_ignore_empty=True)
+
+    llm_server_url: str = Field(
+        "http://localhost:8080",
+        description="The OpenAI-compatible LLM server (llama.cpp, vLLM, Ollama, LocalAI, OpenAI), "
+        "with or without /v1.",
+        json_schema_extra=_heading("LLM server"),
+    )
+    llm_api_key: SecretStr = Field(SecretStr(""), description="The key for that server, if it wants one.")
+    llm_model: str = Field(
+        "default", description="The model to ask for. `default` is the first one that the server serves."
+    )
+    llm_timeout: float = Field(300, gt=0, description="Longest time for one whole reply, in seconds.")
+    llm_connect_timeout: float = Field(5, gt=0, description="Longest time to connect, in seconds.")
+    llm_first_token_timeout: float = Field(
+        120,
+        gt=0,
+        description="Longest time from the request to the first piece of the reply, in seconds. "
+        "Reading a long prompt on a small machine counts here.",
+    )
+    llm_idle_timeout: float = Field(60, gt=0, description="Longest silence within a reply, in seconds.")
+    llm_temperature: float = Field(0.6, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
+    llm_top_p: float = Field(0.9, gt=0, le=1, description="Nucleus sampling.")
+    llm_max_tokens: int = Field(512, ge=1, description="Longest reply, in tokens.")
+    llm_skip_thinking: bool = Field(
+        True,
+        description="Switch a model's thinking off where the server can, and leave out what comes all "
+        "the same. With false it is streamed as `thinking` events, apart from the reply.",
+    )
+    llm_max_history_tokens: int = Field(
+        10000,
+        ge=64,
+        description="Most tokens of history sent with a message. The server's own context, less "
+        "LLM_MAX_TOKENS, is the other bound; the smaller one holds.",
+    )
+    llm_max_history_messages: int = Field(
+        0, ge=0, description="Most messages of history sent with a message; 0 is no bound."
+    )
+    llm_max_concurrency: int = Field(
+        8, ge=1, description="Most generations at once. For llama.cpp: its number of slots."
+    )
+    llm_max_queue: int = Field(
+        1000, ge=0, description="Most generations that wait for a place; further ones are refused."
+    )
+
+    database_url: str = Field(
+        "sqlite:///portal.db",
+        description="Where everything is stored: sqlite:///FILE (a relative file lies beside this "
+        ".env file) or postgresql://user:password@host/name.",
+        json_schema_extra=_heading("Database"),
+    )
+    database_auto_migrate: bool = Field(True, description="Bring the database's schema up to date at start.")
+
+    secret_key: SecretStr = Field(
+        SecretStr(""),
+        description=f"Signs access tokens; at least {MIN_SECRET_CHARS} random characters (try: "
+        'python -c "import secrets; print(secrets.token_urlsafe(48))"). '
+        "Left empty, a server on loopback makes one for the time it runs.",
+        json_schema_extra=_heading("Accounts"),
+    )
+    registration: Literal["open", "closed"] = Field(
+        "open", description="Who may make an account. The first account is always welcome: it is the admin's."
+    )
+    access_token_minutes: int = Field(720, ge=1, description="How long a sign-in lasts, in minutes.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins of other web pages that may call the portal, separated by commas."
+    )
+
+    mqtt_broker_url: str = Field(
+        "",
+        description="The MQTT broker: mqtt://, mqtts://, ws:// or wss://host:port. Empty: no MQTT.",
+        json_schema_extra=_heading("MQTT"),
+    )
+    mqtt_username: str = Field("", description="The portal's user name at the broker.")
+    mqtt_password: SecretStr = Field(SecretStr(""), description="And its password.")
+    mqtt_projects: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("maze", "driving", "bloodcell", "racing", "prompt_portal", "general"),
+        description="Projects to serve, separated by commas or spaces: the first level of every topic.",
+    )
+    mqtt_anonymous: Literal["allow", "deny"] | None = Field(
+        None,
+        description="Whether messages without a token are answered: allow or deny. Left empty, they are "
+        "only with a broker on loopback.",
+    )
+
+    instance: str = Field(
+        "",
+        description="This server's name among those that share a database; after a restart it takes up its "
+        "own turns at once. Left empty: host name and port.",
+        json_schema_extra=_heading("Running"),
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+
+    _base: Path = PrivateAttr(default=BACKEND_DIR)
+
+    @field_validator("cors_origins", "mqtt_projects", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+    @field_validator("llm_server_url")
+    @classmethod
+    def _one_server(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or "," in value:
+            raise ValueError("give one URL such as http://localhost:8080")
+        return value.rstrip("/").removesuffix("/v1")
+
+    @field_validator("mqtt_broker_url")
+    @classmethod
+    def _broker(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in {"mqtt", "mqtts", "ws", "wss"} or not parts.hostname):
+            raise ValueError("give a URL such as mqtt://localhost:1883, or nothing for no MQTT")
+        return value
+
+    @field_validator("mqtt_projects")
+    @classmethod
+    def _topics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name or any(mark in name for mark in "+#/\0$"):
+                raise ValueError(f"{name!r} cannot be a level of an MQTT topic")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
+            raise ValueError(
+                "name the origins: with credentials, * would let every page act for its visitors"
+            )
+        return value
+
+    @field_validator("secret_key")
+    @classmethod
+    def _strong(cls, value: SecretStr) -> SecretStr:
+        secret = value.get_secret_value()
+        if secret and len(secret) < MIN_SECRET_CHARS:
+            raise ValueError(f"at least {MIN_SECRET_CHARS} characters are needed")
+        if secret and (len(set(secret)) < 10 or any(word in secret.lower() for word in KNOWN_SECRETS)):
+            raise ValueError("this one is known or easy to guess; make a random one")
+        return value
+
+    @model_validator(mode="after")
+    def _first_token_within_total(self) -> Settings:
+        if self.llm_connect_timeout > self.llm_timeout:
+            raise ValueError("LLM_CONNECT_TIMEOUT is longer than LLM_TIMEOUT")
+        return self
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """The database URL with its driver named and its file made absolute."""
+        url = self.database_url
+        if url.startswith("sqlite:///"):
+            return f"sqlite:///{self._base / url.removeprefix('sqlite:///')}"
+        for scheme in ("postgresql://", "postgres://"):
+            if url.startswith(scheme):
+                return f"postgresql+psycopg://{url.removeprefix(scheme)}"
+        return url
+
+    @property
+    def anonymous_mqtt(self) -> bool:
+        """Whether MQTT messages without a token are answered."""
+        if self.mqtt_anonymous is None:
+            return is_loopback(urlsplit(self.mqtt_broker_url).hostname or "")
+        return self.mqtt_anonymous == "allow"
+
+    def with_instance(self, name: str) -> Settings:
+        """These settings, with `name` for an instance that has none."""
+        return self if self.instance else self.replace(instance=name)
+
+    def with_secret(self) -> Settings:
+        """These settings, with a random secret for as long as this process runs."""
+        return self.replace(secret_key=SecretStr(secrets.token_urlsafe(48)))
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with other values, not validated again."""
+        return self.model_copy(update=changes)
+
+
+def load_settings(env_file: Path = DEFAULT_ENV_FILE, **overrides: Any) -> Settings:
+    """Settings from `overrides`, the environment and `env_file` (which need not exist).
+
+    Raises pydantic's `ValidationError`, whose errors name the settings that are wrong.
+    """
+    settings = Settings(_env_file=env_file, **overrides)
+    settings._base = env_file.resolve().parent
+    return settings
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine's loopback interface."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_name() -> str:
+    """This machine's name."""
+    return socket.gethostname()
+
+
+def child_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process: this one's, with `settings` above it."""
+    return {**os.environ, "PYTHONPATH": str(BACKEND_DIR), "PYTHONUNBUFFERED": "1", **settings}
+
+
+# --- .env.example --------------------------------------------------------------------------------
+
+
+def env_example() -> str:
+    """The text of `.env.example`."""
+    lines = ["# Settings of Prompt Portal. Copy to .env and change what you need.", ""]
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and "section" in extra:
+            lines += [f"# --- {extra['section']} ---", ""]
+        lines += [f"# {line}" for line in textwrap.wrap(field.description or "", 98)]
+        lines += [f"{name.upper()}={_shown(field)}", ""]
+    return "\n".join(lines)
+
+
+def _shown(field: FieldInfo) -> str:
+    value = field.default
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)

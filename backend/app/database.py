@@ -1,0 +1,231 @@
+"""The database: one writer thread that commits in groups, a few reader threads, and migrations.
+
+All statements run in threads, so the event loop never waits for a disk or a lock. Writers that come
+together are committed together (group commit): on SQLite one fsync serves all of them, and there is
+never a second writer in this process to contend with.
+
+SQLite runs in WAL mode with `synchronous=NORMAL`: a commit survives the death of the process at any
+moment; the last commits before a power loss may be lost, but never the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import OperationalError
+
+from app.errors import Internal
+from app.logs import get_logger
+
+T = TypeVar("T")
+Operation = Callable[[Connection], T]
+"""Statements of one transaction. It may be run again after a rollback, so it must touch nothing but
+the connection; a result that is no error is better returned than raised."""
+
+READERS = 4
+LARGEST_GROUP = 256
+LOCK_TIMEOUT_S = 5
+
+log = get_logger(__name__)
+
+
+class _Write:
+    __slots__ = ("error", "future", "operation", "result")
+
+    def __init__(self, operation: Operation[Any], future: asyncio.Future[Any]) -> None:
+        self.operation = operation
+        self.future = future
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def settle(self) -> None:
+        if self.future.cancelled():
+            return
+        if self.error is None:
+            self.future.set_result(self.result)
+        else:
+            self.future.set_exception(self.error)
+
+
+class Database:
+    """Runs operations against `url` (SQLAlchemy's form) for one event loop."""
+
+    def __init__(self, url: str) -> None:
+        self.is_sqlite = url.startswith("sqlite")
+        self._engine = create_portal_engine(url)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="db-reader")
+        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_loop, name="db-writer", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def open(self) -> None:
+        """Starts the threads."""
+        self._loop = asyncio.get_running_loop()
+        self._writer.start()
+
+    async def close(self) -> None:
+        """Commits what was asked for and ends the threads."""
+        self._writes.put(None)
+        await asyncio.to_thread(self._writer.join)
+        self._readers.shutdown()
+        self._engine.dispose()
+
+    async def write(self, operation: Operation[T]) -> T:
+        """Runs `operation` in a transaction and returns its result once that is committed.
+
+        Operations are carried out in the order of the calls. What an operation raises, its caller
+        gets, and nothing of it is stored. SQLAlchemy's `OperationalError` means that the database
+        could not take it (locked, full, gone).
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._writes.put(_Write(operation, future))
+        return await future
+
+    async def read(self, operation: Operation[T]) -> T:
+        """Runs a reading `operation` and returns its result."""
+
+        def run() -> T:
+            with self._engine.connect() as connection:
+                return operation(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    def _write_loop(self) -> None:
+        assert self._loop is not None
+        connection: Connection | None = None
+        while (group := self._next_group()) is not None:
+            try:
+                connection = connection or self._engine.connect()
+                _commit_group(connection, group)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
+                for write in group:
+                    write.error = write.error or error
+            if connection is not None and connection.invalidated:
+                connection.close()
+                connection = None
+            self._loop.call_soon_threadsafe(_settle, group)
+        if connection is not None:
+            connection.close()
+
+    def _next_group(self) -> list[_Write] | None:
+        first = self._writes.get()
+        if first is None:
+            return None
+        group = [first]
+        while len(group) < LARGEST_GROUP:
+            try:
+                write = self._writes.get_nowait()
+            except queue.Empty:
+                break
+            if write is None:
+                self._writes.put(None)
+                break
+            group.append(write)
+        return group
+
+
+def _settle(group: list[_Write]) -> None:
+    for write in group:
+        write.settle()
+
+
+def _commit_group(connection: Connection, group: list[_Write]) -> None:
+    """All in one transaction; when one of several fails, each in its own, so that only it fails."""
+    try:
+        with connection.begin():
+            for write in group:
+                write.result = write.operation(connection)
+        return
+    except Exception as error:  # noqa: BLE001 - it is handed to the caller below
+        if len(group) == 1:
+            group[0].error = error
+            return
+    for write in group:
+        try:
+            with connection.begin():
+                write.result = write.operation(connection)
+        except Exception as error:  # noqa: BLE001 - it is handed to the caller
+            write.error = error
+
+
+def create_portal_engine(url: str) -> Engine:
+    """An engine for `url` (SQLAlchemy's form), with SQLite's directory made and its pragmas set."""
+    options: dict[str, Any] = {
+        "json_serializer": lambda value: msgspec.json.encode(value).decode(),
+        "json_deserializer": msgspec.json.decode,
+        "pool_size": READERS + 1,
+    }
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True, **options)
+    Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        url, connect_args={"check_same_thread": False, "timeout": LOCK_TIMEOUT_S}, **options
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN would come too late: see _begin_sqlite
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later fails at once under contention, without
+    # waiting; taking the write lock at the beginning waits for its turn.
+    in_writer = threading.current_thread().name == "db-writer"
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if in_writer else "BEGIN")
+
+
+# --- migrations ----------------------------------------------------------------------------------
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def head_revision() -> str:
+    """The newest migration: the last file by name, as they are numbered."""
+    return max(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py")).split("_")[0]
+
+
+def migrate(url: str) -> None:
+    """Brings the schema at `url` up to date. Raises `Internal` when the database is newer than this
+    program."""
+    current = _current_revision(url)
+    if current == head_revision():
+        return
+    if current is not None and current > head_revision():
+        raise Internal(
+            f"The database has schema {current}; this version of the portal knows {head_revision()}."
+        )
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = url
+    command.upgrade(config, "head")
+    log.info("database migrated", from_revision=current, to_revision=head_revision())
+
+
+def _current_revision(url: str) -> str | None:
+    engine = create_portal_engine(url)
+    try:
+        with engine.connect() as connection:
+            if not engine.dialect.has_table(connection, "alembic_version"):
+                return None
+            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    finally:
+        engine.dispose()
+
+
+__all__ = ["Database", "Operation", "OperationalError", "migrate"]

@@ -1,0 +1,208 @@
+"""The vocabulary that every door shares: what a turn is asked for, and the events it answers with.
+
+The events are section "Turns and their events" of `docs/protocol.md`. They are encoded once, by
+`encode`, and carried unchanged over SSE, NDJSON, WebSocket and MQTT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.errors import ErrorInfo
+
+ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
+"""Session ids and request ids: 1 to 128 characters of this alphabet."""
+
+_ID = re.compile(ID_PATTERN)
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` may be a session id or a request id."""
+    return _ID.fullmatch(text) is not None and not text.endswith("\n")
+
+
+def new_id() -> str:
+    """A new identifier: 28 hex characters, 48 bits of milliseconds before 64 random ones, so that
+    ids made later sort later."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(8)}"
+
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+
+class GenerationOptions(BaseModel):
+    """How to generate, as OpenAI-compatible servers take it. What is absent is the server's choice
+    or, where the portal has a setting for it, the setting's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy")] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1, description="Nucleus sampling")] = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="Longest reply, in tokens")] = (
+        None
+    )
+    model: Annotated[str | None, Field(max_length=256, description="A model of the LLM server")] = None
+    stop: Annotated[str | list[str] | None, Field(description="Texts that end the reply")] = None
+    seed: Annotated[int | None, Field(ge=0, description="For a repeatable reply")] = None
+    tools: Annotated[list[dict[str, Any]] | None, Field(description="Tools in OpenAI's form")] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, Field(description="OpenAI's tool_choice")] = None
+    response_format: Annotated[dict[str, Any] | None, Field(description="OpenAI's response_format")] = None
+
+    def given(self) -> dict[str, Any]:
+        """Only the options that were given."""
+        fields = GenerationOptions.model_fields
+        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+
+
+class ReplyTarget(msgspec.Struct, frozen=True):
+    """Where an MQTT client wants the end of a turn: published by the outbox, whatever happens to
+    the process in between. `format` is `text` or `json` (the ending event)."""
+
+    project: str
+    topic: str
+    format: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequest:
+    """One message for a session, as a door hands it to `SessionManager.submit`.
+
+    `deadline` is a Unix time in seconds that bounds the wait for a place at the LLM server.
+    `detached` turns run on when their last follower leaves. `system_prompt` and `project` count
+    only when the session is new.
+    """
+
+    owner: str
+    session_id: str
+    message: str
+    request_id: str | None = None
+    system_prompt: str | None = None
+    project: str = "prompt_portal"
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    deadline: float | None = None
+    detached: bool = True
+    reply_to: ReplyTarget | None = None
+
+    def fingerprint(self) -> str:
+        """A hash of message and parameters: the same request id with another one is a conflict."""
+        body = msgspec.json.encode([self.message, self.options.given()], order="deterministic")
+        return hashlib.sha256(body).hexdigest()
+
+
+# --- what is answered ----------------------------------------------------------------------------
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one turn. `cached_tokens` of the prompt came from the server's prefix cache;
+    `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that the server
+    did not report."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="type"):
+    """What all events carry: `type` and `turn_id`."""
+
+    turn_id: str
+
+
+class Accepted(Event, frozen=True, tag="accepted"):
+    """The user message is committed. Ids are null for a chat without a session."""
+
+    session_id: str | None
+    request_id: str | None
+    message_id: str | None
+
+
+class Queued(Event, frozen=True, tag="queued"):
+    """The turn waits for a place at the LLM server: `position` from 1, `eta_s` in seconds."""
+
+    position: int
+    eta_s: float
+
+
+class Restarted(Event, frozen=True, tag="restarted"):
+    """What came before is void; the reply begins again."""
+
+    attempt: int
+
+
+class Thinking(Event, frozen=True, tag="thinking"):
+    """A piece of reasoning."""
+
+    content: str
+
+
+class Token(Event, frozen=True, tag="token"):
+    """A piece of the reply."""
+
+    content: str
+
+
+class Final(Event, frozen=True, tag="final"):
+    """The reply is stored. Times in milliseconds from acceptance."""
+
+    response: str
+    finish_reason: str
+    usage: Usage
+    tool_calls: list[dict[str, Any]]
+    elapsed_ms: int
+    ttft_ms: int | None
+    message_id: str | None
+
+
+class Cancelled(Event, frozen=True, tag="cancelled"):
+    """A stop was asked for; `response` is what there was."""
+
+    response: str
+    message_id: str | None
+
+
+class SupersededBy(Event, frozen=True, tag="superseded"):
+    """A newer state of the session, with the request id `by`, took its place before it ran."""
+
+    by: str
+
+
+class ExpiredEvent(Event, frozen=True, tag="expired"):
+    """The deadline passed before the turn ran."""
+
+
+class Failed(Event, frozen=True, tag="error"):
+    """The turn failed."""
+
+    error: ErrorInfo
+
+
+Ending = Final | Cancelled | SupersededBy | ExpiredEvent | Failed
+"""Exactly one of these ends a turn."""
+
+TurnEvent = Accepted | Queued | Restarted | Thinking | Token | Ending
+
+encode = msgspec.json.Encoder().encode
+"""An event as one JSON object, UTF-8."""
+
+decode_ending = msgspec.json.Decoder(Ending).decode
+"""A stored ending."""
+
+
+def type_of(event: TurnEvent) -> str:
+    """The event's `type`."""
+    return str(event.__struct_config__.tag)
+
+
+def is_ending(event: TurnEvent) -> bool:
+    """Whether the event ends its turn."""
+    return isinstance(event, Ending)

@@ -1,0 +1,132 @@
+"""The tables, as SQLAlchemy Core sees them: the store's statements are written against these.
+
+Times are Unix times in seconds. Ids are made by `app.events.new_id`, so they sort by age.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+ACTIVE = "state IN ('waiting', 'running')"
+"""Turns that have not ended. Spelled out in SQL, so that the partial index on them serves."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+identity = Table(
+    "identity",
+    metadata,
+    Column("database_id", String(32), primary_key=True),
+    comment="One row: names this database, for MQTT client ids.",
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("epoch", String(28), nullable=False, comment="which process holds it"),
+    Column("expires_at", Float, nullable=False),
+    comment="Who is in charge of what: `instance:NAME` of its turns, `mqtt:PROJECT` of its topics.",
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("username", String(64), nullable=False, unique=True),
+    Column("email", String(254), nullable=False, unique=True),
+    Column("password_hash", String(255), nullable=False),
+    Column("is_admin", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("owner", String(200), nullable=False),
+    Column("session_id", String(128), nullable=False, comment="the client's name for it"),
+    Column("project", String(64), nullable=False),
+    Column("system_prompt", Text, nullable=False),
+    Column("leaf_id", String(28), comment="the newest message of the chosen path"),
+    Column("window_start", String(28), comment="the oldest message that is still sent to the model"),
+    Column("version", Integer, nullable=False, comment="changes with the history"),
+    Column("next_position", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    UniqueConstraint("owner", "session_id"),
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("session", ForeignKey("sessions.id"), nullable=False),
+    Column("parent_id", String(28), comment="null for the first, and while its turn waits"),
+    Column("turn_id", String(28), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("content", Text, nullable=False),
+    Column("tool_calls", JSON),
+    Column("usage", JSON),
+    Column("created_at", Float, nullable=False),
+    Index(None, "session"),
+    Index(None, "turn_id"),
+)
+
+turns = Table(
+    "turns",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("session", ForeignKey("sessions.id"), nullable=False),
+    Column("position", Integer, nullable=False, comment="order of acceptance in the session"),
+    Column("request_id", String(128), comment="null once its 24 hours are over"),
+    Column("fingerprint", String(64), nullable=False),
+    Column("message_id", String(28), nullable=False),
+    Column("options", JSON, nullable=False),
+    Column("deadline", Float),
+    Column("detached", Boolean, nullable=False),
+    Column("state", String(16), nullable=False, comment="waiting, running, or the type of the ending"),
+    Column("attempt", Integer, nullable=False),
+    Column("instance", String(128), nullable=False, comment="who is in charge of it"),
+    Column("created_at", Float, nullable=False),
+    Column("ended_at", Float),
+    Column("ending", LargeBinary, comment="the ending event, JSON"),
+    Column("trace", LargeBinary, comment="where the pieces of the reply began and ended, msgpack"),
+    UniqueConstraint("session", "request_id"),
+    Index("ix_turns_active", "session", "instance", sqlite_where=text(ACTIVE), postgresql_where=text(ACTIVE)),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("turn_id", String(28), nullable=False),
+    Column("project", String(64), nullable=False),
+    Column("topic", Text, nullable=False),
+    Column("format", String(8), nullable=False),
+    Column("ready", Boolean, nullable=False, comment="its turn has ended"),
+    UniqueConstraint("turn_id", "topic", "format"),
+    Index(None, "project", "ready"),
+    comment="Replies owed over MQTT; a row goes when the broker has confirmed the publish.",
+)
