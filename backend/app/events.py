@@ -201,8 +201,3 @@ decode_ending = msgspec.json.Decoder(Ending).decode
 def type_of(event: TurnEvent) -> str:
     """The event's `type`."""
     return str(event.__struct_config__.tag)
-
-
-def is_ending(event: TurnEvent) -> bool:
-    """Whether the event ends its turn."""
-    return isinstance(event, Ending)

@@ -15,11 +15,10 @@ def get_logger(name: str) -> Any:
 
 
 def configure_logging(level: str) -> None:
-    """Sends all logs, the libraries' too, to standard error; coloured when that is a terminal."""
+    """Sends all logs to standard error, coloured when that is a terminal; those of libraries only
+    from warnings on."""
     number = getattr(logging, level.upper())
-    logging.basicConfig(
-        format="%(levelname)-8s %(name)s: %(message)s", level=max(number, logging.INFO), force=True
-    )
+    logging.basicConfig(format="%(levelname)-8s %(name)s: %(message)s", level=logging.WARNING, force=True)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -26,7 +26,9 @@ class LoopDoor:
         """
         if _running_loop() is self._loop:
             coroutine.close()
-            raise RuntimeError("This would block the event loop it waits for; await the async method instead.")
+            raise RuntimeError(
+                "This would block the event loop it waits for; await the async method instead."
+            )
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -44,10 +46,10 @@ class LoopDoor:
         """Iterates from a plain thread; leaving the iteration closes the generator."""
         try:
             while True:
-                try:
-                    yield self.call(_step(generator))
-                except StopAsyncIteration:
+                item = self.call(_step(generator))
+                if isinstance(item, _End):
                     return
+                yield item
         finally:
             self.call(generator.aclose())
 
@@ -55,17 +57,23 @@ class LoopDoor:
         """Iterates from whatever event loop the caller runs on; leaving closes the generator."""
         try:
             while True:
-                try:
-                    item = await self.acall(_step(generator))
-                except StopAsyncIteration:
+                item = await self.acall(_step(generator))
+                if isinstance(item, _End):
                     return
                 yield item
         finally:
             await self.acall(generator.aclose())
 
 
-async def _step(generator: AsyncGenerator[T, None]) -> T:
-    return await anext(generator)
+class _End:
+    """Where a generator ends: `StopAsyncIteration` cannot cross every kind of future."""
+
+
+_END = _End()
+
+
+async def _step(generator: AsyncGenerator[T, None]) -> T | _End:
+    return await anext(generator, _END)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

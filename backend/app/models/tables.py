@@ -45,7 +45,7 @@ leases = Table(
     "leases",
     metadata,
     Column("name", String(200), primary_key=True),
-    Column("epoch", String(28), nullable=False, comment="which process holds it"),
+    Column("holder", String(128), nullable=False, comment="a process, or an instance"),
     Column("expires_at", Float, nullable=False),
     comment="Who is in charge of what: `instance:NAME` of its turns, `mqtt:PROJECT` of its topics.",
 )

@@ -50,6 +50,7 @@ class SessionRow(msgspec.Struct, frozen=True):
     leaf_id: str | None
     window_start: str | None
     version: int
+    created_at: float
 
 
 class TurnRow(msgspec.Struct, frozen=True):
@@ -218,9 +219,10 @@ class Store:
         those that an earlier process left under this instance's own name."""
         return await self._database.write(lambda c: _adopt(c, instance, restarted, time.time()))
 
-    async def has_orphans(self) -> bool:
-        """Whether there is something to adopt."""
-        return await self._database.read(lambda c: c.execute(_orphans(time.time()).limit(1)).first() is not None)
+    async def has_orphans(self, instance: str) -> bool:
+        """Whether there is something for `instance` to adopt."""
+        statement = _orphans(instance, time.time()).limit(1)
+        return await self._database.read(lambda c: c.execute(statement).first() is not None)
 
     # --- reading ---
 
@@ -259,7 +261,17 @@ class Store:
             .order_by(turns.c.position)
         )
         rows = await self._database.read(lambda c: c.execute(statement).all())
-        columns = ("id", "parent_id", "turn_id", "role", "content", "tool_calls", "usage", "created_at", "state")
+        columns = (
+            "id",
+            "parent_id",
+            "turn_id",
+            "role",
+            "content",
+            "tool_calls",
+            "usage",
+            "created_at",
+            "state",
+        )
         return [_message([row._mapping[name] for name in columns]) for row in rows]
 
     async def message_parent(self, session: str, message_id: str) -> tuple[str | None] | None:
@@ -275,9 +287,7 @@ class Store:
     async def ready_deliveries(self, project: str) -> list[Delivery]:
         """The replies owed to a project's clients, oldest first."""
         statement = (
-            select(*DELIVERY_COLUMNS)
-            .where(outbox.c.project == project, outbox.c.ready)
-            .order_by(outbox.c.id)
+            select(*DELIVERY_COLUMNS).where(outbox.c.project == project, outbox.c.ready).order_by(outbox.c.id)
         )
         rows = await self._database.read(lambda c: c.execute(statement).all())
         return [_delivery(row) for row in rows]
@@ -288,25 +298,25 @@ class Store:
 
     # --- leases and identity ---
 
-    async def acquire(self, name: str, epoch: str, seconds: float, *, force: bool = False) -> bool:
-        """Takes or renews the lease `name` for the process `epoch`; with `force` also from a holder
-        whose time is not over. False when somebody else holds it."""
-        expires = time.time() + seconds
+    async def acquire(self, name: str, holder: str, seconds: float, *, force: bool = False) -> bool:
+        """Takes or renews the lease `name` for `holder`; with `force` also from a holder whose time is
+        not over. False when somebody else holds it."""
+        now = time.time()
+        values = {"holder": holder, "expires_at": now + seconds}
 
         def operation(connection: Connection) -> bool:
-            mine = leases.c.name == name
+            free = leases.c.name == name
             if not force:
-                mine = and_(mine, (leases.c.epoch == epoch) | (leases.c.expires_at < time.time()))
-            values = {"epoch": epoch, "expires_at": expires}
-            if connection.execute(update(leases).where(mine).values(values)).rowcount:
+                free = and_(free, (leases.c.holder == holder) | (leases.c.expires_at < now))
+            if connection.execute(update(leases).where(free).values(values)).rowcount:
                 return True
             return _insert_new(connection, leases, {"name": name, **values})
 
         return await self._database.write(operation)
 
-    async def release(self, name: str, epoch: str) -> None:
-        """Gives the lease back, if this process holds it."""
-        statement = delete(leases).where(leases.c.name == name, leases.c.epoch == epoch)
+    async def release(self, name: str, holder: str) -> None:
+        """Gives the lease back, if `holder` has it."""
+        statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
         await self._database.write(lambda c: c.execute(statement))
 
     async def database_id(self) -> str:
@@ -333,9 +343,7 @@ def _insert_new(connection: Connection, table: Table, values: dict[str, Any]) ->
 
 
 def _session(connection: Connection, owner: str, session_id: str) -> SessionRow | None:
-    statement = select(*SESSION_COLUMNS).where(
-        sessions.c.owner == owner, sessions.c.session_id == session_id
-    )
+    statement = select(*SESSION_COLUMNS).where(sessions.c.owner == owner, sessions.c.session_id == session_id)
     row = connection.execute(statement).first()
     return None if row is None else SessionRow(*row)
 
@@ -343,9 +351,7 @@ def _session(connection: Connection, owner: str, session_id: str) -> SessionRow 
 def _locked_session(connection: Connection, session: str) -> tuple[SessionRow, int]:
     """The session, locked for this transaction, and its next position."""
     statement = (
-        select(*SESSION_COLUMNS, sessions.c.next_position)
-        .where(sessions.c.id == session)
-        .with_for_update()
+        select(*SESSION_COLUMNS, sessions.c.next_position).where(sessions.c.id == session).with_for_update()
     )
     row = connection.execute(statement).one()
     return SessionRow(*row[:-1]), row[-1]
@@ -417,7 +423,9 @@ def _find_request(
         connection.execute(update(turns).where(turns.c.id == turn.id).values(request_id=None))
         return None
     if row.fingerprint != request.fingerprint():
-        return Conflict("This request_id was already used in this session with another message or parameters.")
+        return Conflict(
+            "This request_id was already used in this session with another message or parameters."
+        )
     return turn
 
 
@@ -614,28 +622,32 @@ def _clear(connection: Connection, session_pk: str, partial: dict[str, str]) -> 
     return ended
 
 
-def _orphans(now: float) -> Any:
+def _orphans(instance: str, now: float) -> Any:
     alive = select(func.substr(leases.c.name, len("instance:") + 1)).where(
         leases.c.name.like("instance:%"), leases.c.expires_at >= now
     )
     return (
         select(*TURN_COLUMNS, *SESSION_COLUMNS)
         .join(sessions)
-        .where(text(ACTIVE), turns.c.instance.not_in(alive))
+        .where(text(ACTIVE), turns.c.instance != instance, turns.c.instance.not_in(alive))
     )
 
 
 def _adopt(
     connection: Connection, instance: str, restarted: bool, now: float
 ) -> list[tuple[TurnRow, SessionRow]]:
-    rows = connection.execute(_orphans(now)).all()
+    rows = connection.execute(_orphans(instance, now)).all()
     if restarted:
         mine = select(*TURN_COLUMNS, *SESSION_COLUMNS).join(sessions).where(text(ACTIVE))
         rows = [*rows, *connection.execute(mine.where(turns.c.instance == instance)).all()]
     adopted = []
     for row in rows:
         turn, session = _turn_and_session(row)
-        changes = {"instance": instance, "state": "waiting", "attempt": turn.attempt + (turn.state == "running")}
+        changes = {
+            "instance": instance,
+            "state": "waiting",
+            "attempt": turn.attempt + (turn.state == "running"),
+        }
         taken = connection.execute(
             update(turns)
             .where(turns.c.id == turn.id, turns.c.state == turn.state, turns.c.attempt == turn.attempt)
@@ -676,8 +688,11 @@ def _turn_and_session(row: Row[Any]) -> tuple[TurnRow, SessionRow]:
 
 
 def _message(row: Sequence[Any]) -> MessageRow:
-    usage = None if row[6] is None else msgspec.convert(row[6], Usage)
-    return MessageRow(*row[:6], usage, *row[7:])
+    names = MessageRow.__struct_fields__
+    values = dict(zip(names, row, strict=True))
+    if values["usage"] is not None:
+        values["usage"] = msgspec.convert(values["usage"], Usage)
+    return MessageRow(**values)
 
 
 def _delivery(row: Row[Any]) -> Delivery:

@@ -23,7 +23,7 @@ def upgrade() -> None:
     op.create_table(
         "leases",
         sa.Column("name", sa.String(length=200), nullable=False),
-        sa.Column("epoch", sa.String(length=28), nullable=False, comment="which process holds it"),
+        sa.Column("holder", sa.String(length=128), nullable=False, comment="a process, or an instance"),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_leases")),
         comment="Who is in charge of what: `instance:NAME` of its turns, `mqtt:PROJECT` of its topics.",

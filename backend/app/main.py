@@ -1,0 +1,172 @@
+"""The web app: routers, errors, and the long-lived objects for as long as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from app import __version__
+from app.config import Settings
+from app.container import open_container
+from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
+from app.events import TurnEvent, is_id, new_id
+from app.logs import get_logger
+from app.routers import auth, health, llm
+
+log = get_logger(__name__)
+
+DESCRIPTION = """
+One session-based chat with a local LLM, the same over HTTP and MQTT.
+
+Sign in with `POST /api/auth/login` and send the token as `Authorization: Bearer`. Every error has the
+body `{"error": {"code", "message", "request_id", "details"?}, "detail": message}`.
+"""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `details` names the fields of an invalid request."""
+
+    code: str
+    message: str
+    request_id: str
+    details: Any = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+    detail: str
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The portal as an ASGI app. Its lifespan opens and closes everything else."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_container(settings) as container:
+            app.state.container = container
+            yield
+
+    app = FastAPI(
+        title="Prompt Portal",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        responses={"default": {"model": ErrorBody, "description": "An error"}},
+        generate_unique_id_function=_operation_id,
+    )
+    for router in (auth.router, llm.router, health.router):
+        app.include_router(router)
+    _add_error_handlers(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+_BY_STATUS = {error.status: error for error in reversed(BY_CODE.values())}
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(PortalError, _on_portal_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_defect)
+
+
+def render(request: Request, error: PortalError) -> JSONResponse:
+    """The answer for an error. `request_id` is the client's `X-Request-ID`, or a new one; the log has
+    it too."""
+    given = request.headers.get("x-request-id", "")
+    request_id = given if is_id(given) else new_id()
+    headers = {"X-Request-ID": request_id}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    elif error.status in {429, 503}:
+        headers["Retry-After"] = "1"
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    level = log.warning if error.status >= 500 else log.info
+    level(
+        "request refused", code=error.code, status=error.status, request_id=request_id, path=request.url.path
+    )
+    return JSONResponse(http_body(error, request_id), error.status, headers)
+
+
+async def _on_portal_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PortalError)
+    return render(request, error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [_problem(found) for found in error.errors()]
+    not_json = any(found["type"] == "json_invalid" for found in error.errors())
+    message = "; ".join(f"{problem['field']}: {problem['problem']}" for problem in problems[:5])
+    return render(request, InvalidRequest(message, details=problems, status=400 if not_json else 422))
+
+
+def _problem(found: dict[str, Any]) -> dict[str, str]:
+    if found["type"] == "json_invalid":
+        return {"field": "body", "problem": f"this is not JSON: {found['ctx']['error']}"}
+    place = [str(part) for part in found["loc"] if part not in {"body", "query", "path", "header"}]
+    return {"field": ".".join(place) or "body", "problem": found["msg"]}
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = _BY_STATUS.get(error.status_code, InvalidRequest)
+    message = "There is no such address." if error.status_code == 404 else str(error.detail)
+    return render(request, kind(message, status=error.status_code))
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody is there to read it
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:
+    log.error("a request failed", path=request.url.path, exc_info=error)
+    return render(request, Internal("The portal failed at this request."))
+
+
+# --- OpenAPI -------------------------------------------------------------------------------------
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, with the events of streams, which FastAPI cannot see."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        (reference,), components = msgspec.json.schema_components(
+            [TurnEvent], ref_template="#/components/schemas/{name}"
+        )
+        document["components"]["schemas"] |= {**components, "TurnEvent": reference}
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,341 @@
+"""The MQTT door: requests in, replies out, one connection a project.
+
+A request is acknowledged to the broker once it is committed, in the order of arrival; its reply is
+published from the outbox, where it stays until the broker has confirmed it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import __version__
+from app.config import Settings
+from app.errors import Internal, NotFound, PortalError, Unauthenticated
+from app.events import ReplyTarget, TurnRequest, new_id
+from app.logs import get_logger
+from app.mqtt import contract
+from app.mqtt.connection import Broker, Incoming, MqttConnection
+from app.services.accounts import Accounts
+from app.services.llm_client import LLMClient
+from app.services.session_manager import SessionManager, StorageUnavailable
+from app.services.store import Delivery, Store
+from app.services.turns import Turn, recall
+
+LEASE_S = 10.0
+RENEW_S = 3.0
+STATUS_S = 1.0
+RETRY_S = 0.5
+
+log = get_logger(__name__)
+
+
+class MqttBridge:
+    """Serves the projects of the settings."""
+
+    def __init__(
+        self, settings: Settings, sessions: SessionManager, accounts: Accounts, llm: LLMClient, store: Store
+    ) -> None:
+        self._sessions = sessions
+        self._store = store
+        self._projects = {
+            name: ProjectDoor(name, settings, sessions, accounts, llm, store)
+            for name in settings.mqtt_projects
+        }
+
+    async def open(self) -> None:
+        """Starts serving. The broker need not be there."""
+        self._sessions.on_delivery(self._deliver)
+        database_id = await self._store.database_id()
+        for door in self._projects.values():
+            door.open(database_id)
+
+    async def close(self) -> None:
+        """Says goodbye on every status topic and disconnects."""
+        await asyncio.gather(*(door.close() for door in self._projects.values()))
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether every project is subscribed."""
+        return all(door.is_connected for door in self._projects.values())
+
+    def _deliver(self, delivery: Delivery, turn: Turn) -> None:
+        door = self._projects.get(delivery.target.project)
+        if door is not None:
+            door.deliver(delivery, turn)
+
+
+class ProjectDoor:
+    """One project: its requests, its replies, its status."""
+
+    def __init__(
+        self,
+        project: str,
+        settings: Settings,
+        sessions: SessionManager,
+        accounts: Accounts,
+        llm: LLMClient,
+        store: Store,
+    ) -> None:
+        self._project = project
+        self._settings = settings
+        self._sessions = sessions
+        self._accounts = accounts
+        self._llm = llm
+        self._store = store
+        self._lease = f"mqtt:{project}"
+        self._holder = settings.instance or new_id()
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._birth = new_id()
+        self._status = b""
+        self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
+        self._unacked: deque[tuple[Incoming, asyncio.Task[None]]] = deque()
+        self._delivering: set[str] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._connection: MqttConnection | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the requests of the project reach this process."""
+        return self._connection is not None and self._connection.is_subscribed
+
+    def open(self, database_id: str) -> None:
+        """Starts serving."""
+        self._start(self._run(f"portal-{database_id}-{self._project}"), "connection")
+        self._start(self._consume(), "requests")
+
+    async def close(self) -> None:
+        """Stops serving; replies that are not confirmed stay in the outbox."""
+        if self._connection is not None:
+            topic = contract.status_topic(self._project)
+            await self._connection.close(topic, self._render_status("offline"))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(SQLAlchemyError):
+            await self._store.release(self._lease, self._holder)
+
+    def _start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        task = asyncio.create_task(coroutine, name=f"mqtt {self._project}: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an MQTT task died", task=task.get_name(), exc_info=task.exception())
+
+    # --- the connection ---
+
+    async def _run(self, client_id: str) -> None:
+        """Connects while this instance holds the project's lease: two connections with one client id
+        would throw each other out for ever."""
+        while True:
+            if not await self._has_lease():
+                await asyncio.sleep(RENEW_S)
+                continue
+            async with AsyncExitStack() as stack:
+                for coroutine, name in ((self._connect(client_id), "session"), (self._report(), "status")):
+                    task = self._start(coroutine, name)
+                    stack.push_async_callback(_cancelled, task)
+                has_lease = True
+                while has_lease:
+                    await asyncio.sleep(RENEW_S)
+                    has_lease = await self._has_lease()
+            log.error("another instance took over the project", project=self._project)
+
+    async def _has_lease(self) -> bool:
+        try:
+            return await self._store.acquire(self._lease, self._holder, LEASE_S)
+        except SQLAlchemyError as error:
+            log.warning("the project's lease could not be written", reason=type(error).__name__)
+            return self.is_connected
+
+    async def _connect(self, client_id: str) -> None:
+        settings = self._settings
+        broker = Broker(
+            settings.mqtt_broker_url, settings.mqtt_username, settings.mqtt_password.get_secret_value()
+        )
+        self._connection = MqttConnection(
+            broker,
+            client_id,
+            contract.request_filters(self._project),
+            will=self._will,
+            on_message=self._inbox.put_nowait,
+            on_connected=self._connected,
+        )
+        self._start(self._deliver_stored(), "outbox")
+        await self._connection.run()
+
+    def _will(self) -> tuple[str, bytes]:
+        self._birth = new_id()
+        return contract.status_topic(self._project), self._render_status("offline")
+
+    def _connected(self) -> None:
+        log.info("MQTT project is served", project=self._project)
+        self._status = b""  # a will may have said otherwise: say it again
+
+    async def _report(self) -> None:
+        """Keeps `P/status` true."""
+        topic = contract.status_topic(self._project)
+        while True:
+            health = self._llm.last_health
+            status = self._render_status("online" if health.status == "ok" else "degraded")
+            if self._connection is not None and self.is_connected and status != self._status:
+                self._status = status
+                await self._connection.publish(topic, status, retain=True)
+            await asyncio.sleep(STATUS_S)
+
+    def _render_status(self, state: Any) -> bytes:
+        places = self._llm.places
+        return contract.status(
+            state,
+            self._birth,
+            since=self._since,
+            version=__version__,
+            model=self._llm.last_health.model,
+            queue=places.waiting,
+            eta_s=places.eta(places.waiting),
+        )
+
+    # --- requests ---
+
+    async def _consume(self) -> None:
+        """Takes messages in their order; each is acknowledged when its own work is done, and not
+        before those that came earlier (MQTT 5, 4.6)."""
+        while True:
+            message = await self._inbox.get()
+            work = await self._begin(message)
+            task = self._start(work, "request")
+            self._unacked.append((message, task))
+            task.add_done_callback(lambda _: self._acknowledge())
+
+    def _acknowledge(self) -> None:
+        while self._unacked and self._unacked[0][1].done():
+            message, task = self._unacked.popleft()
+            if not task.cancelled() and self._connection is not None:
+                self._connection.ack(message)
+
+    async def _begin(self, message: Incoming) -> Coroutine[Any, Any, None]:
+        """Reads a message and finds out who sent it; returns the rest of the work."""
+        if message.retain:
+            return _nothing()
+        topic_session = contract.session_of_topic(message.topic)
+        if not message.payload and topic_session:
+            return self._clear(topic_session)
+        request = contract.read_request(self._project, message.topic, message.payload)
+        if isinstance(request, contract.Refusal):
+            return self._refuse(request.target, request.error, None)
+        try:
+            owner = await self._owner(request.input.token)
+        except PortalError as error:
+            return self._refuse(request.target, error, request)
+        return self._submit(request, owner)
+
+    async def _owner(self, token: str | None) -> str:
+        if token:
+            while True:
+                try:
+                    return (await self._accounts.identify(token)).owner
+                except SQLAlchemyError:
+                    await asyncio.sleep(RETRY_S)
+        if not self._settings.anonymous_mqtt:
+            raise Unauthenticated("token: messages without one are not answered here.")
+        return f"anon:{self._project}"
+
+    async def _submit(self, request: contract.Request, owner: str) -> None:
+        body = request.input
+        turn = TurnRequest(
+            owner=owner,
+            session_id=request.session_id,
+            message=body.message,
+            request_id=body.request_id,
+            system_prompt=body.prompt,
+            project=self._project,
+            options=body,
+            deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
+            reply_to=request.target,
+        )
+        while True:
+            try:
+                await self._sessions.submit(turn)
+                return
+            except StorageUnavailable:
+                await asyncio.sleep(RETRY_S)  # not stored, so not acknowledged: the broker keeps it
+            except PortalError as error:
+                await self._refuse(request.target, error, request)
+                return
+
+    async def _clear(self, session_id: str) -> None:
+        target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
+        try:
+            await self._sessions.clear(await self._owner(None), session_id)
+        except NotFound:
+            pass  # it is as empty as it should be
+        except PortalError as error:
+            await self._refuse(target, error, None)
+            return
+        await self._publish(target.topic, contract.CLEARED)
+
+    async def _refuse(
+        self, target: ReplyTarget | None, error: PortalError, request: contract.Request | None
+    ) -> None:
+        log.info("MQTT request refused", project=self._project, code=error.code)
+        if target is None:
+            return
+        session_id = target.topic.split("/")[2]
+        request_id = request.input.request_id if request else None
+        await self._publish(target.topic, contract.refusal(target.format, error, session_id, request_id))
+
+    # --- replies ---
+
+    def deliver(self, delivery: Delivery, turn: Turn) -> None:
+        """Publishes the reply to a turn that has ended."""
+        if delivery.id not in self._delivering:
+            self._delivering.add(delivery.id)
+            self._start(self._deliver(delivery, turn), "reply")
+
+    async def _deliver(self, delivery: Delivery, turn: Turn) -> None:
+        try:
+            assert turn.ending is not None
+            target = delivery.target
+            payload = contract.answer(
+                target.format, turn.ending, turn.session.session_id, turn.row.request_id
+            )
+            await self._publish(target.topic, payload)
+            await self._store.delivered([delivery.id])
+        except SQLAlchemyError as error:
+            # It stays in the outbox and is published once more: rather twice than never.
+            log.warning("a delivery could not be forgotten", reason=type(error).__name__)
+        finally:
+            self._delivering.discard(delivery.id)
+
+    async def _deliver_stored(self) -> None:
+        """Publishes the replies that an earlier process left."""
+        for delivery in await self._store.ready_deliveries(self._project):
+            found = await self._store.turn(delivery.turn_id)
+            if found is not None and found[0].ending is not None:
+                self.deliver(delivery, recall(*found))
+
+    async def _publish(self, topic: str, payload: bytes) -> None:
+        if self._connection is None:
+            raise Internal("The MQTT door is not open.")
+        await self._connection.publish(topic, payload)
+
+
+async def _nothing() -> None:
+    """For messages that ask for nothing."""
+
+
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,290 @@
+"""One connection to the broker, on the event loop: the only place that knows paho.
+
+The session at the broker is persistent, so what is published while the portal is away waits there.
+Messages are acknowledged by whoever handles them (`ack`), and an acknowledgement is tied to the
+connection that brought the message: a late one, after a reconnect, could confirm another message
+that has the same packet id by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import random
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from app.logs import get_logger
+
+KEEPALIVE_S = 30
+CONNECT_TIMEOUT_S = 5.0
+BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.2, 3.0
+SESSION_EXPIRY_S = 7 * 24 * 3600
+RECEIVE_MAXIMUM = 256
+"""Messages that the broker may send before the first of them is acknowledged: the back-pressure."""
+
+DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message from the broker. `connection` counts the connections of this process."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    mid: int
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Where the broker is, and how to sign in there."""
+
+    url: str
+    username: str = ""
+    password: str = ""
+
+
+class MqttConnection:
+    """Keeps a connection with `filters` subscribed, for as long as `run` runs.
+
+    `will` makes topic and payload of the last will for each connection; `on_message` and
+    `on_connected` are called on the event loop.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        client_id: str,
+        filters: Sequence[str],
+        *,
+        will: Callable[[], tuple[str, bytes]],
+        on_message: Callable[[Incoming], None],
+        on_connected: Callable[[], None],
+    ) -> None:
+        self._url = urlsplit(broker.url)
+        self._filters = filters
+        self._will = will
+        self._on_message = on_message
+        self._on_connected = on_connected
+        self._connections = 0
+        self._lost = asyncio.Event()
+        self._unconfirmed: dict[int, asyncio.Future[None]] = {}
+        self.is_subscribed = False
+        self._client = _client(self._url, client_id, broker.username, broker.password)
+        self._client.on_socket_open = self._watch_socket
+        self._client.on_socket_close = self._forget_socket
+        self._client.on_socket_register_write = self._want_write
+        self._client.on_socket_unregister_write = self._stop_write
+        self._client.on_connect = self._connected
+        self._client.on_disconnect = self._disconnected
+        self._client.on_subscribe = self._subscribed
+        self._client.on_publish = self._confirmed
+        self._client.on_message = self._received
+
+    async def run(self) -> None:
+        """Connects, and connects again whenever the connection is lost. Runs until cancelled."""
+        self._loop = asyncio.get_running_loop()
+        backoff = BACKOFF_FIRST_S
+        while True:
+            self._lost.clear()
+            if await self._connect():
+                await self._serve()
+                backoff = BACKOFF_FIRST_S if self.is_subscribed else backoff
+                self.is_subscribed = False
+            # Clients that lost the same broker should not all return at the same moment.
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+            backoff = min(backoff * 2, BACKOFF_MOST_S)
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publishes at QoS 1 and returns when the broker has confirmed it, after however many
+        reconnects."""
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        confirmed = self._unconfirmed[info.mid] = asyncio.get_running_loop().create_future()
+        await confirmed
+
+    def ack(self, message: Incoming) -> None:
+        """Acknowledges a message, unless its connection is gone: then the broker sends it again."""
+        if message.qos > 0 and message.connection == self._connections and self._client.is_connected():
+            self._client.ack(message.mid, message.qos)
+
+    async def close(self, topic: str, farewell: bytes) -> None:
+        """Publishes a retained farewell in the place of the will, and disconnects."""
+        if self._client.is_connected():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self.publish(topic, farewell, retain=True)
+            self._client.disconnect()
+
+    # --- the connection's life ---
+
+    async def _connect(self) -> bool:
+        topic, payload = self._will()
+        self._client.will_set(topic, payload, qos=1, retain=True)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = SESSION_EXPIRY_S
+        properties.ReceiveMaximum = RECEIVE_MAXIMUM
+        host, port = self._url.hostname or "", self._url.port or DEFAULT_PORTS[self._url.scheme]
+
+        def connect() -> None:
+            self._client.connect(host, port, KEEPALIVE_S, clean_start=False, properties=properties)
+
+        try:
+            # paho connects blockingly; everything after that happens on the loop.
+            await self._loop.run_in_executor(None, connect)
+        except (OSError, ValueError) as error:
+            log.warning("the broker cannot be reached", reason=str(error) or type(error).__name__)
+            return False
+        return True
+
+    async def _serve(self) -> None:
+        """Does paho's housekeeping until the connection is lost."""
+        while not self._lost.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._lost.wait()
+            self._client.loop_misc()
+
+    def _connected(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if reason.is_failure:
+            log.warning("the broker refused the connection", reason=str(reason))
+            self._lost.set()
+            return
+        self._connections += 1
+        # 2: the broker sends no retained messages on subscribing; requests are never retained.
+        options = SubscribeOptions(qos=1, retainHandling=2)
+        self._client.subscribe([(name, options) for name in self._filters])
+
+    def _subscribed(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        refused = [reason for reason in reasons if reason.is_failure]
+        if refused:
+            log.error("the broker refused a subscription", reason=str(refused[0]))
+            return
+        self.is_subscribed = True
+        self._on_connected()
+
+    def _disconnected(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        log.warning("the connection to the broker is lost", reason=str(reason))
+        self._lost.set()
+
+    def _confirmed(self, _client: Any, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
+        confirmed = self._unconfirmed.pop(mid, None)
+        if confirmed is not None and not confirmed.done():
+            confirmed.set_result(None)
+
+    def _received(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        self._on_message(
+            Incoming(
+                message.topic,
+                bytes(message.payload),
+                message.qos,
+                message.retain,
+                message.mid,
+                self._connections,
+            )
+        )
+
+    # --- paho's socket, on the event loop; these may be called from the thread that connects ---
+
+    def _watch_socket(self, _client: Any, _data: Any, sock: Any) -> None:
+        if isinstance(sock, socket.socket):
+            # Without this a reply waits for the acknowledgement of the packet before it (Nagle).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._loop.call_soon_threadsafe(self._loop.add_reader, sock.fileno(), self._read, sock)
+
+    def _forget_socket(self, _client: Any, _data: Any, sock: Any) -> None:
+        self._on_loop(self._loop.remove_reader, sock.fileno())
+
+    def _want_write(self, _client: Any, _data: Any, sock: Any) -> None:
+        self._on_loop(self._loop.add_writer, sock.fileno(), self._client.loop_write)
+
+    def _stop_write(self, _client: Any, _data: Any, sock: Any) -> None:
+        self._on_loop(self._loop.remove_writer, sock.fileno())
+
+    def _on_loop(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """At once on the loop's own thread: a socket's number may mean another one later."""
+        try:
+            on_loop = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            on_loop = False
+        if on_loop:
+            call(*arguments)
+        else:
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _read(self, sock: Any) -> None:
+        self._client.loop_read()
+        # TLS may have decrypted more than was read, and the socket will not say so.
+        while isinstance(sock, ssl.SSLSocket) and sock.fileno() >= 0 and sock.pending():
+            self._client.loop_read()
+
+
+def _client(url: SplitResult, client_id: str, username: str, password: str) -> paho.Client:
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=client_id,
+        protocol=MQTTProtocolVersion.MQTTv5,
+        transport="websockets" if url.scheme in {"ws", "wss"} else "tcp",
+        manual_ack=True,
+    )
+    if url.scheme in {"ws", "wss"}:
+        client.ws_set_options(path=url.path or "/mqtt")
+    if url.scheme in {"mqtts", "wss"}:
+        client.tls_set()
+    if username:
+        client.username_pw_set(username, password)
+    client.connect_timeout = CONNECT_TIMEOUT_S
+    return client
+
+
+def request_once(
+    broker_url: str,
+    topic: str,
+    reply_topic: str,
+    payload: bytes,
+    *,
+    timeout: float,
+    username: str = "",
+    password: str = "",
+) -> bytes:
+    """Publishes one message and returns the first one on `reply_topic`; blocks. For checks from the
+    command line. Raises `TimeoutError`, or `OSError` when the broker cannot be reached."""
+    url = urlsplit(broker_url)
+    replies: queue.Queue[bytes] = queue.Queue()
+    client = _client(url, "", username, password)
+
+    def connected(*_: Any) -> None:
+        client.subscribe(reply_topic, qos=1)
+
+    def subscribed(*_: Any) -> None:
+        client.publish(topic, payload, qos=1)
+
+    def received(_client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        client.ack(message.mid, message.qos)
+        replies.put(bytes(message.payload))
+
+    client.on_connect, client.on_subscribe, client.on_message = connected, subscribed, received
+    client.connect(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme])
+    client.loop_start()
+    try:
+        return replies.get(timeout=timeout)
+    except queue.Empty:
+        raise TimeoutError(f"No reply on {reply_topic} within {timeout:g} s.") from None
+    finally:
+        client.disconnect()
+        client.loop_stop()

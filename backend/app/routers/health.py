@@ -1,0 +1,52 @@
+"""`/health`: for load balancers and supervisors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.dependencies import LLMDep, MqttDep, StoreDep
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+State = Literal["ok", "degraded", "down", "off"]
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """What the portal needs to serve. `mqtt` is `off` where no broker is set."""
+
+    status: Literal["ok", "down"]
+    database: State
+    llm: State
+    mqtt: State
+
+
+@router.get("/live")
+async def live() -> Live:
+    """The process runs and its event loop turns."""
+    return Live()
+
+
+@router.get("/ready", responses={503: {"model": Ready}})
+async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep) -> Ready:
+    """Whether requests can be served: 503 while the database, the LLM server or a broker that is
+    set cannot be used."""
+    try:
+        await store.ping()
+        database: State = "ok"
+    except SQLAlchemyError:
+        database = "down"
+    broker: State = "off" if mqtt is None else "ok" if mqtt.is_connected else "down"
+    server: State = (await llm.ahealth()).status
+    is_ready = {database, server, broker} <= {"ok", "off"}
+    response.status_code = 200 if is_ready else 503
+    return Ready(status="ok" if is_ready else "down", database=database, llm=server, mqtt=broker)

@@ -1,0 +1,288 @@
+"""`/api/llm`: chat, with and without a session."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
+
+from app.dependencies import CurrentUser, LLMDep, SessionsDep
+from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, TurnRequest
+from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
+from app.services.accounts import Identity
+from app.services.session_manager import HistoryPage, SessionManager
+from app.services.store import MessageRow
+from app.services.turns import Turn, answer_of, parse_position
+
+router = APIRouter(prefix="/api/llm", tags=["chat"])
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+
+
+# --- bodies --------------------------------------------------------------------------------------
+
+
+class Chat(GenerationOptions):
+    """Messages for the model, which remembers none of them."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, description="Messages in OpenAI's form")]
+
+
+class SessionChat(GenerationOptions):
+    """A message for a session. `system_prompt` and `project` count only when the session is new."""
+
+    session_id: Id
+    message: Annotated[str, Field(min_length=1, max_length=1_000_000)]
+    system_prompt: Annotated[str | None, Field(max_length=1_000_000)] = None
+    project: Annotated[str, Field(min_length=1, max_length=64)] = "prompt_portal"
+    request_id: Annotated[
+        Id | None, Field(description="Makes the request safe to repeat, and lets it outlive the connection")
+    ] = None
+    deadline_s: Annotated[
+        float | None, Field(gt=0, le=86400, description="Longest wait for a place at the LLM server, seconds")
+    ] = None
+
+
+class UsageBody(BaseModel):
+    """Tokens of one turn."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+    estimated: bool = False
+
+
+class ChatAnswer(BaseModel):
+    """A whole reply. `finish_reason` is `cancelled` for a reply that was stopped."""
+
+    response: str
+    tool_calls: list[dict[str, Any]] | None = None
+    finish_reason: str
+    usage: UsageBody | None = None
+
+
+class SessionAnswer(ChatAnswer):
+    """A whole reply in a session."""
+
+    session_id: str
+    turn_id: str
+    message_id: str | None
+    request_id: str | None
+
+
+class HistoryMessage(BaseModel):
+    """A message of a session."""
+
+    id: str
+    parent_id: str | None
+    role: Literal["system", "user", "assistant"]
+    content: str
+    created_at: datetime
+    status: Literal["complete", "pending", "failed", "cancelled", "expired", "superseded"]
+    tool_calls: list[dict[str, Any]] | None = None
+    usage: UsageBody | None = None
+
+
+class HistoryAnswer(BaseModel):
+    """Messages, oldest first; the system prompt before the first."""
+
+    session_id: str
+    messages: list[HistoryMessage]
+
+
+class Done(BaseModel):
+    """It was done."""
+
+    ok: Literal[True] = True
+    message: str
+
+
+class Stopped(Done):
+    """`turn_id` is the turn that was stopped, if one ran."""
+
+    turn_id: str | None
+
+
+class HealthAnswer(BaseModel):
+    """How the LLM server is; `queue` is the number of requests that wait for it."""
+
+    status: Literal["ok", "degraded", "down"]
+    model: str | None
+    latency_ms: int | None
+    temperature: float
+    max_tokens: int
+    queue: int
+
+
+# --- chat without a session ----------------------------------------------------------------------
+
+
+@router.post("/chat", response_model_exclude_none=True)
+async def chat(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> ChatAnswer:
+    """Answers messages; nothing of it is kept."""
+    answer = await _answer(request, sessions.chat(user.owner, body.messages, body))
+    return ChatAnswer(**_shown(answer))
+
+
+@router.post("/chat/stream", response_class=Response, responses=STREAM_RESPONSES)
+async def chat_stream(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> Response:
+    """`/chat` as a stream of events: SSE, or NDJSON with `Accept: application/x-ndjson`."""
+    return TurnStream(request, sessions.chat(user.owner, body.messages, body))
+
+
+# --- chat in a session ---------------------------------------------------------------------------
+
+
+@router.post("/chat/session", response_model_exclude_none=True)
+async def session_chat(
+    body: SessionChat, request: Request, user: CurrentUser, sessions: SessionsDep
+) -> SessionAnswer:
+    """Answers a message with the session's history, which remembers both. Makes the session if it
+    is new."""
+    turn = await _submit(sessions, user, body)
+    answer = await _answer(request, turn)
+    return SessionAnswer(
+        **_shown(answer),
+        session_id=body.session_id,
+        turn_id=turn.id,
+        message_id=answer.message_id,
+        request_id=turn.row.request_id,
+    )
+
+
+@router.post("/chat/session/stream", response_class=Response, responses=STREAM_RESPONSES)
+async def session_chat_stream(
+    body: SessionChat, request: Request, user: CurrentUser, sessions: SessionsDep
+) -> Response:
+    """`/chat/session` as a stream of events."""
+    return TurnStream(request, await _submit(sessions, user, body))
+
+
+@router.get("/turns/{turn_id}/events", response_class=Response, responses=STREAM_RESPONSES)
+async def follow_turn(
+    turn_id: str,
+    request: Request,
+    user: CurrentUser,
+    sessions: SessionsDep,
+    after: Annotated[str | None, Query(description="The id of the last event seen")] = None,
+    last_event_id: Annotated[str | None, Header(description="The same, as browsers send it")] = None,
+) -> Response:
+    """Follows a running or ended turn, from the event after the last one seen."""
+    turn = await sessions.find(user.owner, turn_id)
+    seen = after or last_event_id
+    return TurnStream(request, turn, parse_position(seen) if seen else None)
+
+
+@router.get("/chat/session/{session_id}/history")
+async def history(
+    session_id: str,
+    user: CurrentUser,
+    sessions: SessionsDep,
+    limit: Annotated[int | None, Query(ge=1, le=10_000, description="At most so many, the newest")] = None,
+    before: Annotated[str | None, Query(description="Only messages older than this one")] = None,
+) -> HistoryAnswer:
+    """The messages of a session."""
+    page = await sessions.page(user.owner, session_id, limit=limit, before=before)
+    return HistoryAnswer(session_id=session_id, messages=_messages(page))
+
+
+@router.delete("/chat/session/{session_id}")
+async def clear(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Done:
+    """Deletes the messages of a session. Its system prompt stays."""
+    await sessions.clear(user.owner, session_id)
+    return Done(message="Session cleared")
+
+
+@router.post("/chat/session/{session_id}/stop")
+async def stop(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Stopped:
+    """Stops the running turn; what there is of its reply is kept."""
+    turn_id = await sessions.stop(user.owner, session_id)
+    return Stopped(message="Stopped" if turn_id else "Nothing was running", turn_id=turn_id)
+
+
+@router.get("/health")
+async def health(llm: LLMDep) -> HealthAnswer:
+    """How the LLM server is. Needs no sign-in, and answers 200 also when it is down."""
+    found = await llm.ahealth()
+    return HealthAnswer(
+        status=found.status,
+        model=found.model,
+        latency_ms=found.latency_ms,
+        temperature=found.temperature,
+        max_tokens=found.max_tokens,
+        queue=found.queue,
+    )
+
+
+# --- between bodies and turns --------------------------------------------------------------------
+
+
+async def _submit(sessions: SessionManager, user: Identity, body: SessionChat) -> Turn:
+    return await sessions.submit(
+        TurnRequest(
+            owner=user.owner,
+            session_id=body.session_id,
+            message=body.message,
+            request_id=body.request_id,
+            system_prompt=body.system_prompt,
+            project=body.project,
+            options=body,
+            deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
+            detached=body.request_id is not None,
+        )
+    )
+
+
+async def _answer(request: Request, turn: Turn) -> Final | Cancelled:
+    ending = await while_connected(request, turn.ended())
+    if ending is None:
+        raise ClientDisconnect  # nobody reads what would be answered
+    return answer_of(ending)
+
+
+def _shown(answer: Final | Cancelled) -> dict[str, Any]:
+    if isinstance(answer, Cancelled):
+        return {"response": answer.response, "finish_reason": "cancelled"}
+    return {
+        "response": answer.response,
+        "finish_reason": answer.finish_reason,
+        "tool_calls": answer.tool_calls or None,
+        "usage": msgspec.to_builtins(answer.usage),
+    }
+
+
+def _messages(page: HistoryPage) -> list[HistoryMessage]:
+    shown = [_message(message) for message in page.messages]
+    session = page.session
+    if page.is_first and session.system_prompt:
+        system = HistoryMessage(
+            id=f"{session.id}-system",
+            parent_id=None,
+            role="system",
+            content=session.system_prompt,
+            created_at=datetime.fromtimestamp(session.created_at, UTC),
+            status="complete",
+        )
+        shown.insert(0, system)
+    return shown
+
+
+def _message(message: MessageRow) -> HistoryMessage:
+    return HistoryMessage.model_validate(
+        {
+            "id": message.id,
+            "parent_id": message.parent_id,
+            "role": message.role,
+            "content": message.content,
+            "created_at": datetime.fromtimestamp(message.created_at, UTC),
+            "status": message.status,
+            "tool_calls": message.tool_calls,
+            "usage": None if message.usage is None else msgspec.to_builtins(message.usage),
+        }
+    )

@@ -1,0 +1,132 @@
+"""Turns over HTTP: as server-sent events or NDJSON, and as one answer for whoever stays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from app.events import type_of
+from app.services.turns import Numbered, Position, Turn
+
+T = TypeVar("T")
+
+SSE = "text/event-stream"
+NDJSON = "application/x-ndjson"
+
+KEEP_ALIVE_S = 15.0
+"""Silence after which an event stream gets a comment line, so that proxies keep it open."""
+
+STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The events of the turn, up to the one that ends it.",
+        "content": {
+            SSE: {"schema": {"$ref": "#/components/schemas/TurnEvent"}},
+            NDJSON: {"schema": {"$ref": "#/components/schemas/TurnEvent"}},
+        },
+    }
+}
+
+
+class TurnStream(Response):
+    """The events of a turn, as `Accept` wants them. Events that are there together leave together.
+    It ends with the turn, or when the client goes."""
+
+    def __init__(self, request: Request, turn: Turn, after: Position | None = None) -> None:
+        self._turn = turn
+        self._after = after
+        self._ndjson = NDJSON in request.headers.get("accept", "")
+        self.background = None
+        self.status_code = 200
+        self.media_type = NDJSON if self._ndjson else SSE
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    def init_headers(self, headers: dict[str, str] | None = None) -> None:  # type: ignore[override]
+        """A stream has no length to announce."""
+        super().init_headers(headers)
+        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Sends the events (ASGI)."""
+        leaving = asyncio.create_task(_gone(receive), name="stream: client leaves")
+        sending = asyncio.create_task(self._send(send), name="stream: events")
+        try:
+            await asyncio.wait((leaving, sending), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (leaving, sending):
+                if not task.done():
+                    task.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await task
+        if not sending.cancelled():
+            sending.result()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._turn.follow(self._after)) as batches:
+            async for batch in _with_pauses(batches):
+                body = self._encode(batch)
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _encode(self, batch: Sequence[Numbered]) -> bytes:
+        if self._ndjson:
+            return b"".join(b"%b\n" % item.json for item in batch)
+        if not batch:
+            return b": still here\n\n"
+        return b"".join(_sse(item) for item in batch)
+
+
+def _sse(item: Numbered) -> bytes:
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (item.id.encode(), type_of(item.event).encode(), item.json)
+
+
+async def _with_pauses(
+    batches: AsyncGenerator[Sequence[Numbered], None],
+) -> AsyncGenerator[Sequence[Numbered], None]:
+    """The batches, and an empty one after every long silence."""
+    following = asyncio.ensure_future(anext(batches, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait((following,), timeout=KEEP_ALIVE_S)
+            if not done:
+                yield ()
+                continue
+            batch = following.result()
+            if batch is None:
+                return
+            yield batch
+            following = asyncio.ensure_future(anext(batches, None))
+    finally:
+        following.cancel()
+        with suppress(asyncio.CancelledError):
+            await following
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    message: Message = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None when the client goes before it is there; `work` is cancelled
+    then. FastAPI does not cancel a handler whose client has left."""
+    leaving = asyncio.create_task(_gone(request.receive), name="answer: client leaves")
+    working = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((leaving, working), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (leaving, working):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task

@@ -1,0 +1,365 @@
+"""Runs the turns of this process: their order in each session, the generation, the stored ending.
+
+Each running turn is a task. Whatever happens to a follower, to the LLM server or to the database,
+the task ends only when the turn's ending is stored, or when another process is in charge of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import OperationalError
+
+from app.config import Settings
+from app.errors import Expired, Internal, PortalError
+from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
+from app.logs import get_logger
+from app.services.history import History, estimate_tokens
+from app.services.llm_client import Done, InQueue, LLMClient, Message
+from app.services.store import Delivery, Ended, Reply, SessionRow, StaleAttempt, Store, TurnRow
+from app.services.turns import Interruption, Turn, recall
+
+T = TypeVar("T")
+
+ELSEWHERE_POLL_S = 0.25
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 5.0
+IDLE_SESSIONS = 1000
+"""Sessions at rest whose history is kept in memory; of others it is read again when they speak."""
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class LiveSession:
+    """A session of this process: its history as of `version`, and its turns in order."""
+
+    row: SessionRow
+    history: History | None = None
+    version: int = -1
+    running: Turn | None = None
+    waiting: list[Turn] = field(default_factory=list)
+
+
+class Runner:
+    """The live turns and sessions of this process. `instance` is its name in the database."""
+
+    def __init__(self, settings: Settings, store: Store, llm: LLMClient, instance: str) -> None:
+        self._settings = settings
+        self._store = store
+        self._llm = llm
+        self._instance = instance
+        self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
+        self._side_tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self.turns: dict[str, Turn] = {}
+        self.on_delivery: Callable[[Delivery, Turn], None] = lambda _delivery, _turn: None
+
+    async def close(self) -> None:
+        """Stops working; turns that are not done stay accepted, for whoever takes them up."""
+        self._closing = True
+        tasks = [turn.task for turn in self.turns.values() if turn.task is not None]
+        for turn in list(self.turns.values()):
+            self.interrupt(turn, "shutdown")
+        await asyncio.gather(*tasks, *self._side_tasks, return_exceptions=True)
+
+    # --- order ---
+
+    def enqueue(self, turn: Turn) -> None:
+        """Lets an accepted turn run when it is its session's next."""
+        live = self._sessions.setdefault(turn.session.id, LiveSession(turn.session))
+        self.turns[turn.id] = turn
+        if not turn.row.detached:
+            turn.on_abandoned = self._abandoned
+        live.waiting.append(turn)
+        live.waiting.sort(key=lambda waiting: waiting.row.position)
+        if turn.row.deadline is not None:
+            delay = max(0.0, turn.row.deadline - time.time())
+            asyncio.get_running_loop().call_later(delay, self._expire_waiting, turn)
+        self._pump(live)
+
+    def run_unstored(self, turn: Turn, messages: Sequence[Message], options: GenerationOptions) -> None:
+        """Runs a turn without a session, of which nothing is stored."""
+        self.turns[turn.id] = turn
+        turn.on_abandoned = self._abandoned
+        turn.task = asyncio.create_task(self._work_unstored(turn, messages, options), name=f"chat {turn.id}")
+
+    def interrupt(self, turn: Turn, why: Interruption) -> None:
+        """Cuts a turn off: its generation if it runs, its wait if it waits."""
+        if turn.interruption is not None:
+            return
+        turn.interruption = why
+        if turn.interruptible and turn.task is not None:
+            turn.task.cancel()
+        live = self._sessions.get(turn.session.id)
+        if live is None or turn not in live.waiting:
+            return
+        live.waiting.remove(turn)
+        if why in {"stop", "expired"}:
+            ending = ExpiredEvent(turn.id) if why == "expired" else Cancelled(turn.id, "", None)
+            self._aside(self._conclude(live, turn, ending, None), f"end {turn.id}")
+
+    def forget_history(self, session: str) -> None:
+        """The history of a session was changed past its turns."""
+        live = self._sessions.get(session)
+        if live is not None:
+            live.history = None
+
+    def _pump(self, live: LiveSession) -> None:
+        """Lets the next turn of a session run."""
+        if live.running is not None or self._closing:
+            return
+        if live.waiting:
+            turn = live.running = live.waiting.pop(0)
+            turn.task = asyncio.create_task(self._work(live, turn), name=f"turn {turn.id}")
+            return
+        self._sessions.move_to_end(live.row.id)
+        while len(self._sessions) > IDLE_SESSIONS:
+            oldest = next(iter(self._sessions.values()))
+            if oldest.running is not None:
+                break
+            self._sessions.popitem(last=False)
+
+    def _abandoned(self, turn: Turn) -> None:
+        if not self._closing:
+            self.interrupt(turn, "stop")
+
+    def _expire_waiting(self, turn: Turn) -> None:
+        live = self._sessions.get(turn.session.id)
+        if live is not None and turn in live.waiting:
+            self.interrupt(turn, "expired")
+
+    def _aside(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
+
+    # --- running ---
+
+    async def _work(self, live: LiveSession, turn: Turn) -> None:
+        """One turn, from its claim to its stored ending."""
+        try:
+            if await self._claim(live, turn):
+                ending, reply = await self._answer(live, turn)
+                if ending is not None:
+                    await self._conclude(live, turn, ending, reply)
+        finally:
+            live.running = None
+            if turn.ending is not None:
+                self.turns.pop(turn.id, None)
+            self._pump(live)
+
+    async def _claim(self, live: LiveSession, turn: Turn) -> bool:
+        """Waits until the turn is the running one of its session, also among other instances; False
+        when it is no longer this instance's to run."""
+        if turn.row.state == "running":
+            self._refresh(live, turn.session)
+            return turn.interruption != "ended"
+        while turn.interruption is None:
+            session = await self._insist(lambda: self._store.claim(turn.id, self._instance))
+            if session is not None:
+                self._refresh(live, session)
+                return True
+            found = await self._insist(lambda: self._store.turn(turn.id))
+            if found is None or found[0].instance != self._instance or not found[0].is_active:
+                self.watch_elsewhere(turn)
+                return False
+            await asyncio.sleep(ELSEWHERE_POLL_S)
+        return turn.interruption in {"stop", "expired"}
+
+    def _refresh(self, live: LiveSession, session: SessionRow) -> None:
+        """Forgets a history that somebody else has changed."""
+        live.row = session
+        if live.version != session.version:
+            live.history = None
+
+    async def _answer(self, live: LiveSession, turn: Turn) -> tuple[Ending | None, Reply | None]:
+        """The ending to store, and the reply with it; no ending when the turn must stay active."""
+        try:
+            history = await self._insist(lambda: self._history(live, turn))
+            options = GenerationOptions(**turn.row.options)
+            prompt = await history.fit(
+                turn.question or "",
+                budget=self._budget(options),
+                max_messages=self._settings.llm_max_history_messages,
+                context=self._llm.context,
+                count=self._llm.count_tokens,
+            )
+            return await self._generate(turn, prompt, options)
+        except PortalError as error:
+            return Failed(turn.id, error.info), None
+        except Exception:
+            log.exception("a turn failed", turn=turn.id)
+            return Failed(turn.id, Internal("The portal failed at this turn.").info), None
+
+    async def _history(self, live: LiveSession, turn: Turn) -> History:
+        if live.history is None or turn.question is None:
+            rows = await self._store.messages(turn.row.message_id, last=live.row.window_start)
+            turn.question = rows[-1].content if rows else ""
+            live.history = History.from_rows(live.row.system_prompt, rows)
+            live.version = live.row.version
+        return live.history
+
+    def _budget(self, options: GenerationOptions) -> int:
+        """Tokens for the prompt: what the setting allows, and what the server's context has room for
+        beside the reply."""
+        budget = self._settings.llm_max_history_tokens
+        context = self._llm.context
+        if context is None:
+            return budget
+        reserve = options.max_tokens or self._settings.llm_max_tokens
+        return min(budget, max(context - reserve, context // 4))
+
+    async def _generate(
+        self, turn: Turn, prompt: Sequence[Message], options: GenerationOptions
+    ) -> tuple[Ending | None, Reply | None]:
+        """Generates, with the turn's events, and tells how it ended."""
+        turn.interruptible = True
+        try:
+            if turn.interruption is not None:
+                return _interrupted(turn)
+            return _finished(turn, await self._stream(turn, prompt, options), prompt)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if turn.interruption is None or task is None:
+                raise
+            task.uncancel()
+            return _interrupted(turn)
+        except Expired:
+            return ExpiredEvent(turn.id), None
+        finally:
+            turn.interruptible = False
+
+    async def _stream(self, turn: Turn, prompt: Sequence[Message], options: GenerationOptions) -> Done:
+        async with aclosing(self._llm.stream(prompt, options, deadline=turn.row.deadline)) as updates:
+            async for update in updates:
+                if isinstance(update, InQueue):
+                    turn.queued(update.position, update.eta_s)
+                elif isinstance(update, Done):
+                    return update
+                elif update.kind == "text":
+                    turn.token(update.content)
+                else:
+                    turn.thinking(update.content)
+        raise AssertionError("a generation ended without saying so")
+
+    async def _work_unstored(
+        self, turn: Turn, messages: Sequence[Message], options: GenerationOptions
+    ) -> None:
+        ending: Ending | None = None
+        try:
+            ending, _ = await self._generate(turn, messages, options)
+        except PortalError as error:
+            ending = Failed(turn.id, error.info)
+        finally:
+            self.turns.pop(turn.id, None)
+            turn.end(ending or Failed(turn.id, Internal("The portal failed at this turn.").info))
+
+    # --- ending ---
+
+    async def _conclude(self, live: LiveSession, turn: Turn, ending: Ending, reply: Reply | None) -> None:
+        """Stores the ending, however long the database refuses, and tells the followers."""
+        history = live.history if live.running is turn else None
+        start = None if history is None else history.window_start or turn.row.message_id
+        try:
+            ended = await self._insist(
+                lambda: self._store.end(turn.row, ending, reply=reply, trace=turn.trace, window_start=start)
+            )
+        except StaleAttempt:
+            log.warning("a turn was taken over", turn=turn.id)
+            live.history = None
+            self.watch_elsewhere(turn)
+            return
+        if history is not None and reply is not None:
+            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage)
+        if not (ended.first and ended.version == live.version + 1):
+            live.history = None  # somebody else has changed it too
+        live.version = ended.version
+        self.settle(turn, ended)
+
+    def settle(self, turn: Turn, ended: Ended) -> None:
+        """The ending of a turn is stored: tells its followers, and the outbox."""
+        self.turns.pop(turn.id, None)
+        turn.end(ended.ending)
+        log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
+        for delivery in ended.deliveries:
+            self.on_delivery(delivery, turn)
+
+    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeats a transaction for as long as the database cannot take it: locked, full, away."""
+        pause = RETRY_FIRST_S
+        while True:
+            try:
+                return await call()
+            except OperationalError as error:
+                log.warning("the database does not answer", reason=type(error.orig).__name__)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_MOST_S)
+
+    # --- turns of other instances ---
+
+    def turn_elsewhere(self, row: TurnRow, session: SessionRow) -> Turn:
+        """A turn that is not, or no longer, this process's: recalled, or watched until it ends."""
+        if not row.is_active:
+            return recall(row, session)
+        turn = Turn(row, session)
+        self.watch_elsewhere(turn)
+        return turn
+
+    def watch_elsewhere(self, turn: Turn) -> None:
+        """Follows a turn that another process runs, until it ends there or is taken up here."""
+        turn.task = None
+        self.turns[turn.id] = turn
+        self._aside(self._poll(turn), f"watch {turn.id}")
+
+    async def _poll(self, turn: Turn) -> None:
+        while turn.task is None and not self._closing:
+            found = await self._insist(lambda: self._store.turn(turn.id))
+            if found is None or not found[0].is_active:
+                self.turns.pop(turn.id, None)
+                if found is not None:
+                    turn.take_events(recall(*found))
+                return
+            await asyncio.sleep(ELSEWHERE_POLL_S)
+
+
+def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:
+    if turn.interruption == "expired":
+        return ExpiredEvent(turn.id), None
+    if turn.interruption != "stop":
+        return None, None
+    response = "".join(turn.response)
+    if not response:
+        return Cancelled(turn.id, "", None), None
+    reply = Reply(new_id(), response, [], None)
+    stored = turn.row.message_id != ""
+    return Cancelled(turn.id, response, reply.message_id if stored else None), reply
+
+
+def _finished(turn: Turn, done: Done, prompt: Sequence[Message]) -> tuple[Final, Reply]:
+    now = time.monotonic()
+    response = "".join(turn.response)
+    usage = done.usage or _estimated_usage(prompt, response)
+    reply = Reply(new_id(), response, done.tool_calls, usage)
+    ttft = None if turn.first_token_at is None else round((turn.first_token_at - turn.began) * 1000)
+    final = Final(
+        turn.id,
+        response=response,
+        finish_reason=done.finish_reason,
+        usage=usage,
+        tool_calls=done.tool_calls,
+        elapsed_ms=round((now - turn.began) * 1000),
+        ttft_ms=ttft,
+        message_id=reply.message_id if turn.row.message_id else None,
+    )
+    return final, reply
+
+
+def _estimated_usage(prompt: Sequence[Message], response: str) -> Usage:
+    sent = sum(estimate_tokens(str(message.get("content", ""))) for message in prompt)
+    return Usage(sent, estimate_tokens(response), estimated=True)

@@ -1,0 +1,237 @@
+"""A turn while it lives: its events, and those who follow them.
+
+Every event has a number within its attempt: 0 is `accepted`; in later attempts 1 is `restarted`.
+What a follower has seen it names by `(attempt, n)`, and gets the rest, whichever door it comes by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from app.errors import Expired, InvalidRequest, Superseded, from_info
+from app.events import (
+    Accepted,
+    Cancelled,
+    Ending,
+    ExpiredEvent,
+    Final,
+    Queued,
+    Restarted,
+    SupersededBy,
+    Thinking,
+    Token,
+    TurnEvent,
+    decode_ending,
+    encode,
+)
+from app.services.store import SessionRow, TurnRow
+
+Interruption = Literal["stop", "expired", "ended", "shutdown"]
+"""Why a turn's generation is cut off."""
+
+Position = tuple[int, int]
+"""(attempt, n): the last event that a follower has seen."""
+
+_encode_trace = msgspec.msgpack.Encoder().encode
+_decode_trace = msgspec.msgpack.Decoder().decode
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """An event with its place in the turn. `json` is the event, encoded once for all followers."""
+
+    attempt: int
+    n: int
+    event: TurnEvent
+    json: bytes
+
+    @property
+    def id(self) -> str:
+        """The place as the id of a server-sent event: `attempt.n`."""
+        return f"{self.attempt}.{self.n}"
+
+
+def parse_position(text: str) -> Position:
+    """The place that an event id names. Raises `InvalidRequest`."""
+    attempt, dot, n = text.partition(".")
+    if not (dot and attempt.isdecimal() and n.isdecimal() and len(text) < 20):
+        raise InvalidRequest("after: an event id such as 1.17 is needed")
+    return int(attempt), int(n)
+
+
+class Turn:
+    """A turn of this process. Only its session's worker adds events."""
+
+    def __init__(self, row: TurnRow, session: SessionRow) -> None:
+        self.row = row
+        self.session = session
+        self.began = time.monotonic()
+        self.first_token_at: float | None = None
+        self.response: list[str] = []
+        self.interruption: Interruption | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.interruptible = False
+        self.question: str | None = None
+        self.followers = 0
+        self.on_abandoned: Callable[[Turn], None] | None = None
+        self._events: list[Numbered] = []
+        self._trace: list[Any] = []
+        self._waiters: list[asyncio.Future[None]] = []
+        self._announce()
+
+    def _announce(self) -> None:
+        row, session = self.row, self.session
+        accepted = Accepted(row.id, session.session_id or None, row.request_id, row.message_id or None)
+        self._append(accepted)
+        if row.attempt > 1:
+            self._append(Restarted(row.id, row.attempt))
+
+    @property
+    def id(self) -> str:
+        """The turn's id."""
+        return self.row.id
+
+    @property
+    def ending(self) -> Ending | None:
+        """The last event, once there is one that ends the turn."""
+        last = self._events[-1].event
+        return last if isinstance(last, Ending) else None
+
+    def queued(self, position: int, eta_s: float) -> None:
+        """The turn waits for a place."""
+        self._trace.append([position, eta_s])
+        self._append(Queued(self.id, position, eta_s))
+
+    def thinking(self, content: str) -> None:
+        """A piece of reasoning has come."""
+        self._trace.append(content)
+        self._append(Thinking(self.id, content))
+
+    def token(self, content: str) -> None:
+        """A piece of the reply has come."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self.response.append(content)
+        self._trace.append(len(content))
+        self._append(Token(self.id, content))
+
+    def end(self, ending: Ending) -> None:
+        """The ending is stored."""
+        if self.ending is None:
+            self._append(ending)
+
+    def take_events(self, other: Turn) -> None:
+        """Takes over the events of the same turn as it ended elsewhere."""
+        self.row = other.row
+        self._events = other._events[:-1]
+        self._append(other._events[-1].event)
+
+    def restart(self, row: TurnRow) -> None:
+        """A new attempt begins, with nothing of what was before."""
+        self.row = row
+        self.interruption = None
+        self.first_token_at = None
+        self.response, self._trace, self._events = [], [], []
+        self._announce()
+
+    @property
+    def trace(self) -> bytes:
+        """Where the events of this attempt began and ended, for `replay`: a piece of the reply as
+        its length in characters, of the reasoning as its text, a place in the queue as a pair."""
+        return _encode_trace(self._trace)
+
+    async def follow(self, after: Position | None = None) -> AsyncGenerator[Sequence[Numbered], None]:
+        """Yields the events that come after `after`, in lists of all that are there, up to the
+        ending."""
+        with self._attended():
+            attempt, n = _start(after, self.row.attempt)
+            while True:
+                if attempt != self.row.attempt:
+                    attempt, n = self.row.attempt, 1
+                batch = self._events[n:]
+                if batch:
+                    yield batch
+                    n += len(batch)
+                elif self.ending is None:
+                    await self._change()
+                else:
+                    return
+
+    async def ended(self) -> Ending:
+        """The ending, once it is stored. Waiting for it is following."""
+        with self._attended():
+            while (ending := self.ending) is None:
+                await self._change()
+            return ending
+
+    @contextmanager
+    def _attended(self) -> Iterator[None]:
+        self.followers += 1
+        try:
+            yield
+        finally:
+            self.followers -= 1
+            if self.followers == 0 and self.ending is None and self.on_abandoned is not None:
+                self.on_abandoned(self)
+
+    async def _change(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            with suppress(ValueError):
+                self._waiters.remove(waiter)
+
+    def _append(self, event: TurnEvent) -> None:
+        self._events.append(Numbered(self.row.attempt, len(self._events), event, encode(event)))
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _start(after: Position | None, attempt: int) -> Position:
+    """Where to go on: in another attempt than the one that was seen, `restarted` comes first."""
+    if after is None:
+        return attempt, 0
+    if after[0] == attempt:
+        return attempt, after[1] + 1
+    return attempt, 1
+
+
+def recall(row: TurnRow, session: SessionRow) -> Turn:
+    """An ended turn with its events, from what is stored of it."""
+    assert row.ending is not None
+    ending = decode_ending(row.ending)
+    turn = Turn(row, session)
+    text = ending.response if isinstance(ending, Final | Cancelled) else ""
+    cursor = 0
+    for item in _decode_trace(row.trace) if row.trace else ():
+        if isinstance(item, int):
+            turn.token(text[cursor : cursor + item])
+            cursor += item
+        elif isinstance(item, str):
+            turn.thinking(item)
+        else:
+            turn.queued(*item)
+    turn.end(ending)
+    return turn
+
+
+def answer_of(ending: Ending) -> Final | Cancelled:
+    """The ending of a turn that has an answer, whole or stopped; raises the error of any other."""
+    if isinstance(ending, Final | Cancelled):
+        return ending
+    if isinstance(ending, SupersededBy):
+        raise Superseded(f"Superseded by request {ending.by}.")
+    if isinstance(ending, ExpiredEvent):
+        raise Expired("The deadline passed before the turn ran.")
+    raise from_info(ending.error)

@@ -1,0 +1,94 @@
+"""Starts the portal: `python run_server.py [--host HOST] [--port PORT] [--env-file FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from pydantic import ValidationError
+
+from app.config import DEFAULT_ENV_FILE, Settings, host_name, is_loopback, load_settings
+from app.logs import configure_logging, get_logger
+from app.main import create_app
+
+DRAIN_S = 10
+"""How long open requests may go on after the signal to stop."""
+
+
+def main() -> int:
+    """Runs the server until it is told to stop; returns the exit code."""
+    arguments = _arguments()
+    try:
+        settings = load_settings(arguments.env_file).with_instance(f"{host_name()}:{arguments.port}")
+    except ValidationError as error:
+        return _complain("The settings are wrong:", *_problems(error))
+    configure_logging(settings.log_level)
+    if not settings.secret_key.get_secret_value():
+        if not is_loopback(arguments.host):
+            return _complain(
+                f"SECRET_KEY is empty. To serve on {arguments.host}, set it in {arguments.env_file}."
+            )
+        get_logger(__name__).warning(
+            "SECRET_KEY is empty: a random one is used, and sign-ins end with this run"
+        )
+        settings = settings.with_secret()
+    # The port is taken before the database is opened: whoever has it is this instance, and no other
+    # process can take over its turns by mistake.
+    try:
+        listener = _bind(arguments.host, arguments.port)
+    except OSError as error:
+        return _complain(f"Port {arguments.port} on {arguments.host} cannot be used: {error.strerror}.")
+    return _serve(settings, listener)
+
+
+def _serve(settings: Settings, listener: socket.socket) -> int:
+    config = uvicorn.Config(
+        create_app(settings),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    server = uvicorn.Server(config)
+    # paho's sockets are watched by the event loop, which Windows' default loop cannot do.
+    factory = asyncio.SelectorEventLoop if sys.platform == "win32" else config.get_loop_factory()
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(server.serve(sockets=[listener]))
+    return 0 if server.started else 3
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    if sys.platform != "win32":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    return listener
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Starts Prompt Portal.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    parser.add_argument("--env-file", type=Path, default=DEFAULT_ENV_FILE, help="settings (backend/.env)")
+    return parser.parse_args()
+
+
+def _problems(error: ValidationError) -> list[str]:
+    return [
+        f"  {'.'.join(map(str, found['loc'])).upper() or 'settings'}: {found['msg']}"
+        for found in error.errors()
+    ]
+
+
+def _complain(*lines: str) -> int:
+    print(*lines, sep="\n", file=sys.stderr)  # noqa: T201 - there is no log yet
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
