@@ -145,7 +145,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class _ModelMeta(msgspec.Struct):
@@ -617,7 +617,7 @@ class _ReplyReader:
         except msgspec.MsgspecError:
             raise LLMError("The LLM server sent something that is no chat completion.") from None
         if chunk.error is not None:
-            raise LLMError(_error_text(bytes(chunk.error)), retryable=True)
+            raise LLMError(_message_in(chunk.error) or "The LLM server failed.", retryable=True)
         self._usage = chunk.usage or self._usage
         for choice in chunk.choices[:1]:
             self._finish_reason = choice.finish_reason or self._finish_reason
@@ -699,11 +699,15 @@ async def _refusal(response: aiohttp.ClientResponse, model: str | None) -> Porta
 
 
 def _error_text(body: bytes) -> str:
-    """The message in an error object, in any of the forms that servers use."""
+    """The message in the body of an error answer."""
     try:
-        found = msgspec.json.decode(body)
+        return _message_in(msgspec.json.decode(body))
     except msgspec.MsgspecError:
         return ""
+
+
+def _message_in(found: Any) -> str:
+    """The message in an error object, in any of the forms that servers use."""
     while isinstance(found, dict):
         found = found.get("error") or found.get("message") or found.get("detail")
     return found[:500] if isinstance(found, str) else ""

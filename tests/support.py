@@ -1,0 +1,287 @@
+"""Starts the real parts that tests need: the portal, llama.cpp, Mosquitto, PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+
+from app.config import child_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "kT9vQ2mX7pLw4ZrN8sBd3HfYc6JgUeA1oRiV5tKy"
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "the condition") -> Any:
+    """The first true value of `condition()`; fails when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come about within {seconds} s")
+
+
+def answers(port: int) -> bool:
+    """Whether something listens on the port."""
+    with socket.socket() as sock:
+        sock.settimeout(1)
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def program(name: str) -> str:
+    """The path of an installed program, also where it is not on a user's PATH."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"  # noqa: TID251
+    found = shutil.which(name, path=path)
+    assert found, f"{name} is needed; `./setup_llm.sh test` installs it"
+    return found
+
+
+class Process:
+    """A program with its output in a file."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def kill(self) -> None:
+        """As `kill -9`."""
+        self._popen.kill()
+        self._popen.wait()
+
+    def stop(self, seconds: float = 15.0) -> int:
+        """As Ctrl-C in a service manager; returns the exit code."""
+        if self.alive():
+            self._popen.send_signal(signal.SIGTERM)
+        return self._popen.wait(seconds)
+
+    def ready(self, port: int, seconds: float = 30.0) -> None:
+        """Waits until it listens."""
+
+        def listening() -> bool:
+            assert self.alive(), self.log.read_text()
+            return answers(port)
+
+        wait_until(listening, seconds, f"{self.log.stem} on port {port}")
+
+
+class LlamaServer:
+    """llama.cpp with the starter model."""
+
+    def __init__(self, model: Path, directory: Path, *, slots: int = 4, context: int = 2048) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "/tmp/m/serve.py", str(model), str(self.port)]  # TEMPORARY
+        self._log = directory / "llama.log"
+        self.start()
+
+    def start(self) -> None:
+        self._process = Process(self._command, self._log, child_environment({}))
+        self._process.ready(self.port)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+
+class Mosquitto:
+    """A broker on a port of its own, with its state in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self._config = directory / "mosquitto.conf"
+        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
+        lines += ["persistence true", f"persistence_location {directory}/", "max_queued_messages 100000"]
+        self._config.write_text("\n".join([*lines, "user root", ""]))
+        self.start()
+
+    def start(self) -> None:
+        log = self._config.with_suffix(".log")
+        self._process = Process([program("mosquitto"), "-c", str(self._config)], log)
+        self._process.ready(self.port)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+
+class Portal:
+    """The backend as users run it: `run_server.py` in a process of its own."""
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.env_file = directory / ".env"
+        values = {"SECRET_KEY": SECRET, "LOG_LEVEL": "info", **settings}
+        self.env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+        self.log = directory / "portal.log"
+        self.process: Process | None = None
+
+    def start(self, *, ready: bool = True) -> Portal:
+        command = [sys.executable, str(ROOT / "backend" / "run_server.py"), "--port", str(self.port)]
+        command += ["--env-file", str(self.env_file)]
+        self.process = Process(command, self.log, child_environment({}))
+        self.process.ready(self.port)
+        wait_until(lambda: self._get("/health/live"), what="liveness")
+        if ready:
+            wait_until(lambda: self._get("/health/ready"), what="readiness")
+        return self
+
+    def _get(self, path: str) -> bool:
+        assert self.process is not None
+        assert self.process.alive(), self.log.read_text()[-3000:]
+        try:
+            return httpx.get(self.url + path, timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+
+    def stop(self) -> int:
+        assert self.process is not None
+        return self.process.stop()
+
+    @contextmanager
+    def client(self, username: str = "ada") -> Iterator[httpx.Client]:
+        """An HTTP client that is signed in; the account is made when it is new."""
+        account = {"username": username, "email": f"{username}@example.org", "password": "correct horse"}
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            registered = client.post("/api/auth/register", json=account)
+            assert registered.status_code in {201, 409}, registered.text
+            token = client.post("/api/auth/login", json=account).json()["access_token"]
+            client.headers["Authorization"] = f"Bearer {token}"
+            yield client
+
+
+def token_of(client: httpx.Client) -> str:
+    """The access token that a client sends."""
+    return client.headers["Authorization"].removeprefix("Bearer ")
+
+
+class GameClient:
+    """An MQTT client as games have it: it keeps what it receives."""
+
+    def __init__(self, port: int, *subscriptions: str, protocol: MQTTProtocolVersion | None = None) -> None:
+        self.received: list[tuple[str, bytes, bool]] = []
+        self._change = threading.Condition()
+        self._subscribed = threading.Event()
+        self._client = paho.Client(
+            CallbackAPIVersion.VERSION2, protocol=protocol or MQTTProtocolVersion.MQTTv311
+        )
+
+        def connected(*_: Any) -> None:
+            self._client.subscribe([(topic, 1) for topic in subscriptions])
+
+        def subscribed(*_: Any) -> None:
+            self._subscribed.set()
+
+        def message(_client: Any, _data: Any, received: paho.MQTTMessage) -> None:
+            with self._change:
+                self.received.append((received.topic, bytes(received.payload), received.retain))
+                self._change.notify_all()
+
+        self._client.on_connect, self._client.on_subscribe = connected, subscribed
+        self._client.on_message = message
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+        assert self._subscribed.wait(10)
+
+    def publish(self, topic: str, payload: Any, *, retain: bool = False) -> None:
+        """Publishes at QoS 1 and waits for the broker's confirmation. Dicts go as JSON."""
+        data = json.dumps(payload) if isinstance(payload, dict) else payload
+        self._client.publish(topic, data, qos=1, retain=retain).wait_for_publish(10)
+
+    def messages(self, topic: str) -> list[bytes]:
+        """What has come on a topic."""
+        with self._change:
+            return [payload for name, payload, _ in self.received if name == topic]
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+        """The first true value of `condition()`, looked at whenever a message comes."""
+        with self._change:
+            found = self._change.wait_for(condition, seconds)
+        assert found, f"it did not come within {seconds} s; received: {self.received[-20:]}"
+        return found
+
+    def reply(self, topic: str, number: int = 1, seconds: float = 30.0) -> bytes:
+        """The `number`th message on a topic."""
+        self.wait_for(lambda: len(self.messages_unlocked(topic)) >= number, seconds)
+        return self.messages(topic)[number - 1]
+
+    def messages_unlocked(self, topic: str) -> list[bytes]:
+        return [payload for name, payload, _ in self.received if name == topic]
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@contextmanager
+def postgres(directory: Path) -> Iterator[str]:
+    """A PostgreSQL cluster of its own; yields the URL of its database."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    tool = (lambda name: str(binaries[-1] / name)) if binaries else program
+    # PostgreSQL refuses to run as root.
+    run_as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    data, port = directory / "data", free_port()
+    if run_as:
+        shutil.chown(directory, "postgres")
+        for parent in directory.parents:
+            if parent.stat().st_uid == 0 and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+                parent.chmod(0o755)
+    init = [tool("initdb"), "-D", str(data), "-U", "portal", "--auth=trust", "-E", "UTF8", "--locale=C"]
+    subprocess.run([*run_as, *init], check=True, capture_output=True, cwd="/")
+    options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={directory}"]
+    options += ["-c", "fsync=off", "-p", str(port)]
+    server = Process([*run_as, tool("postgres"), "-D", str(data), *options], directory.parent / "postgres.log")
+    try:
+        server.ready(port)
+        url = f"postgresql://portal@127.0.0.1:{port}/postgres"
+        wait_until(lambda: _accepts(url), what="PostgreSQL")
+        yield url
+    finally:
+        server.stop()
+
+
+def _accepts(url: str) -> bool:
+    import psycopg
+
+    try:
+        psycopg.connect(url).close()
+    except psycopg.OperationalError:
+        return False
+    return True

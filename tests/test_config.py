@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.config import EXAMPLE_FILE, Settings, env_example, is_loopback, load_settings
+
+
+def test_the_example_is_generated_from_the_settings() -> None:
+    assert EXAMPLE_FILE.read_text() == env_example(), "run `make generate`"
+
+
+def test_the_example_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_settings(EXAMPLE_FILE).model_dump() == load_settings(tmp_path / "none").model_dump()
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("SECRET_KEY=short", "secret_key"),
+        ("SECRET_KEY=please-change-me-please-change-me-please", "secret_key"),
+        ("SECRET_KEY=aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "secret_key"),
+        ("LLM_SERVER_URL=localhost:8080", "llm_server_url"),
+        ("LLM_SERVER_URL=ftp://localhost", "llm_server_url"),
+        ("LLM_TEMPERATURE=3", "llm_temperature"),
+        ("LLM_MAX_CONCURRENCY=0", "llm_max_concurrency"),
+        ("MQTT_BROKER_URL=http://localhost", "mqtt_broker_url"),
+        ("MQTT_PROJECTS=maze,a/b", "mqtt_projects"),
+        ("CORS_ORIGINS=*", "cors_origins"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, line: str, name: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(line)
+    with pytest.raises(ValidationError) as error:
+        load_settings(env_file)
+    assert [found["loc"] for found in error.value.errors()] == [(name,)]
+
+
+def test_the_environment_comes_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("LLM_TIMEOUT=10\nLLM_TOP_P=0.5\nMQTT_PROJECTS=a b,c\n")
+    monkeypatch.setenv("LLM_TIMEOUT", "20")
+    settings = load_settings(env_file)
+    assert (settings.llm_timeout, settings.llm_top_p) == (20, 0.5)
+    assert settings.mqtt_projects == ("a", "b", "c")
+
+
+def test_a_relative_database_file_lies_beside_the_env_file(tmp_path: Path) -> None:
+    settings = load_settings(tmp_path / ".env", database_url="sqlite:///x.db")
+    assert settings.sqlalchemy_url == f"sqlite:///{tmp_path}/x.db"
+    server = load_settings(tmp_path / ".env", database_url="postgresql://u@h/d")
+    assert server.sqlalchemy_url == "postgresql+psycopg://u@h/d"
+
+
+@pytest.mark.parametrize(
+    ("broker", "anonymous", "expected"),
+    [
+        ("mqtt://localhost:1883", None, True),
+        ("mqtt://127.0.0.1", None, True),
+        ("mqtt://10.0.0.5", None, False),
+        ("mqtt://10.0.0.5", "allow", True),
+        ("mqtt://localhost", "deny", False),
+    ],
+)
+def test_anonymous_messages_need_loopback_or_a_clear_word(
+    broker: str, anonymous: str | None, expected: bool
+) -> None:
+    settings = Settings(_env_file=None, mqtt_broker_url=broker, mqtt_anonymous=anonymous)
+    assert settings.anonymous_mqtt is expected
+
+
+def test_loopback() -> None:
+    assert [is_loopback(host) for host in ("localhost", "127.0.0.8", "::1", "[::1]")] == [True] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "example.org", "")] == [False] * 4

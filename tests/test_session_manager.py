@@ -1,0 +1,416 @@
+"""Turns, end to end below the doors, with an LLM server that does as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+import pytest
+from fake_llm import FakeLLM, Script, text
+
+from app.config import Settings
+from app.container import Container, open_container
+from app.errors import Conflict, Expired, InvalidRequest, LLMUnavailable, NotFound, Overloaded
+from app.events import (
+    Cancelled,
+    ExpiredEvent,
+    Failed,
+    Final,
+    GenerationOptions,
+    Queued,
+    Thinking,
+    Token,
+    TurnRequest,
+)
+from app.loop import BackgroundLoop
+from app.services.session_manager import SessionManager
+from app.services.turns import Numbered, Position, Turn, answer_of
+
+SettingsFor = Callable[..., Settings]
+
+
+@pytest.fixture
+async def portal(fake: FakeLLM, settings_for: SettingsFor) -> AsyncIterator[Container]:
+    async with open_container(settings_for(fake.url)) as container:
+        yield container
+
+
+@pytest.fixture
+def sessions(portal: Container) -> SessionManager:
+    return portal.sessions
+
+
+def request(message: str = "hi", **changes: Any) -> TurnRequest:
+    return TurnRequest(**{"owner": "user:1", "session_id": "s", "message": message, **changes})
+
+
+async def events(turn: Turn, after: Position | None = None) -> list[Numbered]:
+    """All events of a turn, up to its end."""
+    async with aclosing(turn.follow(after)) as batches:
+        return [event async for batch in batches for event in batch]
+
+
+async def told(sessions: SessionManager, session_id: str = "s") -> list[tuple[str, str]]:
+    page = await sessions.page("user:1", session_id)
+    return [(message.content, message.status) for message in page.messages]
+
+
+def sent(fake: FakeLLM, number: int = -1) -> list[str]:
+    """The messages of a request to the LLM server."""
+    return [message["content"] for message in fake.requests[number]["messages"]]
+
+
+async def test_a_turn_answers_and_is_remembered(fake: FakeLLM, sessions: SessionManager) -> None:
+    turn = await sessions.submit(request("hi", system_prompt="Be kind."))
+    seen = await events(turn)
+    assert [event.id for event in seen] == ["1.0", "1.1", "1.2", "1.3"] or len(seen) == 3
+    tokens = "".join(event.event.content for event in seen if isinstance(event.event, Token))
+    final = seen[-1].event
+    assert isinstance(final, Final)
+    assert final.response == tokens == "Hello there"
+    assert (final.usage.prompt_tokens, final.usage.completion_tokens) == (7, 2)
+    await (await sessions.submit(request("and?", system_prompt="Not this."))).ended()
+    assert sent(fake) == ["Be kind.", "hi", "Hello there", "and?"]
+    assert await told(sessions) == [
+        (content, "complete") for content in ("hi", "Hello there", "and?", "Hello there")
+    ]
+
+
+async def test_turns_of_a_session_run_in_order_and_sessions_side_by_side(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(echo=True, before_first=0.02)
+    turns = [await sessions.submit(request(f"{n}", session_id=f"s{n % 4}")) for n in range(20)]
+    await asyncio.gather(*(turn.ended() for turn in turns))
+    assert 1 < fake.most_running <= 4
+    for session in range(4):
+        asked = [content for content, _ in await told(sessions, f"s{session}")][::2]
+        assert asked == [f"{n}" for n in range(20) if n % 4 == session]
+
+
+async def test_sixty_four_threads_and_sixty_four_tasks_share_sixteen_sessions(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    fake.script = Script(echo=True)
+    background = BackgroundLoop()
+    stack = AsyncExitStack()
+
+    def on_portal_loop(coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, background.loop).result(60)
+
+    settings = settings_for(fake.url, llm_max_concurrency=16)
+    container = await asyncio.to_thread(on_portal_loop, stack.enter_async_context(open_container(settings)))
+    manager: SessionManager = container.sessions
+
+    def from_thread(number: int) -> list[str]:
+        return [
+            manager.process_message(f"s{number % 16}", "", f"t{number}.{k}", request_id=f"t{number}.{k}")
+            for k in range(3)
+        ]
+
+    async def from_task(number: int) -> list[str]:
+        return [
+            await manager.aprocess_message(f"s{number % 16}", "", f"a{number}.{k}") for k in range(3)
+        ]
+
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(64) as pool:
+        threads = [loop.run_in_executor(pool, from_thread, number) for number in range(64)]
+        replies = await asyncio.gather(*threads, *(from_task(number) for number in range(64)))
+    expected = [[f"echo: {kind}{n}.{k}" for k in range(3)] for kind in "ta" for n in range(64)]
+    assert replies == expected
+
+    for session in range(16):
+        page = await asyncio.to_thread(on_portal_loop, manager.page("local", f"s{session}"))
+        said = [message.content for message in page.messages]
+        assert len(said) == 2 * 8 * 3
+        assert all(answer == f"echo: {asked}" for asked, answer in zip(said[::2], said[1::2], strict=True))
+        for kind in "ta":
+            for number in range(session, 64, 16):
+                mine = [one for one in said[::2] if one.startswith(f"{kind}{number}.")]
+                assert mine == [f"{kind}{number}.{k}" for k in range(3)]
+    await asyncio.to_thread(on_portal_loop, stack.aclose())
+    await asyncio.to_thread(background.stop)
+
+
+async def test_the_blocking_methods_refuse_the_loops_own_thread(portal: Container) -> None:
+    with pytest.raises(RuntimeError, match="await"):
+        portal.sessions.process_message("s", "", "hi")
+    with pytest.raises(RuntimeError, match="await"):
+        portal.llm.generate([{"role": "user", "content": "hi"}])
+    assert await portal.sessions.aprocess_message("s", "", "hi") == "Hello there"
+
+
+async def test_a_request_id_makes_one_generation(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(before_first=0.05)
+    turns = await asyncio.gather(*(sessions.submit(request(request_id="r")) for _ in range(5)))
+    endings = await asyncio.gather(*(turn.ended() for turn in turns))
+    assert len(fake.requests) == 1
+    assert endings == [endings[0]] * 5
+    replayed = await sessions.submit(request(request_id="r"))
+    assert [event.json for event in await events(replayed)] == [event.json for event in await events(turns[0])]
+    with pytest.raises(Conflict):
+        await sessions.submit(request("else", request_id="r"))
+    assert len(fake.requests) == 1
+
+
+async def test_a_retryable_failure_begins_a_new_attempt(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(status=500)
+    first = await sessions.submit(request(request_id="r"))
+    failed = await first.ended()
+    assert isinstance(failed, Failed)
+    assert (failed.error.code, failed.error.retryable) == ("llm_error", True)
+    fake.script = Script()
+    again = await sessions.submit(request(request_id="r"))
+    kinds = [event.id for event in await events(again)]
+    assert again.id == first.id
+    assert kinds[:2] == ["2.0", "2.1"]
+    assert answer_of(await again.ended()).response == "Hello there"
+    assert await told(sessions) == [("hi", "complete"), ("Hello there", "complete")]
+
+
+async def test_a_failed_message_is_kept_but_not_sent(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(status=400)
+    ending = await (await sessions.submit(request("bad"))).ended()
+    assert isinstance(ending, Failed)
+    assert not ending.error.retryable
+    fake.script = Script()
+    await (await sessions.submit(request("good"))).ended()
+    assert sent(fake) == ["good"]
+    assert [status for _, status in await told(sessions)] == ["failed", "complete", "complete"]
+
+
+async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(pieces=text("One", " two", *[" more"] * 500), between=0.02)
+    turn = await sessions.submit(request())
+    async with aclosing(turn.follow()) as batches:
+        async for batch in batches:
+            if isinstance(batch[-1].event, Token):
+                break
+    assert await sessions.stop("user:1", "s") == turn.id
+    ending = await turn.ended()
+    assert isinstance(ending, Cancelled)
+    assert ending.response.startswith("One")
+    await fake.until(lambda: fake.dropped == 1, 1.0)
+    fake.script = Script()
+    await (await sessions.submit(request("go on"))).ended()
+    assert sent(fake) == ["hi", ending.response, "go on"]
+    assert (await told(sessions))[1] == (ending.response, "cancelled")
+    assert await sessions.stop("user:1", "s") is None
+
+
+async def test_a_turn_that_is_not_detached_ends_with_its_last_follower(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(pieces=text(*["more "] * 500), between=0.02)
+    leaving = await sessions.submit(request(detached=False))
+    staying = await sessions.submit(request(session_id="t", detached=True))
+    followers = [asyncio.create_task(turn.ended()) for turn in (leaving, leaving, staying)]
+    await fake.until(lambda: fake.running == 2)
+    followers[0].cancel()
+    followers[2].cancel()
+    await asyncio.sleep(0)
+    assert (leaving.followers, fake.dropped) == (1, 0)
+    followers[1].cancel()
+    await fake.until(lambda: fake.dropped == 1, 1.0)
+    assert staying.ending is None
+    await sessions.stop("user:1", "t")
+
+
+async def test_clear_stops_drops_and_forgets(fake: FakeLLM, sessions: SessionManager) -> None:
+    await (await sessions.submit(request("before", system_prompt="Be kind."))).ended()
+    fake.script = Script(pieces=text(*["more "] * 500), between=0.02)
+    turns = [await sessions.submit(request(f"{n}")) for n in range(3)]
+    await fake.until(lambda: fake.running == 1)
+    await sessions.clear("user:1", "s")
+    assert [type(await turn.ended()) for turn in turns] == [Cancelled] * 3
+    await fake.until(lambda: fake.dropped == 1, 1.0)
+    assert await told(sessions) == []
+    fake.script = Script()
+    await (await sessions.submit(request("after"))).ended()
+    assert sent(fake) == ["Be kind.", "after"]
+
+
+async def test_a_deadline_bounds_the_wait_and_not_the_generation(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    async with open_container(settings_for(fake.url, llm_max_concurrency=1)) as portal:
+        fake.script = Script(between=0.2)
+        runs = await portal.sessions.submit(request("runs", deadline=time.time() + 0.1))
+        await fake.until(lambda: fake.running == 1)
+        behind = await portal.sessions.submit(request("behind", deadline=time.time() + 0.1))
+        queued = await portal.sessions.submit(request("queued", session_id="t", deadline=time.time() + 0.1))
+        endings = [await turn.ended() for turn in (behind, queued, runs)]
+        assert [type(ending) for ending in endings] == [ExpiredEvent, ExpiredEvent, Final]
+        assert len(fake.requests) == 1
+        with pytest.raises(Expired):
+            answer_of(endings[0])
+        assert [status for _, status in await told(portal.sessions, "t")] == ["expired"]
+
+
+async def test_who_waits_for_a_place_is_told_where(fake: FakeLLM, settings_for: SettingsFor) -> None:
+    async with open_container(settings_for(fake.url, llm_max_concurrency=1, llm_max_queue=2)) as portal:
+        fake.script = Script(before_first=1.3)
+        turns = [await portal.sessions.submit(request(session_id=f"s{n}")) for n in range(3)]
+        await fake.until(lambda: portal.llm.places.waiting == 2)
+        with pytest.raises(Overloaded) as refused:
+            await portal.sessions.submit(request(session_id="s9"))
+        assert refused.value.retry_after is not None
+        seen = await events(turns[2])
+        positions = [event.event.position for event in seen if isinstance(event.event, Queued)]
+        assert positions == [2, 1]
+        recalled = await portal.sessions.find("user:1", turns[2].id)
+        assert [event.json for event in await events(recalled)] == [event.json for event in seen]
+
+
+async def test_thinking_is_streamed_apart_when_it_is_wanted(fake: FakeLLM, settings_for: SettingsFor) -> None:
+    async with open_container(settings_for(fake.url, llm_skip_thinking=False)) as portal:
+        fake.script = Script(pieces=[{"reasoning_content": "hm"}, *text("<thi", "nk>so</think>", "Yes")])
+        turn = await portal.sessions.submit(request())
+        seen = [event.event for event in await events(turn)]
+        thoughts = "".join(event.content for event in seen if isinstance(event, Thinking))
+        assert (thoughts, answer_of(await turn.ended()).response) == ("hmso", "Yes")
+        recalled = await portal.sessions.find("user:1", turn.id)
+        assert [event.event for event in await events(recalled)] == seen
+
+
+async def test_a_follower_can_come_back_at_any_event(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(pieces=text(*[f"{n} " for n in range(40)]), between=0.002)
+    turn = await sessions.submit(request())
+    live = await events(turn)
+    for after in range(len(live)):
+        for source in (turn, await sessions.find("user:1", turn.id)):
+            assert [event.json for event in await events(source, (1, after))] == [
+                event.json for event in live[after + 1 :]
+            ]
+
+
+async def test_another_owners_things_are_not_found(sessions: SessionManager) -> None:
+    turn = await sessions.submit(request())
+    await turn.ended()
+    for call in (
+        sessions.find("user:2", turn.id),
+        sessions.page("user:2", "s"),
+        sessions.clear("user:2", "s"),
+        sessions.stop("user:2", "s"),
+    ):
+        with pytest.raises(NotFound):
+            await call
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"session_id": "a b"},
+        {"session_id": ""},
+        {"session_id": "x" * 129},
+        {"session_id": "s\n"},
+        {"request_id": "a/b"},
+        {"message": "  "},
+    ],
+)
+async def test_bad_requests_are_refused_before_anything_is_stored(
+    sessions: SessionManager, changes: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(changes))):
+        await sessions.submit(request(**changes))
+
+
+async def test_turns_of_a_process_that_died_are_taken_up(fake: FakeLLM, settings_for: SettingsFor) -> None:
+    settings = settings_for(fake.url, instance="one")
+    fake.script = Script(pieces=text(*["more "] * 500), between=0.02)
+    async with open_container(settings) as portal:
+        turn = await portal.sessions.submit(request(request_id="r"))
+        waiting = await portal.sessions.submit(request("next", request_id="r2"))
+        alone = await portal.sessions.submit(request("alone", session_id="t", detached=False))
+        await fake.until(lambda: fake.running == 2)
+    fake.script = Script(echo=True)
+    async with open_container(settings) as portal:
+        again = await portal.sessions.submit(request(request_id="r"))
+        seen = await events(again, (1, 3))
+        assert (again.id, seen[0].id) == (turn.id, "2.1")
+        assert answer_of(await again.ended()).response == "echo: hi"
+        then = await portal.sessions.find("user:1", waiting.id)
+        assert (await events(then))[0].id == "1.0", "it had not begun"
+        assert answer_of(await then.ended()).response == "echo: next"
+        left = await portal.sessions.find("user:1", alone.id)
+        assert isinstance(await left.ended(), Cancelled), "nobody follows it any more"
+        assert sent(fake) == ["hi", "echo: hi", "next"]
+
+
+async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: SettingsFor) -> None:
+    fake.script = Script(echo=True, before_first=0.05)
+    async with (
+        open_container(settings_for(fake.url, instance="one")) as one,
+        open_container(settings_for(fake.url, instance="two")) as two,
+    ):
+        turns = [await (one, two)[n % 2].sessions.submit(request(f"{n}")) for n in range(6)]
+        await asyncio.gather(*(turn.ended() for turn in turns))
+        assert [content for content, _ in await told(one.sessions)][::2] == [f"{n}" for n in range(6)]
+        assert sent(fake) == [*[said for n in range(5) for said in (f"{n}", f"echo: {n}")], "5"]
+        elsewhere = await two.sessions.submit(request("6"))
+        followed = await one.sessions.find("user:1", elsewhere.id)
+        assert answer_of(await followed.ended()).response == "echo: 6"
+
+
+async def test_it_works_when_the_llm_server_comes_later(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    from fake_llm import serve
+    from support import free_port
+
+    port = free_port()
+    async with open_container(settings_for(f"http://127.0.0.1:{port}")) as portal:
+        assert (await portal.llm.ahealth()).status == "down"
+        with pytest.raises(LLMUnavailable):
+            await portal.sessions.aprocess_message("s", "", "hi")
+        async with serve(FakeLLM(), port), asyncio.timeout(5):
+            while (await portal.llm.ahealth()).status != "ok":
+                await asyncio.sleep(0.05)
+            assert await portal.sessions.aprocess_message("s", "", "hi") == "Hello there"
+
+
+async def test_a_chat_without_a_session_is_not_stored(fake: FakeLLM, sessions: SessionManager) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    turn = sessions.chat("user:1", messages, GenerationOptions(temperature=0))
+    assert answer_of(await turn.ended()).message_id is None
+    assert fake.requests[-1]["temperature"] == 0
+    with pytest.raises(NotFound):
+        await sessions.find("user:1", turn.id)
+
+
+def test_plain_python_needs_no_loop(fake_in_thread: str, settings_for: SettingsFor) -> None:
+    background = BackgroundLoop()
+    stack = AsyncExitStack()
+    opening = stack.enter_async_context(open_container(settings_for(fake_in_thread)))
+    container = asyncio.run_coroutine_threadsafe(opening, background.loop).result(20)
+    assert container.llm.generate([{"role": "user", "content": "hi"}], max_tokens=3) == "Hello there"
+    assert list(container.llm.generate_stream([{"role": "user", "content": "hi"}]))[0].startswith("Hello")
+    assert container.llm.health().status == "ok"
+    assert [model.id for model in container.llm.models()] == ["fake-1"]
+    asyncio.run_coroutine_threadsafe(stack.aclose(), background.loop).result(20)
+    background.stop()
+
+
+@pytest.fixture
+def fake_in_thread() -> Any:
+    """The fake LLM server for a test that runs no loop."""
+    from fake_llm import serve
+
+    background = BackgroundLoop()
+    stack = AsyncExitStack()
+    fake = asyncio.run_coroutine_threadsafe(_serve(stack, serve), background.loop).result(20)
+    yield fake.url
+    asyncio.run_coroutine_threadsafe(stack.aclose(), background.loop).result(20)
+    background.stop()
+    assert threading.active_count() >= 1
+
+
+async def _serve(stack: AsyncExitStack, serve: Any) -> FakeLLM:
+    fake: FakeLLM = await stack.enter_async_context(serve(FakeLLM()))
+    return fake

@@ -1,0 +1,275 @@
+"""The store's promises, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from app.database import Database, migrate
+from app.errors import Conflict, ErrorInfo, Overloaded
+from app.events import Cancelled, Failed, Final, GenerationOptions, ReplyTarget, TurnRequest, Usage, new_id
+from app.services import store as store_module
+from app.services.store import Acceptance, Reply, StaleAttempt, Store
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'store.db'}"
+    else:
+        server = request.getfixturevalue("postgres_url").replace("postgresql://", "postgresql+psycopg://")
+        name = f"t{new_id()}"
+        admin = create_engine(server, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+        admin.dispose()
+        url = server.replace("/postgres", f"/{name}")
+    await asyncio.to_thread(migrate, url)
+    opened = Database(url)
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def store(database: Database) -> Store:
+    return Store(database)
+
+
+def request(message: str = "hi", **changes: Any) -> TurnRequest:
+    return TurnRequest(**{"owner": "user:1", "session_id": "s", "message": message, **changes})
+
+
+async def accept(store: Store, asked: TurnRequest, instance: str = "a") -> Acceptance:
+    return await store.accept(asked, turn_id=new_id(), instance=instance)
+
+
+def final(acceptance: Acceptance, response: str = "yes") -> tuple[Final, Reply]:
+    usage = Usage(5, 1)
+    reply = Reply(new_id(), response, [], usage)
+    return Final(acceptance.turn.id, response, "stop", usage, [], 1, 1, reply.message_id), reply
+
+
+async def finish(store: Store, acceptance: Acceptance, response: str = "yes") -> None:
+    ending, reply = final(acceptance, response)
+    await store.end(acceptance.turn, ending, reply=reply)
+
+
+async def contents(store: Store) -> list[tuple[str, str, str]]:
+    session = await store.session("user:1", "s")
+    assert session is not None
+    return [(row.role, row.content, row.status) for row in await store.messages(session.leaf_id)]
+
+
+async def test_a_turn_is_stored_and_ends_with_its_reply(store: Store) -> None:
+    accepted = await accept(store, request("hi", system_prompt="Be kind.", options=GenerationOptions(seed=3)))
+    assert (accepted.kind, accepted.turn.state, accepted.turn.attempt) == ("new", "running", 1)
+    assert accepted.turn.options == {"seed": 3}
+    assert accepted.session.system_prompt == "Be kind."
+    assert await contents(store) == [("user", "hi", "pending")]
+    await finish(store, accepted)
+    assert await contents(store) == [("user", "hi", "complete"), ("assistant", "yes", "complete")]
+
+
+async def test_the_second_turn_waits_and_is_claimed_after_the_first(store: Store) -> None:
+    first, second = await accept(store, request("one")), await accept(store, request("two"))
+    assert (first.turn.state, second.turn.state) == ("running", "waiting")
+    assert await store.claim(second.turn.id, "a") is None
+    await finish(store, first)
+    assert await store.claim(second.turn.id, "b") is None, "it waits for another instance"
+    claimed = await store.claim(second.turn.id, "a")
+    assert claimed is not None
+    await finish(store, second, "no")
+    assert [content for _, content, _ in await contents(store)] == ["one", "yes", "two", "no"]
+
+
+async def test_a_request_id_makes_one_turn(store: Store) -> None:
+    first, again = await asyncio.gather(*(accept(store, request(request_id="r")) for _ in range(2)))
+    assert {first.kind, again.kind} == {"new", "known"}
+    assert first.turn.id == again.turn.id
+    with pytest.raises(Conflict):
+        await accept(store, request("else", request_id="r"))
+    with pytest.raises(Conflict):
+        await accept(store, request(request_id="r", options=GenerationOptions(temperature=1)))
+    elsewhere = await accept(store, request(request_id="r", session_id="t"))
+    assert elsewhere.kind == "new"
+    somebody = await accept(store, request(request_id="r", owner="user:2"))
+    assert somebody.kind == "new"
+
+
+async def test_a_request_id_is_remembered_across_a_clear_but_not_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await accept(store, request(request_id="r"))
+    await finish(store, first)
+    await store.clear(first.session.id, {})
+    again = await accept(store, request(request_id="r"))
+    assert (again.kind, again.turn.id, again.turn.state) == ("known", first.turn.id, "final")
+    monkeypatch.setattr(store_module, "RETRY_WINDOW_S", -1)
+    later = await accept(store, request("else", request_id="r"))
+    assert later.kind == "new"
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+async def test_a_retryable_failure_is_tried_again_at_the_end_of_the_history(store: Store, cleared: bool) -> None:
+    failed = await accept(store, request("one", request_id="r"))
+    await store.end(failed.turn, Failed(failed.turn.id, ErrorInfo("llm_unavailable", "away", True)))
+    if cleared:
+        await store.clear(failed.session.id, {})
+    await finish(store, await accept(store, request("two")))
+    again = await accept(store, request("one", request_id="r"))
+    assert (again.kind, again.turn.id, again.turn.attempt) == ("again", failed.turn.id, 2)
+    await finish(store, again, "at last")
+    told = [content for _, content, _ in await contents(store)]
+    assert told == ["two", "yes", "one", "at last"]
+
+
+async def test_a_final_failure_is_replayed(store: Store) -> None:
+    failed = await accept(store, request("one", request_id="r"))
+    await store.end(failed.turn, Failed(failed.turn.id, ErrorInfo("llm_error", "no", False)))
+    again = await accept(store, request("one", request_id="r"))
+    assert (again.kind, again.turn.state) == ("known", "error")
+    assert await contents(store) == [("user", "one", "failed")]
+
+
+async def test_the_first_ending_wins(store: Store) -> None:
+    accepted = await accept(store, request())
+    ending, reply = final(accepted)
+    stopped = Cancelled(accepted.turn.id, "y", None)
+    one, two = await asyncio.gather(
+        store.end(accepted.turn, ending, reply=reply), store.end(accepted.turn, stopped)
+    )
+    assert (one.first, two.first) == (True, False)
+    assert two.ending == ending
+    assert [role for role, _, _ in await contents(store)] == ["user", "assistant"]
+
+
+async def test_sixteen_turns_may_wait(store: Store) -> None:
+    for _ in range(17):
+        await accept(store, request())
+    with pytest.raises(Overloaded):
+        await accept(store, request())
+    assert (await accept(store, request(session_id="t"))).turn.state == "running"
+
+
+async def test_one_failing_operation_does_not_take_its_group_with_it(store: Store, database: Database) -> None:
+    def fail(connection: Any) -> None:
+        connection.execute(text("UPDATE sessions SET project = 'spoilt'"))
+        raise ValueError
+
+    asked = [accept(store, request(session_id=f"g{n}")) for n in range(5)]
+    results = await asyncio.gather(*asked[:3], database.write(fail), *asked[3:], return_exceptions=True)
+    assert [type(result) for result in results].count(ValueError) == 1
+    stored = [await store.session("user:1", f"g{n}") for n in range(5)]
+    assert [session.project for session in stored if session] == ["prompt_portal"] * 5
+
+
+async def test_a_waiting_turn_that_ends_stays_in_the_history_out_of_the_way(store: Store) -> None:
+    first, second = await accept(store, request("one")), await accept(store, request("two"))
+    await store.end(second.turn, Cancelled(second.turn.id, "", None))
+    await finish(store, first)
+    await finish(store, await accept(store, request("three")))
+    told = [(content, status) for _, content, status in await contents(store)]
+    assert told == [
+        ("two", "cancelled"),
+        ("one", "complete"),
+        ("yes", "complete"),
+        ("three", "complete"),
+        ("yes", "complete"),
+    ]
+
+
+async def test_clear_ends_what_is_active_and_empties_the_history(store: Store) -> None:
+    first = await accept(store, request("one"))
+    second = await accept(store, request("two"))
+    ended = await store.clear(first.session.id, {first.turn.id: "part"})
+    assert [(e.turn_id, e.ending) for e in ended] == [
+        (first.turn.id, Cancelled(first.turn.id, "part", None)),
+        (second.turn.id, Cancelled(second.turn.id, "", None)),
+    ]
+    ending, reply = final(first)
+    late = await store.end(first.turn, ending, reply=reply)
+    assert not late.first
+    assert isinstance(late.ending, Cancelled)
+    assert await contents(store) == []
+
+
+async def test_turns_of_a_dead_instance_are_adopted_once(store: Store) -> None:
+    await store.acquire("instance:a", "e1", -1)
+    await store.acquire("instance:b", "e2", 60)
+    running, waiting = await accept(store, request("one")), await accept(store, request("two"))
+    alive = await accept(store, request(session_id="t"), instance="b")
+    assert await store.has_orphans("b")
+    one, two = await asyncio.gather(store.adopt("b"), store.adopt("b"))
+    adopted = one or two
+    assert not (one and two)
+    assert [(turn.id, turn.attempt, turn.state) for turn, _ in adopted] == [
+        (running.turn.id, 2, "waiting"),
+        (waiting.turn.id, 1, "waiting"),
+    ]
+    assert alive.turn.id not in {turn.id for turn, _ in adopted}
+    ending, reply = final(running)
+    with pytest.raises(StaleAttempt):
+        await store.end(running.turn, ending, reply=reply)
+    assert await store.claim(waiting.turn.id, "b") is None
+    assert await store.claim(running.turn.id, "b") is not None
+    assert not await store.has_orphans("b")
+
+
+async def test_a_restarted_instance_adopts_its_own_turns(store: Store) -> None:
+    await store.acquire("instance:a", "e1", 60)
+    await accept(store, request())
+    assert await store.adopt("a") == []
+    assert len(await store.adopt("a", restarted=True)) == 1
+
+
+async def test_leases_are_held_by_one(store: Store) -> None:
+    assert await store.acquire("x", "one", 60)
+    assert not await store.acquire("x", "two", 60)
+    assert await store.acquire("x", "one", -1), "renewed, and over"
+    assert await store.acquire("x", "two", 60)
+    assert await store.acquire("x", "one", 60, force=True)
+    await store.release("x", "two")
+    assert not await store.acquire("x", "two", 60)
+    await store.release("x", "one")
+    assert await store.acquire("x", "two", 60)
+
+
+async def test_a_reply_is_owed_from_the_turns_end_until_it_is_delivered(store: Store) -> None:
+    target = ReplyTarget("maze", "maze/assistant_response/s", "json")
+    asked = request(request_id="r", reply_to=target)
+    accepted = await accept(store, asked)
+    assert accepted.delivery is not None
+    assert not accepted.delivery.ready
+    assert await store.ready_deliveries("maze") == []
+    ending, reply = final(accepted)
+    ended = await store.end(accepted.turn, ending, reply=reply)
+    assert [(d.id, d.target, d.ready) for d in ended.deliveries] == [(accepted.delivery.id, target, True)]
+    assert await store.ready_deliveries("maze") == list(ended.deliveries)
+    repeated = await accept(store, asked)
+    assert repeated.delivery is None, "it is owed already"
+    await store.delivered([accepted.delivery.id])
+    assert await store.ready_deliveries("maze") == []
+    repeated = await accept(store, asked)
+    assert repeated.delivery is not None
+    assert repeated.delivery.ready, "who asks again is answered again"
+
+
+async def test_pages_of_a_long_history(store: Store) -> None:
+    for number in range(5):
+        await finish(store, await accept(store, request(f"q{number}")), f"a{number}")
+    session = await store.session("user:1", "s")
+    assert session is not None
+    page = await store.messages(session.leaf_id, limit=3)
+    assert [row.content for row in page] == ["a3", "q4", "a4"]
+    parent = await store.message_parent(session.id, page[0].id)
+    assert parent is not None
+    assert [row.content for row in await store.messages(parent[0], limit=2)] == ["a2", "q3"]
+    assert await store.message_parent(session.id, "nope") is None
+    begun = await store.messages(session.leaf_id, last=page[1].id)
+    assert [row.content for row in begun] == ["q4", "a4"]
