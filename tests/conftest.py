@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM, serve
+from fake_llm import FakeLLM, FakeThread, serve
 from pydantic import SecretStr
 from support import SECRET, LlamaServer, Mosquitto, Portal, postgres
 
@@ -63,6 +63,14 @@ async def fake() -> AsyncIterator[FakeLLM]:
     """An LLM server that does as it is told."""
     async with serve(FakeLLM()) as running:
         yield running
+
+
+@pytest.fixture
+def fake_thread() -> Iterator[FakeLLM]:
+    """The same, for tests that run no event loop."""
+    running = FakeThread()
+    yield running.fake
+    running.close()
 
 
 @pytest.fixture

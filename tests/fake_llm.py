@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import random
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from app.loop import BackgroundLoop
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Script:
         default_factory=lambda: {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
     )
     echo: bool = False
+    random: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -98,6 +102,8 @@ class FakeLLM:
             await response.write(script.raw)
             return response
         pieces = text("echo: ", body["messages"][-1]["content"]) if script.echo else script.pieces
+        if script.random:  # another text each time it is asked
+            pieces = text(*(f"{random.getrandbits(32):08x} " for _ in range(20)))
         for number, delta in enumerate(pieces):
             if script.cut_after == number:
                 assert request.transport is not None
@@ -131,3 +137,22 @@ async def serve(fake: FakeLLM, port: int = 0) -> AsyncIterator[FakeLLM]:
         yield fake
     finally:
         await runner.cleanup()
+
+
+class FakeThread:
+    """The server on a thread of its own, for tests that run no event loop."""
+
+    def __init__(self) -> None:
+        self._background = BackgroundLoop()
+        self._stack = AsyncExitStack()
+        self.fake: FakeLLM = self._run(self._open())
+
+    async def _open(self) -> FakeLLM:
+        return await self._stack.enter_async_context(serve(FakeLLM()))
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._background.loop).result(20)
+
+    def close(self) -> None:
+        self._run(self._stack.aclose())
+        self._background.stop()

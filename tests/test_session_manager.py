@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,8 @@ from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM, Script, text
+from fake_llm import FakeLLM, Script, serve, text
+from support import free_port
 
 from app.config import Settings
 from app.container import Container, open_container
@@ -361,9 +361,6 @@ async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: Setting
 async def test_it_works_when_the_llm_server_comes_later(
     fake: FakeLLM, settings_for: SettingsFor
 ) -> None:
-    from fake_llm import serve
-    from support import free_port
-
     port = free_port()
     async with open_container(settings_for(f"http://127.0.0.1:{port}")) as portal:
         assert (await portal.llm.ahealth()).status == "down"
@@ -384,10 +381,10 @@ async def test_a_chat_without_a_session_is_not_stored(fake: FakeLLM, sessions: S
         await sessions.find("user:1", turn.id)
 
 
-def test_plain_python_needs_no_loop(fake_in_thread: str, settings_for: SettingsFor) -> None:
+def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: SettingsFor) -> None:
     background = BackgroundLoop()
     stack = AsyncExitStack()
-    opening = stack.enter_async_context(open_container(settings_for(fake_in_thread)))
+    opening = stack.enter_async_context(open_container(settings_for(fake_thread.url)))
     container = asyncio.run_coroutine_threadsafe(opening, background.loop).result(20)
     assert container.llm.generate([{"role": "user", "content": "hi"}], max_tokens=3) == "Hello there"
     assert list(container.llm.generate_stream([{"role": "user", "content": "hi"}]))[0].startswith("Hello")
@@ -395,22 +392,3 @@ def test_plain_python_needs_no_loop(fake_in_thread: str, settings_for: SettingsF
     assert [model.id for model in container.llm.models()] == ["fake-1"]
     asyncio.run_coroutine_threadsafe(stack.aclose(), background.loop).result(20)
     background.stop()
-
-
-@pytest.fixture
-def fake_in_thread() -> Any:
-    """The fake LLM server for a test that runs no loop."""
-    from fake_llm import serve
-
-    background = BackgroundLoop()
-    stack = AsyncExitStack()
-    fake = asyncio.run_coroutine_threadsafe(_serve(stack, serve), background.loop).result(20)
-    yield fake.url
-    asyncio.run_coroutine_threadsafe(stack.aclose(), background.loop).result(20)
-    background.stop()
-    assert threading.active_count() >= 1
-
-
-async def _serve(stack: AsyncExitStack, serve: Any) -> FakeLLM:
-    fake: FakeLLM = await stack.enter_async_context(serve(FakeLLM()))
-    return fake
