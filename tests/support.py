@@ -20,6 +20,7 @@ import httpx
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+from app.cli.install import find_program
 from app.config import child_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +54,7 @@ def answers(port: int) -> bool:
 
 def program(name: str) -> str:
     """The path of an installed program, also where it is not on a user's PATH."""
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"  # noqa: TID251
-    found = shutil.which(name, path=path)
+    found = find_program(name)
     assert found, f"{name} is needed; `./setup_llm.sh test` installs it"
     return found
 
@@ -103,7 +103,8 @@ class LlamaServer:
     def __init__(self, model: Path, directory: Path, *, slots: int = 4, context: int = 2048) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "/tmp/m/serve.py", str(model), str(self.port)]  # TEMPORARY
+        self._command = [sys.executable, "-m", "app.cli.llm_server", "--model", str(model)]
+        self._command += ["--port", str(self.port), "--slots", str(slots), "--ctx", str(context)]
         self._log = directory / "llama.log"
         self.start()
 
@@ -267,7 +268,9 @@ def postgres(directory: Path) -> Iterator[str]:
     subprocess.run([*run_as, *init], check=True, capture_output=True, cwd="/")
     options = ["-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={directory}"]
     options += ["-c", "fsync=off", "-p", str(port)]
-    server = Process([*run_as, tool("postgres"), "-D", str(data), *options], directory.parent / "postgres.log")
+    server = Process(
+        [*run_as, tool("postgres"), "-D", str(data), *options], directory.parent / "postgres.log"
+    )
     try:
         server.ready(port)
         url = f"postgresql://portal@127.0.0.1:{port}/postgres"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_invariants(exchanges: list[tuple[int, int]], budget: int, counts: bool)
         assert roles[1:] == ["user", "assistant"] * ((len(prompt) - 2) // 2) + ["user"], "whole turns"
         if counts:
             assert size(prompt) <= budget
-    for before, after in zip(prompts, prompts[1:], strict=False):
+    for before, after in itertools.pairwise(prompts):
         kept = after[: len(before)] == before
         cut = len(after) < len(before) + 2
         assert kept or cut, "between cuts the prefix stays the same"
@@ -81,7 +82,7 @@ def test_it_is_cut_rarely_and_in_big_steps() -> None:
     prompts = converse(History(SYSTEM), [(40, 40)] * 200, budget=2000)
     cuts = [
         number
-        for number, (before, after) in enumerate(zip(prompts, prompts[1:], strict=False))
+        for number, (before, after) in enumerate(itertools.pairwise(prompts))
         if after[: len(before)] != before
     ]
     assert 0 < len(cuts) <= 20

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
-from support import Portal, wait_until
+
+from tests.support import Portal, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -175,7 +176,11 @@ def test_a_stream_is_live_and_can_be_stopped_from_elsewhere(portal: Portal, clie
     assert name == "cancelled"
     assert data["response"] == "".join(piece["content"] for kind, piece in seen if kind == "token")
     kept = history(client, "stop")[-1]
-    assert (kept["status"], kept["content"], kept["id"]) == ("cancelled", data["response"], data["message_id"])
+    assert (kept["status"], kept["content"], kept["id"]) == (
+        "cancelled",
+        data["response"],
+        data["message_id"],
+    )
 
 
 def queue_and_running(client: httpx.Client, session: str) -> bool:
@@ -190,13 +195,13 @@ def test_a_turn_ends_with_its_client_unless_it_has_a_request_id(portal: Portal, 
             session = f"leave-{path.rsplit('/', 1)[-1]}-{request_id}"
             body = {"session_id": session, "message": "Write a long story.", "max_tokens": 150}
             leave_early(portal, client, path, body | ({"request_id": request_id} if request_id else {}))
-            expected = ["complete", "complete"] if request_id else ["cancelled"]
-            wait_until(
-                lambda s=session, e=expected: [m["status"] for m in history(client, s)][-1] == e[-1],  # type: ignore[misc]
-                what="the turn's end",
-            )
+            wait_for_status(client, session, "complete" if request_id else "cancelled")
             usage = history(client, session)[-1].get("usage")
             assert bool(usage) is bool(request_id)
+
+
+def wait_for_status(client: httpx.Client, session: str, status: str) -> None:
+    wait_until(lambda: history(client, session)[-1]["status"] == status, what=f"status {status}")
 
 
 def leave_early(portal: Portal, client: httpx.Client, path: str, body: dict[str, Any]) -> None:

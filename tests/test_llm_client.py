@@ -7,13 +7,13 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM, Script, serve, text
-from support import free_port
 
 from app.config import Settings
 from app.errors import InvalidRequest, LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
 from app.events import GenerationOptions
 from app.services.llm_client import Completion, LLMClient
+from tests.fake_llm import FakeLLM, Script, serve, text
+from tests.support import free_port
 
 SettingsFor = Callable[..., Settings]
 HI = [{"role": "user", "content": "hi"}]
@@ -67,7 +67,7 @@ async def test_default_is_the_model_that_is_served(fake: FakeLLM, client: LLMCli
     await complete(client, model="Llama.gguf")
     assert fake.requests[-1]["model"] == "/models/secret/Llama.gguf"
     assert (await client.ahealth()).model == "Llama.gguf", "no path is shown"
-    with pytest.raises(InvalidRequest, match="model: .*Llama.gguf"):
+    with pytest.raises(InvalidRequest, match=r"model: .*Llama\.gguf"):
         await complete(client, model="other")
 
 
@@ -161,7 +161,7 @@ async def test_at_most_so_many_at_once_behind_a_bounded_queue(
 
 async def test_closing_a_stream_closes_the_request(fake: FakeLLM, client: LLMClient) -> None:
     fake.script = Script(pieces=text(*["more "] * 500), between=0.02)
-    async with aclosing(client.agenerate_stream(HI)) as pieces:  # type: ignore[type-var]
+    async with aclosing(client.agenerate_stream(HI)) as pieces:
         async for _ in pieces:
             break
     await fake.until(lambda: fake.dropped == 1, 1.0)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import GameClient, Mosquitto, Portal, token_of, wait_until
 
 from app.events import new_id
+from tests.support import GameClient, Mosquitto, Portal, token_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +142,12 @@ def test_one_request_id_over_http_and_mqtt_is_one_generation(
     with portal.client() as web:
         request = {"message": "Tell me something.", "requestId": "both", "format": "json", "maxTokens": 30}
         game.publish(f"maze/user_input/{session}", {**request, "token": token_of(web)})
-        body = {"session_id": session, "message": "Tell me something.", "request_id": "both", "max_tokens": 30}
+        body = {
+            "session_id": session,
+            "message": "Tell me something.",
+            "request_id": "both",
+            "max_tokens": 30,
+        }
         answer = web.post("/api/llm/chat/session", json=body).json()
         reply = json.loads(game.reply(replies_at(session)))
         assert (reply["response"], reply["turn_id"]) == (answer["response"], answer["turn_id"])

@@ -10,8 +10,6 @@ from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM, Script, serve, text
-from support import free_port
 
 from app.config import Settings
 from app.container import Container, open_container
@@ -30,6 +28,8 @@ from app.events import (
 from app.loop import BackgroundLoop
 from app.services.session_manager import SessionManager
 from app.services.turns import Numbered, Position, Turn, answer_of
+from tests.fake_llm import FakeLLM, Script, serve, text
+from tests.support import free_port
 
 SettingsFor = Callable[..., Settings]
 
@@ -114,9 +114,7 @@ async def test_sixty_four_threads_and_sixty_four_tasks_share_sixteen_sessions(
         ]
 
     async def from_task(number: int) -> list[str]:
-        return [
-            await manager.aprocess_message(f"s{number % 16}", "", f"a{number}.{k}") for k in range(3)
-        ]
+        return [await manager.aprocess_message(f"s{number % 16}", "", f"a{number}.{k}") for k in range(3)]
 
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(64) as pool:
@@ -153,7 +151,9 @@ async def test_a_request_id_makes_one_generation(fake: FakeLLM, sessions: Sessio
     assert len(fake.requests) == 1
     assert endings == [endings[0]] * 5
     replayed = await sessions.submit(request(request_id="r"))
-    assert [event.json for event in await events(replayed)] == [event.json for event in await events(turns[0])]
+    assert [event.json for event in await events(replayed)] == [
+        event.json for event in await events(turns[0])
+    ]
     with pytest.raises(Conflict):
         await sessions.submit(request("else", request_id="r"))
     assert len(fake.requests) == 1
@@ -358,9 +358,7 @@ async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: Setting
         assert answer_of(await followed.ended()).response == "echo: 6"
 
 
-async def test_it_works_when_the_llm_server_comes_later(
-    fake: FakeLLM, settings_for: SettingsFor
-) -> None:
+async def test_it_works_when_the_llm_server_comes_later(fake: FakeLLM, settings_for: SettingsFor) -> None:
     port = free_port()
     async with open_container(settings_for(f"http://127.0.0.1:{port}")) as portal:
         assert (await portal.llm.ahealth()).status == "down"
@@ -387,7 +385,7 @@ def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: Settings
     opening = stack.enter_async_context(open_container(settings_for(fake_thread.url)))
     container = asyncio.run_coroutine_threadsafe(opening, background.loop).result(20)
     assert container.llm.generate([{"role": "user", "content": "hi"}], max_tokens=3) == "Hello there"
-    assert list(container.llm.generate_stream([{"role": "user", "content": "hi"}]))[0].startswith("Hello")
+    assert next(iter(container.llm.generate_stream([{"role": "user", "content": "hi"}]))).startswith("Hello")
     assert container.llm.health().status == "ok"
     assert [model.id for model in container.llm.models()] == ["fake-1"]
     asyncio.run_coroutine_threadsafe(stack.aclose(), background.loop).result(20)

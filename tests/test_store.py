@@ -116,7 +116,9 @@ async def test_a_request_id_is_remembered_across_a_clear_but_not_for_ever(
 
 
 @pytest.mark.parametrize("cleared", [False, True])
-async def test_a_retryable_failure_is_tried_again_at_the_end_of_the_history(store: Store, cleared: bool) -> None:
+async def test_a_retryable_failure_is_tried_again_at_the_end_of_the_history(
+    store: Store, cleared: bool
+) -> None:
     failed = await accept(store, request("one", request_id="r"))
     await store.end(failed.turn, Failed(failed.turn.id, ErrorInfo("llm_unavailable", "away", True)))
     if cleared:
@@ -157,7 +159,9 @@ async def test_sixteen_turns_may_wait(store: Store) -> None:
     assert (await accept(store, request(session_id="t"))).turn.state == "running"
 
 
-async def test_one_failing_operation_does_not_take_its_group_with_it(store: Store, database: Database) -> None:
+async def test_one_failing_operation_does_not_take_its_group_with_it(
+    store: Store, database: Database
+) -> None:
     def fail(connection: Any) -> None:
         connection.execute(text("UPDATE sessions SET project = 'spoilt'"))
         raise ValueError

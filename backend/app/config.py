@@ -24,6 +24,7 @@ BACKEND_DIR = Path(__file__).resolve().parent.parent
 DEFAULT_ENV_FILE = BACKEND_DIR / ".env"
 EXAMPLE_FILE = BACKEND_DIR / ".env.example"
 
+DEFAULT_LLM_SERVER_URL = "http://localhost:8080"
 MIN_SECRET_CHARS = 32
 KNOWN_SECRETS = (
     "change",
@@ -47,7 +48,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_file=None, extra="ignore", frozen=True, env_ignore_empty=True)
 
     llm_server_url: str = Field(
-        "http://localhost:8080",
+        DEFAULT_LLM_SERVER_URL,
         description="The OpenAI-compatible LLM server (llama.cpp, vLLM, Ollama, LocalAI, OpenAI), "
         "with or without /v1.",
         json_schema_extra=_heading("LLM server"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class LoopDoor:
         finally:
             self.call(generator.aclose())
 
-    async def aiterate(self, generator: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+    async def aiterate(self, generator: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """Iterates from whatever event loop the caller runs on; leaving closes the generator."""
         try:
             while True:

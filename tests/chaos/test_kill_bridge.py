@@ -10,8 +10,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from fake_llm import FakeLLM, Script
-from support import GameClient, Mosquitto, Portal, wait_until
+
+from tests.fake_llm import FakeLLM, Script
+from tests.support import GameClient, Mosquitto, Portal, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

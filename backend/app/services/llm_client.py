@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -249,7 +249,7 @@ class LLMClient:
         `generate` raises."""
         return self._door.iterate(self._generate_stream(messages, options))
 
-    def agenerate_stream(self, messages: Sequence[Message], **options: Any) -> AsyncIterator[str]:
+    def agenerate_stream(self, messages: Sequence[Message], **options: Any) -> AsyncGenerator[str, None]:
         """`generate_stream`, for `async for`."""
         return self._door.aiterate(self._generate_stream(messages, options))
 

@@ -1,0 +1,245 @@
+"""`./setup_llm.sh`: one command that sets everything up and runs it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.table import Table
+
+from app.cli import install, up
+from app.cli.checks import run_checks
+from app.cli.console import Failure, Step, console, done, failures_shown
+from app.cli.stack import DEFAULT_STATE, Stack
+from app.cli.supervisor import StackState, process, read_state, stop_leftovers
+
+NOT_RUNNING = 3
+"""Exit code of `status` when nothing runs, as service managers have it."""
+
+DOWN_TIMEOUT_S = 40.0
+LOG_POLL_S = 0.3
+
+app = typer.Typer(
+    help="Sets up and runs Prompt Portal with a local model and an MQTT broker. Without a command: up.",
+    add_completion=False,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Port = Annotated[int, typer.Option("--port", help="Port of the portal", min=1, max=65535)]
+LlmPort = Annotated[int, typer.Option("--llm-port", help="Port of the LLM server", min=1, max=65535)]
+MqttPort = Annotated[int, typer.Option("--mqtt-port", help="Port of the MQTT broker", min=1, max=65535)]
+State = Annotated[
+    Path,
+    typer.Option("--state", help="Where model, logs and, for a second portal, settings lie", metavar="DIR"),
+]
+LlmUrl = Annotated[
+    str | None, typer.Option("--llm-url", help="Use this LLM server and start none", metavar="URL")
+]
+Broker = Annotated[
+    str | None, typer.Option("--broker", help="Use this MQTT broker and start none", metavar="URL")
+]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", help="Serve this GGUF instead of the starter model", exists=True, dir_okay=False),
+]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Run in the background")]
+
+
+def _stack(
+    port: Port = 8000,
+    llm_port: LlmPort = 8080,
+    mqtt_port: MqttPort = 1883,
+    state: State = DEFAULT_STATE,
+    llm_url: LlmUrl = None,
+    broker: Broker = None,
+    model: Model = None,
+) -> Stack:
+    return Stack(
+        state.resolve(), port, llm_port, mqtt_port, llm_url, broker, model.resolve() if model else None
+    )
+
+
+def _arguments(stack: Stack) -> list[str]:
+    """The options that make this stack."""
+    options = {
+        "--port": stack.port,
+        "--llm-port": stack.llm_port,
+        "--mqtt-port": stack.mqtt_port,
+        "--state": stack.state,
+        "--llm-url": stack.llm_url,
+        "--broker": stack.broker_url,
+        "--model": stack.model,
+    }
+    return [text for name, value in options.items() if value is not None for text in (name, str(value))]
+
+
+@app.command("up")
+def up_command(
+    port: Port = 8000,
+    llm_port: LlmPort = 8080,
+    mqtt_port: MqttPort = 1883,
+    state: State = DEFAULT_STATE,
+    llm_url: LlmUrl = None,
+    broker: Broker = None,
+    model: Model = None,
+    detach: Detach = False,
+) -> None:
+    """Installs what is missing, starts everything, proves it by a chat, and keeps it running."""
+    stack = _stack(port, llm_port, mqtt_port, state, llm_url, broker, model)
+    with failures_shown():
+        if detach:
+            up.detach(stack, _arguments(stack))
+        else:
+            up.run(stack)
+
+
+@app.command("supervise", hidden=True)
+def supervise_command(
+    port: Port = 8000,
+    llm_port: LlmPort = 8080,
+    mqtt_port: MqttPort = 1883,
+    state: State = DEFAULT_STATE,
+    llm_url: LlmUrl = None,
+    broker: Broker = None,
+    model: Model = None,
+) -> None:
+    """The background side of `up --detach`."""
+    with failures_shown():
+        up.supervise(_stack(port, llm_port, mqtt_port, state, llm_url, broker, model))
+
+
+@app.command()
+def down(state: State = DEFAULT_STATE) -> None:
+    """Stops everything that `up` started."""
+    stack = replace(Stack(), state=state.resolve())
+    found = read_state(stack)
+    supervisor = process(found.pid, found.created) if found else None
+    if supervisor is not None:
+        supervisor.terminate()
+        with Step("Stopping"):
+            supervisor.wait(DOWN_TIMEOUT_S)
+        done("Stopped")
+    elif (left := stop_leftovers(stack)) > 0:
+        done(f"Stopped {left} programs that a killed supervisor had left behind")
+    else:
+        console.print("It is not running.")
+
+
+@app.command()
+def status(
+    state: State = DEFAULT_STATE,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Shows how every part is. The exit code is 0 when all are ready, 3 when nothing runs, else 1."""
+    found = read_state(replace(Stack(), state=state.resolve()))
+    if found is None or not found.is_running:
+        console.print('{"running": false}' if as_json else "It is not running. Start it with `up`.")
+        sys.exit(NOT_RUNNING)
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        console.print(_table(found))
+    sys.exit(0 if all(part.state == "ready" for part in found.parts.values()) else 1)
+
+
+def _table(found: StackState) -> Table:
+    table = Table("Part", "State", "Process", "Up for", "Restarts", "Address", box=None, pad_edge=False)
+    for part in found.parts.values():
+        colour = "green" if part.state == "ready" else "yellow"
+        seconds = max(0, round(time.time() - part.since))
+        lasted = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        table.add_row(
+            part.title,
+            f"[{colour}]{part.state}[/{colour}]",
+            str(part.pid or "-"),
+            lasted,
+            str(part.restarts),
+            part.address,
+        )
+    return table
+
+
+@app.command()
+def logs(
+    part: Annotated[str | None, typer.Argument(help="llm, broker, portal; all when left out")] = None,
+    state: State = DEFAULT_STATE,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines", min=0)] = 50,
+) -> None:
+    """Shows what the parts have written."""
+    directory = replace(Stack(), state=state.resolve()).logs
+    files = sorted(file for file in directory.glob("*.log") if ".old" not in file.name)
+    chosen = [file for file in files if part in {None, file.stem}]
+    with failures_shown():
+        if not chosen:
+            known = ", ".join(file.stem for file in files) or "none yet"
+            raise Failure("There is no such log.", f"There are: {known}.")
+    ends = [_show_end(file, lines, with_name=len(chosen) > 1) for file in chosen]
+    try:
+        while follow:
+            time.sleep(LOG_POLL_S)
+            ends = [_show_new(file, end) for file, end in zip(chosen, ends, strict=True)]
+    except KeyboardInterrupt:
+        pass
+
+
+def _show_end(file: Path, lines: int, *, with_name: bool) -> int:
+    content = file.read_bytes()
+    if with_name:
+        console.rule(file.stem, align="left")
+    last = content.decode(errors="replace").splitlines()[-lines:] if lines else []
+    print("\n".join(last))
+    return len(content)
+
+
+def _show_new(file: Path, end: int) -> int:
+    if not file.exists():
+        return 0
+    size = file.stat().st_size
+    if size == end:
+        return end
+    with file.open("rb") as log:
+        log.seek(end if size > end else 0)
+        print(log.read().decode(errors="replace"), end="", flush=True)
+        return log.tell()
+
+
+@app.command("install")
+def install_command(
+    state: State = DEFAULT_STATE, llm_url: LlmUrl = None, broker: Broker = None, model: Model = None
+) -> None:
+    """Installs and fetches everything that `up` needs, and starts nothing."""
+    with failures_shown():
+        stack = Stack(state.resolve(), llm_url=llm_url, broker_url=broker, model=model)
+        up.prepare(stack)
+        done("Everything is there; start it with `up`")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def test(context: typer.Context, state: State = DEFAULT_STATE) -> None:
+    """Runs every check and test, installing what they need. Further words go to pytest."""
+    with failures_shown():
+        stack = Stack(state.resolve())
+        stack.state.mkdir(parents=True, exist_ok=True)
+        install.install_packages(stack, "requirements-dev.txt", "what the tests need")
+        install.test_programs(stack)
+        install.starter_model(stack)
+        sys.exit(run_checks(context.args))
+
+
+def main() -> None:
+    """The program. No word means `up`, also before its options."""
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in {"-h", "--help"}):
+        arguments = ["up", *arguments]
+    app(arguments, prog_name="setup_llm.bat" if sys.platform == "win32" else "./setup_llm.sh")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What a person sees: lines, progress for everything that takes longer than a moment, and failures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+console = Console(highlight=False)
+
+QUIET_INTERVAL_S = 10.0
+"""Without a terminal, how often a long step says that it goes on."""
+
+TAIL_LINES = 12
+
+
+class Failure(Exception):
+    """What is wrong, and what to do; shown to the person without a traceback."""
+
+    def __init__(self, problem: str, *remedies: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedies = remedies
+
+    def show(self) -> None:
+        """Prints it to standard error."""
+        errors = Console(stderr=True, highlight=False)
+        errors.print(f"[red]✗[/red] {self.problem}", markup=True, soft_wrap=True)
+        for remedy in self.remedies:
+            errors.print(f"  {remedy}", markup=False, soft_wrap=True)
+
+
+def done(text: str) -> None:
+    """A step is done."""
+    console.print(f"[green]✓[/green] {text}", soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Something worth knowing."""
+    console.print(f"[yellow]![/yellow] {text}", soft_wrap=True)
+
+
+class Step:
+    """A step that is being shown; `tell` says how far it is."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._began = self._told = time.monotonic()
+        self._status = console.status(title) if console.is_terminal else None
+
+    def tell(self, detail: str = "") -> None:
+        """Shows the time that has passed, and `detail`."""
+        now = time.monotonic()
+        text = f"{self.title} ({now - self._began:.0f} s) [dim]{detail}[/dim]"
+        if self._status is not None:
+            self._status.update(text)
+        elif now - self._told >= QUIET_INTERVAL_S:
+            self._told = now
+            console.print(f"  {text}", soft_wrap=True)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self._began
+
+    def __enter__(self) -> Step:
+        if self._status is not None:
+            self._status.start()
+        else:
+            console.print(f"  {self.title} ...", soft_wrap=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+def run_step(
+    title: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> None:
+    """Runs a program with its output in `log`, showing its last line meanwhile. Raises `Failure` with
+    the end of the output when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output, Step(title) as step:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        )
+        while process.poll() is None:
+            time.sleep(0.1)
+            step.tell(_last_line(log))
+    if process.returncode != 0:
+        raise Failure(f"{title}: it failed.", *_advice(log), *tail(log), f"(all of it: {log})")
+    done(f"{title} ({step.seconds:.0f} s)")
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a log."""
+    if not log.exists():
+        return []
+    return log.read_text(errors="replace").splitlines()[-lines:]
+
+
+@contextmanager
+def failures_shown() -> Iterator[None]:
+    """Ends the program with code 1 on a `Failure`, after showing it."""
+    try:
+        yield
+    except Failure as failure:
+        failure.show()
+        sys.exit(1)
+
+
+def _last_line(log: Path) -> str:
+    lines = tail(log, 1)
+    return lines[0].strip()[:80].replace("[", "(") if lines else ""
+
+
+def _advice(log: Path) -> list[str]:
+    text = log.read_text(errors="replace")
+    if "No space left" in text:
+        return ["The disk is full: make room and run this again."]
+    signs = (
+        "NewConnectionError",
+        "name resolution",
+        "No matching distribution",
+        "Max retries",
+        "Could not connect",
+    )
+    if any(sign in text for sign in signs):
+        return [
+            "The package index cannot be reached. Check the network; behind a proxy or mirror set",
+            "https_proxy or PIP_INDEX_URL. Then run this again: what is there already is kept.",
+        ]
+    return []

@@ -1,0 +1,280 @@
+"""Keeps the parts of a stack running, and says how they are in a file that other commands read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Literal
+
+import msgspec
+import psutil
+
+from app.cli.console import Failure, tail
+from app.cli.parts import Part, check_port
+from app.cli.stack import Stack
+from app.config import child_environment
+
+BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.2, 10.0
+HEALTHY_S = 30.0
+"""A part that ran so long before it died is started again without a pause."""
+
+START_TIMEOUT_S = 600.0
+"""A large model may take minutes to load."""
+
+START_TRIES = 3
+READY_POLL_S = 0.1
+STOP_S = 8.0
+
+State = Literal["starting", "ready", "waiting"]
+
+
+class PartState(msgspec.Struct):
+    """A part as the state file tells of it. A process is its id with the time it was created: ids
+    alone are used again."""
+
+    title: str
+    address: str
+    state: State = "starting"
+    pid: int = 0
+    created: float = 0.0
+    restarts: int = 0
+    since: float = 0.0
+
+
+class StackState(msgspec.Struct):
+    """The state file."""
+
+    pid: int
+    created: float
+    started: float
+    url: str
+    broker: str
+    ready: bool = False
+    failure: list[str] = []
+    parts: dict[str, PartState] = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the supervisor lives."""
+        return process(self.pid, self.created) is not None
+
+
+def read_state(stack: Stack) -> StackState | None:
+    """The state file, if there is one."""
+    try:
+        return msgspec.json.decode(_state_file(stack).read_bytes(), type=StackState)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+def process(pid: int, created: float) -> psutil.Process | None:
+    """The process, if it still is the one that was created then."""
+    try:
+        found = psutil.Process(pid)
+        return found if pid and abs(found.create_time() - created) < 1 and _lives(found) else None
+    except psutil.Error:
+        return None
+
+
+def _lives(found: psutil.Process) -> bool:
+    return bool(found.status() != psutil.STATUS_ZOMBIE)
+
+
+def _state_file(stack: Stack) -> Path:
+    return stack.state / "supervisor.json"
+
+
+def stop_leftovers(stack: Stack) -> int:
+    """Stops the parts that a supervisor left behind when it was killed; tells how many."""
+    state = read_state(stack)
+    if state is None or state.is_running:
+        return 0
+    found = [process(part.pid, part.created) for part in state.parts.values()]
+    living = [part for part in found if part is not None]
+    for part in living:
+        with contextlib.suppress(psutil.Error):
+            part.terminate()
+    for part in psutil.wait_procs(living, timeout=STOP_S)[1]:
+        with contextlib.suppress(psutil.Error):
+            part.kill()
+    return len(living)
+
+
+class Supervisor:
+    """Runs parts until it is told to stop. `report` is told of every part that is ready, and once,
+    with None, when all are."""
+
+    def __init__(self, stack: Stack, parts: Sequence[Part], report: Callable[[Part | None], None]) -> None:
+        self._stack = stack
+        self._parts = parts
+        self._report = report
+        self._stop = asyncio.Event()
+        self._failure: Failure | None = None
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        me = psutil.Process()
+        self._state = StackState(me.pid, me.create_time(), time.time(), stack.url, stack.broker_address)
+        self._state.parts = {part.name: PartState(part.title, part.address) for part in parts}
+
+    async def run(self) -> None:
+        """Runs until SIGINT or SIGTERM. Raises `Failure` when a part does not start."""
+        with _lock(self._stack):
+            stop_leftovers(self._stack)
+            for part in self._parts:
+                check_port(part)
+            self._write()
+            _on_signals(self._stop.set)
+            tasks = [asyncio.create_task(self._keep(part), name=part.name) for part in self._parts]
+            tasks.append(asyncio.create_task(self._await_ready(), name="ready"))
+            try:
+                await self._stop.wait()
+            finally:
+                await self._stop_all(tasks)
+            if self._failure is not None:
+                self._state.failure = [self._failure.problem, *self._failure.remedies]
+                self._write()
+                raise self._failure
+            _state_file(self._stack).unlink(missing_ok=True)
+
+    async def _keep(self, part: Part) -> None:
+        """Starts a part again and again."""
+        state = self._state.parts[part.name]
+        log = self._stack.logs / f"{part.name}.log"
+        _rotate(log)
+        backoff = BACKOFF_FIRST_S
+        while True:
+            began = time.monotonic()
+            code = await self._run_once(part, state, log)
+            if not self._state.ready and state.restarts + 1 >= START_TRIES:
+                self._fail(f"The {part.title} does not start: it ended with code {code}.", log)
+                return
+            backoff = BACKOFF_FIRST_S if time.monotonic() - began > HEALTHY_S else backoff
+            state.state, state.pid, state.since = "waiting", 0, time.time()
+            state.restarts += 1
+            self._write()
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, BACKOFF_MOST_S)
+
+    async def _run_once(self, part: Part, state: PartState, log: Path) -> int:
+        with log.open("ab") as output:
+            running = await asyncio.create_subprocess_exec(
+                *part.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=child_environment(part.settings),
+                start_new_session=True,  # Ctrl-C is for the supervisor, which stops them in order
+            )
+        self._processes[part.name] = running
+        state.state, state.pid, state.since = "starting", running.pid, time.time()
+        with contextlib.suppress(psutil.Error):
+            state.created = psutil.Process(running.pid).create_time()
+        self._write()
+        ready = asyncio.create_task(self._await_part(part, state), name=f"{part.name} ready")
+        try:
+            return await running.wait()
+        finally:
+            ready.cancel()
+
+    async def _await_part(self, part: Part, state: PartState) -> None:
+        """Notes when a part is ready. Its port was free before, so who answers there is this part."""
+        while not await asyncio.to_thread(part.is_ready):
+            await asyncio.sleep(READY_POLL_S)
+        state.state = "ready"
+        self._write()
+        self._report(part)
+
+    async def _await_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while any(state.state != "ready" for state in self._state.parts.values()):
+            if time.monotonic() > deadline:
+                slow = next(state for state in self._state.parts.values() if state.state != "ready")
+                self._fail(f"The {slow.title} is not ready after {START_TIMEOUT_S:.0f} s.", None)
+                return
+            await asyncio.sleep(READY_POLL_S)
+        self._state.ready = True
+        self._write()
+        self._report(None)
+
+    def _fail(self, problem: str, log: Path | None) -> None:
+        end = (
+            [*tail(log), f"(all of it: {log})"]
+            if log is not None
+            else [f"See the logs in {self._stack.logs}."]
+        )
+        self._failure = self._failure or Failure(problem, *end)
+        self._stop.set()
+
+    async def _stop_all(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for part in reversed(self._parts):
+            running = self._processes.get(part.name)
+            if running is not None and running.returncode is None:
+                await _stop(running)
+
+    def _write(self) -> None:
+        """Replaces the state file at once, so that nobody reads half of it."""
+        file = _state_file(self._stack)
+        new = file.with_suffix(".new")
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(self._state)))
+        new.replace(file)
+
+
+async def _stop(running: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        running.terminate()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await running.wait()
+        except TimeoutError:
+            running.kill()
+            await running.wait()
+
+
+def _rotate(log: Path) -> None:
+    """Begins a log anew and keeps the one before."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_suffix(".old.log"))
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if sys.platform == "win32":
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+        else:
+            loop.add_signal_handler(number, stop)
+
+
+@contextlib.contextmanager
+def _lock(stack: Stack) -> Iterator[None]:
+    """Holds the stack's lock: there is at most one supervisor. The system lets go of it when the
+    process dies, however it dies."""
+    with (stack.state / "supervisor.lock").open("a") as file:
+        try:
+            _lock_file(file)
+        except OSError:
+            state = read_state(stack)
+            where = f" at {state.url}" if state else ""
+            raise Failure(
+                f"It is running already{where}.", "See it with `status`, stop it with `down`."
+            ) from None
+        yield
+
+
+def _lock_file(file: IO[str]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

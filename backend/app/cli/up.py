@@ -1,0 +1,138 @@
+"""`up`, in the foreground and detached."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.cli import install
+from app.cli.console import Failure, Step, console, done, failures_shown, note
+from app.cli.parts import Part, in_checkout, parts_of
+from app.cli.proof import prove
+from app.cli.stack import Stack
+from app.cli.supervisor import Supervisor, read_state
+from app.config import Settings, child_environment
+
+POLL_S = 0.1
+
+
+def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
+    """Gets everything that the stack needs: the stack as it can be, its model, its broker's program."""
+    stack.prepare()
+    stack = stack.as_set()
+    model = None
+    if stack.llm_url is None:
+        install.install_packages(stack, "requirements-llm.txt", "llama.cpp's server (35 MB)")
+        model = stack.model or install.starter_model(stack)
+    broker = None
+    if stack.broker_url is None:
+        broker = install.mosquitto(stack)
+        if broker is None:
+            note("Without an MQTT broker the portal serves HTTP alone. To use one elsewhere: --broker URL.")
+            stack = stack.without_broker()
+    return stack, model, broker
+
+
+def run(stack: Stack) -> None:
+    """Runs the stack until Ctrl-C. Raises `Failure` when it does not start."""
+    stack, model, broker = prepare(stack)
+    settings = stack.with_secret()
+    asyncio.run(_supervise(stack, parts_of(stack, model, broker, settings), settings))
+
+
+async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings) -> None:
+    began = time.monotonic()
+    ready = asyncio.Event()
+
+    def report(part: Part | None) -> None:
+        if part is None:
+            ready.set()
+        elif not ready.is_set():
+            done(f"{part.title} [dim]{part.address} ({time.monotonic() - began:.1f} s)[/dim]")
+
+    async def announce() -> None:
+        await ready.wait()
+        await asyncio.to_thread(_introduce, stack, settings)
+
+    announcing = asyncio.create_task(announce(), name="announce")
+    try:
+        await Supervisor(stack, parts, report).run()
+    finally:
+        announcing.cancel()
+    console.print("Stopped.")
+
+
+def _introduce(stack: Stack, settings: Settings) -> None:
+    """Proves that it works, and tells where to go. What fails is told; the stack goes on running."""
+    try:
+        prove(stack, settings)
+    except Failure as failure:
+        failure.show()
+    where_to_go(stack)
+    console.print("Ctrl-C stops it.")
+
+
+def detach(stack: Stack, arguments: Sequence[str]) -> None:
+    """Runs `up` with `arguments` in the background, and returns once it is ready and proven. Raises
+    `Failure`."""
+    stack, _, _ = prepare(stack)
+    settings = stack.with_secret()
+    log = stack.logs / "supervisor.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "supervise", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=child_environment({"SECRET_KEY": settings.secret_key.get_secret_value()}),
+            start_new_session=True,
+        )
+    with Step("Starting") as step:
+        while not _is_ready(stack, child, log):
+            time.sleep(POLL_S)
+            step.tell()
+    state = read_state(stack)
+    for part in state.parts.values() if state else ():
+        done(f"{part.title} [dim]{part.address}[/dim]")
+    prove(stack, settings)
+    where_to_go(stack)
+    console.print("It runs in the background: see `status` and `logs`, stop it with `down`.")
+
+
+def _is_ready(stack: Stack, child: subprocess.Popen[bytes], log: Path) -> bool:
+    state = read_state(stack)
+    if state is not None and state.pid == child.pid:
+        return state.ready
+    if child.poll() is not None:
+        raise _gone(log)
+    return False
+
+
+def _gone(log: Path) -> Failure:
+    """What the supervisor said before it ended."""
+    problem, *more = log.read_text(errors="replace").strip().splitlines() or ["The supervisor ended."]
+    return Failure(problem.removeprefix("✗ "), *(line.strip() for line in more))
+
+
+def supervise(stack: Stack) -> None:
+    """The background side of `detach`: everything is there already."""
+    stack, model, broker = prepare(stack)
+    parts = parts_of(stack, model, broker, stack.with_secret())
+    with failures_shown():
+        asyncio.run(Supervisor(stack, parts, lambda _: None).run())
+
+
+def where_to_go(stack: Stack) -> None:
+    """Prints the addresses."""
+    console.print()
+    console.print(f"  Portal      [bold]{stack.url}/docs[/bold]")
+    console.print(f"  LLM server  {stack.llm_address}")
+    console.print(f"  MQTT        {stack.broker_address or 'none'}")
+    console.print(f"  Settings    {in_checkout(stack.env_file)}")
+    console.print(f"  Logs        {in_checkout(stack.logs)}")
+    console.print()
