@@ -49,7 +49,9 @@ install_requirements() {
         return
     fi
     echo "Installing the portal's packages (once, about half a minute) ..."
-    "$venv/bin/python" -m pip install --disable-pip-version-check --requirement "$requirements" || fail \
+    local quiet=--quiet
+    [[ -t 1 ]] && quiet=--progress-bar=on
+    "$venv/bin/python" -m pip install --disable-pip-version-check "$quiet" --requirement "$requirements" || fail \
         "The packages could not be installed; the message above says why. Without a network, or behind a" \
         "proxy or mirror, set https_proxy or PIP_INDEX_URL and run this again."
     echo "$wanted" >"$stamp"

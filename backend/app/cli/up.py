@@ -105,12 +105,10 @@ def detach(stack: Stack, arguments: Sequence[str]) -> None:
 
 
 def _is_ready(stack: Stack, child: subprocess.Popen[bytes], log: Path) -> bool:
-    state = read_state(stack)
-    if state is not None and state.pid == child.pid:
-        return state.ready
     if child.poll() is not None:
         raise _gone(log)
-    return False
+    state = read_state(stack)
+    return state is not None and state.pid == child.pid and state.ready
 
 
 def _gone(log: Path) -> Failure:

@@ -1,0 +1,248 @@
+"""`setup_llm.sh` as people use it, in a state directory and on ports of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from app.cli import install
+from app.cli.install import MODEL
+from app.cli.llm_server import alias_of
+from app.cli.stack import DEFAULT_STATE
+from tests.support import ROOT, answers, free_port, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+class Setup:
+    """The command with the options of one stack."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.port, self.llm_port, self.mqtt_port = free_port(), free_port(), free_port()
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(ROOT / "setup_llm.sh"), *words, "--state", str(self.state)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: str) -> tuple[int, str]:
+        with self.start(*words) as process:
+            output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def up(self, *more: str) -> tuple[int, str]:
+        ports = {"--port": self.port, "--llm-port": self.llm_port, "--mqtt-port": self.mqtt_port}
+        return self.run("up", *(str(word) for pair in ports.items() for word in pair), *more)
+
+    def status(self) -> dict[str, Any]:
+        code, output = self.run("status", "--json")
+        assert code in {0, 1}, output
+        return dict(json.loads(output))
+
+
+@pytest.fixture
+def setup(tmp_path: Path, starter_model: Path) -> Iterator[Setup]:
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / MODEL).symlink_to(starter_model)
+    made = Setup(tmp_path)
+    yield made
+    made.run("down")
+
+
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_up_status_logs_and_down(setup: Setup) -> None:
+    began = time.monotonic()
+    code, output = setup.up("--detach")
+    assert code == 0, output
+    assert time.monotonic() - began < 30
+    assert re.search(r"HTTP: “.+”", output), output
+    assert re.search(r"MQTT: “.+”", output), output
+    assert f"http://localhost:{setup.port}/docs" in output
+
+    env_file = setup.state / ".env"
+    assert stat.S_IMODE(env_file.stat().st_mode) == 0o600
+    settings = env_file.read_text()
+    assert re.search(r"^SECRET_KEY=\S{40,}$", settings, re.MULTILINE)
+
+    status = setup.status()
+    assert {name: part["state"] for name, part in status["parts"].items()} == {
+        "llm": "ready",
+        "broker": "ready",
+        "portal": "ready",
+    }
+    assert httpx.get(f"http://localhost:{setup.port}/health/ready").json()["mqtt"] == "ok"
+    model = httpx.get(f"http://localhost:{setup.llm_port}/v1/models").json()["data"][0]["id"]
+    assert model == "smollm2-135m-instruct", "no path is told"
+    code, output = setup.up("--detach")
+    assert (code, "running already" in output) == (1, True), output
+    code, output = setup.run("logs", "portal", "-n", "100")
+    assert "MQTT project is served" in output
+    secret = re.search(r"^SECRET_KEY=(.+)$", settings, re.MULTILINE)
+    assert secret is not None
+    assert not any(secret[1] in log.read_text() for log in (setup.state / "logs").glob("*.log"))
+
+    code, output = setup.run("down")
+    assert (code, "Stopped" in output) == (0, True), output
+    assert not any(lives(part["pid"]) for part in status["parts"].values())
+    assert setup.run("status")[0] == 3
+    assert setup.up("--detach")[0] == 0
+    assert env_file.read_text() == settings, "settings are never overwritten"
+
+
+def test_what_dies_is_started_again(setup: Setup) -> None:
+    assert setup.up("--detach")[0] == 0
+    before = setup.status()["parts"]
+    for part in before.values():
+        os.kill(part["pid"], signal.SIGKILL)
+
+    def all_back() -> bool:
+        parts = setup.status()["parts"]
+        return all(part["restarts"] == 1 and part["state"] == "ready" for part in parts.values())
+
+    wait_until(all_back, 30, "the parts' return")
+    assert httpx.get(f"http://localhost:{setup.port}/health/ready").status_code == 200
+
+
+def test_a_supervisor_that_was_killed_leaves_nothing_in_the_way(setup: Setup) -> None:
+    assert setup.up("--detach")[0] == 0
+    status = setup.status()
+    pids = [part["pid"] for part in status["parts"].values()]
+    os.kill(status["pid"], signal.SIGKILL)
+    wait_until(lambda: not lives(status["pid"]), what="its end")
+    assert all(lives(pid) for pid in pids)
+    code, output = setup.up("--detach")
+    assert code == 0, output
+    assert not any(lives(pid) for pid in pids)
+    os.kill(setup.status()["pid"], signal.SIGKILL)
+    code, output = setup.run("down")
+    assert "left behind" in output, output
+    assert not answers(setup.port)
+
+
+def test_in_the_foreground_ctrl_c_stops_all(setup: Setup) -> None:
+    ports = [str(setup.port), "--llm-port", str(setup.llm_port), "--mqtt-port", str(setup.mqtt_port)]
+    with setup.start("--port", *ports) as process:
+        assert process.stdout is not None
+        seen = ""
+        while "Ctrl-C stops it" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert (process.returncode, "Stopped." in rest) == (0, True)
+    assert not any(answers(port) for port in (setup.port, setup.llm_port, setup.mqtt_port))
+
+
+def test_a_port_in_use_is_named_with_its_holder_and_a_way_out(setup: Setup) -> None:
+    with socket.create_server(("127.0.0.1", setup.mqtt_port)):
+        code, output = setup.up("--detach")
+    assert code == 1
+    assert f"Port {setup.mqtt_port}" in output
+    assert f"process {os.getpid()}" in output
+    assert "--mqtt-port" in output
+    assert "--broker URL" in output
+    assert not answers(setup.llm_port), "nothing is left running"
+
+
+def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosquitto: Any) -> None:
+    code, output = setup.up("--detach", "--llm-url", llama.url, "--broker", mosquitto.url)
+    assert code == 0, output
+    assert set(setup.status()["parts"]) == {"portal"}
+    setup.run("down")
+    with (setup.state / ".env").open("a") as settings:
+        settings.write(f"\nLLM_SERVER_URL={llama.url}/v1\nMQTT_BROKER_URL={mosquitto.url}\n")
+    code, output = setup.up("--detach")
+    assert code == 0, output
+    assert set(setup.status()["parts"]) == {"portal"}, "the settings name them too"
+
+
+def test_a_wrong_setting_is_named_before_anything_starts(setup: Setup) -> None:
+    setup.run("install")
+    with (setup.state / ".env").open("a") as settings:
+        settings.write("\nLLM_TEMPERATURE=hot\n")
+    code, output = setup.up("--detach")
+    assert (code, "LLM_TEMPERATURE" in output) == (1, True), output
+
+
+def test_a_file_that_is_no_model(setup: Setup, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_text("not a model")
+    code, output = setup.up("--detach", "--model", str(model))
+    assert code == 1
+    assert "is no GGUF model" in output
+
+
+def test_without_a_network_it_says_so(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    (setup.state / "models" / MODEL).unlink()
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    code, output = setup.run("install")
+    assert code == 1
+    assert "package index cannot be reached" in output
+    assert "PIP_INDEX_URL" in output
+
+
+def test_the_model_server_ends_at_once_in_mid_generation(llama: Any, starter_model: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "app.cli.llm_server", "--model", str(starter_model), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "backend")}  # noqa: TID251
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        wait_until(lambda: answers(port), what="the server")
+        body = {"messages": [{"role": "user", "content": "Tell a story."}], "stream": True}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=30) as stream:
+            next(stream.iter_lines())
+            with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as second:
+                _, complaint = second.communicate(timeout=30)
+            assert (second.returncode, f"Port {port}" in complaint) == (1, True)
+            began = time.monotonic()
+            server.terminate()
+            server.wait(5)
+            assert time.monotonic() - began < 2
+        server.communicate()
+
+
+def test_names_of_models() -> None:
+    names = {
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "smollm2-135m-instruct",
+        "Qwen3-8B-Q4_K_M.gguf": "qwen3-8b",
+        "llama.f16.gguf": "llama",
+    }
+    assert {name: alias_of(Path(name)) for name in names} == names
+
+
+def test_help_names_every_command(setup: Setup) -> None:
+    output = subprocess.run(
+        [str(ROOT / "setup_llm.sh"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for word in ("up", "down", "status", "logs", "install", "test"):
+        assert re.search(rf"\b{word}\b", output)
+    assert DEFAULT_STATE == ROOT / ".portal"
+    assert install.MODEL == MODEL
