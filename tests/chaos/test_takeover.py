@@ -1,0 +1,54 @@
+"""A turn whose process died is taken up by another one on the same database, in time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.services.session_manager import LEASE_S, SWEEP_S
+from tests.fake_llm import FakeLLM, Script, text
+from tests.support import Portal, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+def test_another_instance_takes_over_after_the_lease(fake_thread: FakeLLM, tmp_path: Path) -> None:
+    directories = [tmp_path / name for name in ("one", "two")]
+    for directory in directories:
+        directory.mkdir()
+    database = f"sqlite:///{tmp_path / 'shared.db'}"
+    one, two = (
+        Portal(directory, LLM_SERVER_URL=fake_thread.url, DATABASE_URL=database).start()
+        for directory in directories
+    )
+    fake_thread.script = Script(pieces=text(*["more "] * 100), between=0.05)
+    body = {"session_id": "s", "message": "hi", "request_id": "r"}
+    with two.client() as web:
+        token = web.headers["Authorization"]
+        with pytest.raises(httpx.HTTPError):
+            post_and_kill(one, body, token, fake_thread)
+        died = time.monotonic()
+        fake_thread.script = Script()
+        wait_until(lambda: len(fake_thread.requests) == 2, 30, "the second attempt")
+        assert time.monotonic() - died <= LEASE_S + SWEEP_S
+        answer = web.post("/api/llm/chat/session", json=body)
+        assert answer.json()["response"] == "Hello there"
+        assert len(fake_thread.requests) == 2
+        with web.stream("GET", f"/api/llm/turns/{answer.json()['turn_id']}/events?after=1.20") as stream:
+            first = next(line for line in stream.iter_lines() if line.startswith("event:"))
+        assert first == "event: restarted", "who saw the first attempt is told that it is void"
+    two.stop()
+
+
+def post_and_kill(portal: Portal, body: dict[str, str], token: str, fake: FakeLLM) -> None:
+    """Asks, and kills the portal as soon as the reply has begun."""
+    headers = {"Authorization": token}
+    url = f"{portal.url}/api/llm/chat/session/stream"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as stream:
+        for line in stream.iter_lines():
+            if line == "event: token":
+                portal.kill()
+    assert fake.requests
