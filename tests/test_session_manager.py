@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.config import Settings
+from app.config import Settings, child_environment
 from app.container import Container, open_container
 from app.errors import Conflict, Expired, InvalidRequest, LLMUnavailable, NotFound, Overloaded
 from app.events import (
@@ -390,3 +393,21 @@ def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: Settings
     assert [model.id for model in container.llm.models()] == ["fake-1"]
     asyncio.run_coroutine_threadsafe(stack.aclose(), background.loop).result(20)
     background.stop()
+
+
+def test_a_plain_program_needs_two_lines_and_ends_cleanly(fake_thread: FakeLLM, tmp_path: Path) -> None:
+    program = """
+from app.services.llm_client import get_llm_client, get_session_manager
+print(get_session_manager().process_message(session_id="s", system_prompt="", user_message="hi"))
+print("".join(get_llm_client().generate_stream([{"role": "user", "content": "hi"}])))
+"""
+    settings = {"LLM_SERVER_URL": fake_thread.url, "DATABASE_URL": f"sqlite:///{tmp_path / 'plain.db'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env=child_environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("Hello there\nHello there\n", "", 0)

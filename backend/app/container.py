@@ -12,7 +12,7 @@ from typing import Any
 
 from app.config import Settings, load_settings
 from app.database import Database, migrate
-from app.logs import get_logger
+from app.logs import get_logger, quiet_unless_configured
 from app.loop import BackgroundLoop
 from app.mqtt.bridge import MqttBridge
 from app.services.accounts import Accounts
@@ -85,6 +85,7 @@ def current() -> Container:
 
 
 def _open_in_background() -> Container:
+    quiet_unless_configured()
     loop = BackgroundLoop()
     context = open_container(load_settings(mqtt_broker_url=""))
 

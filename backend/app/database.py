@@ -65,6 +65,7 @@ class Database:
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_loop, name="db-writer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._written = asyncio.Event()
 
     async def open(self) -> None:
         """Starts the threads."""
@@ -74,7 +75,8 @@ class Database:
     async def close(self) -> None:
         """Commits what was asked for and ends the threads."""
         self._writes.put(None)
-        await asyncio.to_thread(self._writer.join)
+        await self._written.wait()
+        self._writer.join()
         self._readers.shutdown()
         self._engine.dispose()
 
@@ -114,6 +116,7 @@ class Database:
             self._loop.call_soon_threadsafe(_settle, group)
         if connection is not None:
             connection.close()
+        self._loop.call_soon_threadsafe(self._written.set)
 
     def _next_group(self) -> list[_Write] | None:
         first = self._writes.get()

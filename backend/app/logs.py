@@ -14,6 +14,12 @@ def get_logger(name: str) -> Any:
     return structlog.get_logger(name)
 
 
+def quiet_unless_configured() -> None:
+    """For programs that use the portal as a library and have said nothing of logs: warnings only."""
+    if not structlog.is_configured():
+        configure_logging("warning")
+
+
 def configure_logging(level: str) -> None:
     """Sends all logs to standard error, coloured when that is a terminal; those of libraries only
     from warnings on."""
