@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
 
-from app.errors import Internal
+from app.errors import Internal, StorageUnavailable
 from app.logs import get_logger
 
 T = TypeVar("T")
@@ -34,7 +34,15 @@ READERS = 4
 LARGEST_GROUP = 256
 LOCK_TIMEOUT_S = 5
 
+UNAVAILABLE = (OperationalError, InterfaceError)
+"""What SQLAlchemy raises when a database is locked, full, or away."""
+
 log = get_logger(__name__)
+
+
+def _unavailable(error: BaseException) -> StorageUnavailable:
+    log.warning("the database does not answer", reason=str(getattr(error, "orig", error)))
+    return StorageUnavailable("The database does not answer; try again.", retry_after=2)
 
 
 class _Write:
@@ -51,6 +59,8 @@ class _Write:
             return
         if self.error is None:
             self.future.set_result(self.result)
+        elif isinstance(self.error, UNAVAILABLE):
+            self.future.set_exception(_unavailable(self.error))
         else:
             self.future.set_exception(self.error)
 
@@ -84,21 +94,24 @@ class Database:
         """Runs `operation` in a transaction and returns its result once that is committed.
 
         Operations are carried out in the order of the calls. What an operation raises, its caller
-        gets, and nothing of it is stored. SQLAlchemy's `OperationalError` means that the database
-        could not take it (locked, full, gone).
+        gets, and nothing of it is stored. Raises `StorageUnavailable` when the database could not
+        take it: locked, full, or away.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._writes.put(_Write(operation, future))
         return await future
 
     async def read(self, operation: Operation[T]) -> T:
-        """Runs a reading `operation` and returns its result."""
+        """Runs a reading `operation` and returns its result. Raises `StorageUnavailable`."""
 
         def run() -> T:
             with self._engine.connect() as connection:
                 return operation(connection)
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        except UNAVAILABLE as error:
+            raise _unavailable(error) from None
 
     def _write_loop(self) -> None:
         assert self._loop is not None
@@ -147,9 +160,11 @@ def _commit_group(connection: Connection, group: list[_Write]) -> None:
             for write in group:
                 write.result = write.operation(connection)
         return
-    except Exception as error:  # noqa: BLE001 - it is handed to the caller below
-        if len(group) == 1:
-            group[0].error = error
+    except Exception as error:  # noqa: BLE001 - it is handed to the callers
+        locked = isinstance(error, UNAVAILABLE) and connection.dialect.name == "sqlite"
+        if len(group) == 1 or locked:  # each alone would wait for the lock as long as all together
+            for write in group:
+                write.error = error
             return
     for write in group:
         try:
@@ -229,6 +244,3 @@ def _current_revision(url: str) -> str | None:
             return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     finally:
         engine.dispose()
-
-
-__all__ = ["Database", "Operation", "OperationalError", "migrate"]

@@ -13,6 +13,7 @@
     ├── LLMError 502
     ├── LLMUnavailable 503
     ├── Overloaded 503
+    │   └── StorageUnavailable 503
     ├── LLMTimeout 504
     ├── Expired 504
     └── Internal 500
@@ -159,6 +160,10 @@ class Overloaded(PortalError):
     retryable = True
 
 
+class StorageUnavailable(Overloaded):
+    """The database takes or gives nothing at the moment: locked, full, or away."""
+
+
 class LLMTimeout(PortalError):
     """The LLM server was too slow: to connect, to begin, to go on, or to end."""
 
@@ -181,9 +186,9 @@ class Internal(PortalError):
 
 
 def _tree(root: type[PortalError]) -> dict[str, type[PortalError]]:
-    found = {root.code: root} if root is not PortalError else {}
+    found: dict[str, type[PortalError]] = {}
     for child in root.__subclasses__():
-        found |= _tree(child)
+        found |= {**_tree(child), child.code: child}
     return found
 
 

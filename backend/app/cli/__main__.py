@@ -51,20 +51,6 @@ Model = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Run in the background")]
 
 
-def _stack(
-    port: Port = 8000,
-    llm_port: LlmPort = 8080,
-    mqtt_port: MqttPort = 1883,
-    state: State = DEFAULT_STATE,
-    llm_url: LlmUrl = None,
-    broker: Broker = None,
-    model: Model = None,
-) -> Stack:
-    return Stack(
-        state.resolve(), port, llm_port, mqtt_port, llm_url, broker, model.resolve() if model else None
-    )
-
-
 def _arguments(stack: Stack) -> list[str]:
     """The options that make this stack."""
     options = {
@@ -89,29 +75,17 @@ def up_command(
     broker: Broker = None,
     model: Model = None,
     detach: Detach = False,
+    background: Annotated[bool, typer.Option(hidden=True, help="The background side of --detach")] = False,
 ) -> None:
     """Installs what is missing, starts everything, proves it by a chat, and keeps it running."""
-    stack = _stack(port, llm_port, mqtt_port, state, llm_url, broker, model)
+    stack = Stack(
+        state.resolve(), port, llm_port, mqtt_port, llm_url, broker, model.resolve() if model else None
+    )
     with failures_shown():
         if detach:
-            up.detach(stack, _arguments(stack))
+            up.detach(stack, ["up", "--background", *_arguments(stack)])
         else:
-            up.run(stack)
-
-
-@app.command("supervise", hidden=True)
-def supervise_command(
-    port: Port = 8000,
-    llm_port: LlmPort = 8080,
-    mqtt_port: MqttPort = 1883,
-    state: State = DEFAULT_STATE,
-    llm_url: LlmUrl = None,
-    broker: Broker = None,
-    model: Model = None,
-) -> None:
-    """The background side of `up --detach`."""
-    with failures_shown():
-        up.supervise(_stack(port, llm_port, mqtt_port, state, llm_url, broker, model))
+            up.run(stack, introduce=not background)
 
 
 @app.command()

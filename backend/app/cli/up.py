@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.cli import install
-from app.cli.console import Failure, Step, console, done, failures_shown, note
+from app.cli.console import Failure, Step, console, done, note
 from app.cli.parts import Part, in_checkout, parts_of
 from app.cli.proof import prove
 from app.cli.stack import Stack
@@ -37,14 +37,15 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
     return stack, model, broker
 
 
-def run(stack: Stack) -> None:
-    """Runs the stack until Ctrl-C. Raises `Failure` when it does not start."""
+def run(stack: Stack, *, introduce: bool) -> None:
+    """Runs the stack until Ctrl-C or SIGTERM; with `introduce` it proves it once it is ready, and tells
+    where to go. Raises `Failure` when it does not start."""
     stack, model, broker = prepare(stack)
     settings = stack.with_secret()
-    asyncio.run(_supervise(stack, parts_of(stack, model, broker, settings), settings))
+    asyncio.run(_supervise(stack, parts_of(stack, model, broker, settings), settings, introduce))
 
 
-async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings) -> None:
+async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings, introduce: bool) -> None:
     began = time.monotonic()
     ready = asyncio.Event()
 
@@ -56,7 +57,8 @@ async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings) ->
 
     async def announce() -> None:
         await ready.wait()
-        await asyncio.to_thread(_introduce, stack, settings)
+        if introduce:
+            await asyncio.to_thread(_introduce, stack, settings)
 
     announcing = asyncio.create_task(announce(), name="announce")
     try:
@@ -77,15 +79,15 @@ def _introduce(stack: Stack, settings: Settings) -> None:
 
 
 def detach(stack: Stack, arguments: Sequence[str]) -> None:
-    """Runs `up` with `arguments` in the background, and returns once it is ready and proven. Raises
-    `Failure`."""
+    """Runs this program with `arguments` in the background, and returns once the stack is ready and
+    proven. Raises `Failure`."""
     stack, _, _ = prepare(stack)
     settings = stack.with_secret()
     log = stack.logs / "supervisor.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "supervise", *arguments],
+            [sys.executable, "-m", "app.cli", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -112,17 +114,11 @@ def _is_ready(stack: Stack, child: subprocess.Popen[bytes], log: Path) -> bool:
 
 
 def _gone(log: Path) -> Failure:
-    """What the supervisor said before it ended."""
-    problem, *more = log.read_text(errors="replace").strip().splitlines() or ["The supervisor ended."]
-    return Failure(problem.removeprefix("✗ "), *(line.strip() for line in more))
-
-
-def supervise(stack: Stack) -> None:
-    """The background side of `detach`: everything is there already."""
-    stack, model, broker = prepare(stack)
-    parts = parts_of(stack, model, broker, stack.with_secret())
-    with failures_shown():
-        asyncio.run(Supervisor(stack, parts, lambda _: None).run())
+    """The failure that the supervisor showed before it ended."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    shown = next((number for number, line in enumerate(lines) if line.startswith("✗")), 0)
+    problem, *remedies = lines[shown:] or ["It ended without a word."]
+    return Failure(problem.removeprefix("✗ "), *remedies)
 
 
 def where_to_go(stack: Stack) -> None:

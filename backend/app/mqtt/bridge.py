@@ -14,18 +14,16 @@ from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from app import __version__
 from app.config import Settings
-from app.errors import Internal, NotFound, PortalError, Unauthenticated
+from app.errors import Internal, NotFound, PortalError, StorageUnavailable, Unauthenticated
 from app.events import ReplyTarget, TurnRequest, new_id
 from app.logs import get_logger
 from app.mqtt import contract
 from app.mqtt.connection import Broker, Incoming, MqttConnection
 from app.services.accounts import Accounts
 from app.services.llm_client import LLMClient
-from app.services.session_manager import SessionManager, StorageUnavailable
+from app.services.session_manager import SessionManager
 from app.services.store import Delivery, Store
 from app.services.turns import Turn, recall
 
@@ -119,7 +117,7 @@ class ProjectDoor:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with suppress(SQLAlchemyError):
+        with suppress(StorageUnavailable):
             await self._store.release(self._lease, self._holder)
 
     def _start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -155,7 +153,7 @@ class ProjectDoor:
     async def _has_lease(self) -> bool:
         try:
             return await self._store.acquire(self._lease, self._holder, LEASE_S)
-        except SQLAlchemyError as error:
+        except StorageUnavailable as error:
             log.warning("the project's lease could not be written", reason=type(error).__name__)
             return self.is_connected
 
@@ -245,7 +243,7 @@ class ProjectDoor:
             while True:
                 try:
                     return (await self._accounts.identify(token)).owner
-                except SQLAlchemyError:
+                except StorageUnavailable:
                     await asyncio.sleep(RETRY_S)
         if not self._settings.anonymous_mqtt:
             raise Unauthenticated("token: messages without one are not answered here.")
@@ -312,7 +310,7 @@ class ProjectDoor:
             )
             await self._publish(target.topic, payload)
             await self._store.delivered([delivery.id])
-        except SQLAlchemyError as error:
+        except StorageUnavailable as error:
             # It stays in the outbox and is published once more: rather twice than never.
             log.warning("a delivery could not be forgotten", reason=type(error).__name__)
         finally:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.dependencies import LLMDep, MqttDep, StoreDep
+from app.errors import StorageUnavailable
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -43,7 +43,7 @@ async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep)
     try:
         await store.ping()
         database: State = "ok"
-    except SQLAlchemyError:
+    except StorageUnavailable:
         database = "down"
     broker: State = "off" if mqtt is None else "ok" if mqtt.is_connected else "down"
     server: State = (await llm.ahealth()).status

@@ -15,6 +15,7 @@ from app.dependencies import CurrentUser, LLMDep, SessionsDep
 from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, TurnRequest
 from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
 from app.services.accounts import Identity
+from app.services.llm_client import Health
 from app.services.session_manager import HistoryPage, SessionManager
 from app.services.store import MessageRow
 from app.services.turns import Turn, answer_of, parse_position
@@ -109,17 +110,6 @@ class Stopped(Done):
     turn_id: str | None
 
 
-class HealthAnswer(BaseModel):
-    """How the LLM server is; `queue` is the number of requests that wait for it."""
-
-    status: Literal["ok", "degraded", "down"]
-    model: str | None
-    latency_ms: int | None
-    temperature: float
-    max_tokens: int
-    queue: int
-
-
 # --- chat without a session ----------------------------------------------------------------------
 
 
@@ -207,17 +197,9 @@ async def stop(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Sto
 
 
 @router.get("/health")
-async def health(llm: LLMDep) -> HealthAnswer:
+async def health(llm: LLMDep) -> Health:
     """How the LLM server is. Needs no sign-in, and answers 200 also when it is down."""
-    found = await llm.ahealth()
-    return HealthAnswer(
-        status=found.status,
-        model=found.model,
-        latency_ms=found.latency_ms,
-        temperature=found.temperature,
-        max_tokens=found.max_tokens,
-        queue=found.queue,
-    )
+    return await llm.ahealth()
 
 
 # --- between bodies and turns --------------------------------------------------------------------

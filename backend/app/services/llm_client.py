@@ -185,7 +185,8 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How the LLM server is: `degraded` means that it is there but cannot answer now."""
+    """How the LLM server is: `degraded` means that it is there but cannot answer now. `queue` is the
+    number of requests that wait for it."""
 
     status: Literal["ok", "degraded", "down"]
     model: str | None

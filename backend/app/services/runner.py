@@ -14,10 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import OperationalError
-
 from app.config import Settings
-from app.errors import Expired, Internal, PortalError
+from app.errors import Expired, Internal, PortalError, StorageUnavailable
 from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
 from app.logs import get_logger
 from app.services.history import History, estimate_tokens
@@ -296,8 +294,7 @@ class Runner:
         while True:
             try:
                 return await call()
-            except OperationalError as error:
-                log.warning("the database does not answer", reason=type(error.orig).__name__)
+            except StorageUnavailable:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
 

@@ -13,10 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
-
 from app.config import Settings
-from app.errors import InvalidRequest, NotFound, Overloaded
+from app.errors import InvalidRequest, NotFound, StorageUnavailable
 from app.events import Cancelled, GenerationOptions, TurnRequest, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
@@ -33,10 +31,6 @@ LOCAL_OWNER = "local"
 """The owner of sessions that plain Python makes."""
 
 log = get_logger(__name__)
-
-
-class StorageUnavailable(Overloaded):
-    """The database takes nothing at the moment, so nothing was accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ class SessionManager:
     async def close(self) -> None:
         """Stops working; turns that are not done stay accepted, for whoever takes them up."""
         await self._runner.close()
-        with suppress(SQLAlchemyError):
+        with suppress(StorageUnavailable):
             await self._store.release(self._lease, self._epoch)
 
     @property
@@ -88,8 +82,8 @@ class SessionManager:
             try:
                 if not await self._store.acquire(self._lease, self._epoch, LEASE_S):
                     log.error("another process took over under this instance's name", instance=self._instance)
-            except SQLAlchemyError as error:
-                log.warning("the heartbeat could not be written", reason=type(error).__name__)
+            except StorageUnavailable:
+                log.warning("the heartbeat could not be written")
 
     async def sweep(self) -> None:
         """Takes up the turns of instances that died. Runs until cancelled."""
@@ -98,8 +92,8 @@ class SessionManager:
             try:
                 if await self._store.has_orphans(self._instance):
                     self._take_up(await self._store.adopt(self._instance))
-            except SQLAlchemyError as error:
-                log.warning("orphaned turns could not be looked for", reason=type(error).__name__)
+            except StorageUnavailable:
+                log.warning("orphaned turns could not be looked for")
 
     def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
         for row, session in orphans:
@@ -119,7 +113,8 @@ class SessionManager:
         """Accepts a request: when this returns, it is committed. The turn may be one that the same
         request id has already made, and even ended.
 
-        Raises `InvalidRequest`, `Conflict` (the request id with another body) or `Overloaded`.
+        Raises `InvalidRequest`, `Conflict` (the request id with another body) or `Overloaded`, also as
+        `StorageUnavailable` when the database takes nothing; then nothing was accepted.
         """
         if not is_id(request.session_id):
             raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
@@ -128,10 +123,7 @@ class SessionManager:
         if not request.message.strip():
             raise InvalidRequest("message: it is empty")
         self._llm.places.check()
-        try:
-            acceptance = await self._store.accept(request, turn_id=new_id(), instance=self._instance)
-        except OperationalError:
-            raise StorageUnavailable("The database is busy; nothing was accepted.", retry_after=2) from None
+        acceptance = await self._store.accept(request, turn_id=new_id(), instance=self._instance)
         turn = self._admit(acceptance, request.message)
         if acceptance.delivery is not None and acceptance.delivery.ready:
             self._runner.on_delivery(acceptance.delivery, turn)

@@ -1,0 +1,82 @@
+"""Starting the backend by hand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.config import EXAMPLE_FILE, child_environment
+from tests.support import ROOT, Portal, free_port
+
+pytestmark = pytest.mark.slow
+
+
+def refuse(*words: str) -> str:
+    """What `run_server.py` says when it does not start."""
+    command = [sys.executable, str(ROOT / "backend" / "run_server.py"), *words]
+    done = subprocess.run(
+        command, env=child_environment({}), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path) -> None:
+    portal = Portal(tmp_path)
+    shutil.copy(EXAMPLE_FILE, portal.env_file)
+    portal.start(ready=False)
+    with portal.client() as web:
+        assert web.get("/api/auth/me").json()["is_admin"] is True
+    assert httpx.get(f"{portal.url}/health/ready").json()["database"] == "ok"
+    assert portal.stop() == -signal.SIGTERM, "it ends by the signal, after it has closed everything"
+    assert "SECRET_KEY is empty" in portal.log.read_text()
+    assert (tmp_path / "portal.db").exists()
+
+
+def test_elsewhere_it_wants_a_secret(tmp_path: Path) -> None:
+    said = refuse("--host", "0.0.0.0", "--port", str(free_port()), "--env-file", str(tmp_path / ".env"))
+    assert re.search(r"SECRET_KEY is empty.*0\.0\.0\.0", said)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("SECRET_KEY=changeme-changeme-changeme-changeme", "SECRET_KEY: "),
+        ("SECRET_KEY=short", "SECRET_KEY: "),
+        ("LLM_TIMEOUT=soon", "LLM_TIMEOUT: "),
+    ],
+)
+def test_wrong_settings_are_named_without_their_values(tmp_path: Path, line: str, said: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(line)
+    output = refuse("--port", str(free_port()), "--env-file", str(env_file))
+    assert said in output
+    assert line.split("=")[1] not in output
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refuse("--port", str(port), "--env-file", str(tmp_path / ".env"))
+    assert f"Port {port}" in said
+
+
+def test_a_database_that_is_newer_is_left_alone(tmp_path: Path) -> None:
+    import sqlite3
+
+    portal = Portal(tmp_path).start(ready=False)
+    portal.stop()
+    with sqlite3.connect(tmp_path / "portal.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    database.close()
+    with pytest.raises(AssertionError, match="9999"):
+        portal.start(ready=False)
