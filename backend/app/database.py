@@ -32,7 +32,7 @@ the connection; a result that is no error is better returned than raised."""
 
 READERS = 4
 LARGEST_GROUP = 256
-LOCK_TIMEOUT_S = 5
+LOCK_TIMEOUT_S = 2
 
 UNAVAILABLE = (OperationalError, InterfaceError)
 """What SQLAlchemy raises when a database is locked, full, or away."""
