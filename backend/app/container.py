@@ -19,6 +19,7 @@ from app.services.accounts import Accounts
 from app.services.llm_client import LLMClient
 from app.services.session_manager import SessionManager
 from app.services.store import Store
+from app.services.templates import Templates
 
 log = get_logger(__name__)
 
@@ -31,6 +32,7 @@ class Container:
     store: Store
     accounts: Accounts
     llm: LLMClient
+    templates: Templates
     sessions: SessionManager
     mqtt: MqttBridge | None
 
@@ -58,7 +60,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         stack.push_async_callback(llm.close)
         await stack.enter_async_context(_background(llm.watch(), "llm watch"))
 
-        sessions = SessionManager(settings, store, llm)
+        templates = Templates(database)
+        sessions = SessionManager(settings, store, llm, templates)
         await sessions.open()
         stack.push_async_callback(sessions.close)
         await stack.enter_async_context(_background(sessions.heartbeat(), "heartbeat"))
@@ -69,7 +72,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             mqtt = MqttBridge(settings, sessions, accounts, llm, store)
             await mqtt.open()
             stack.push_async_callback(mqtt.close)
-        container = Container(settings, store, accounts, llm, sessions, mqtt)
+        container = Container(settings, store, accounts, llm, templates, sessions, mqtt)
         previous, _current = _current, container
         try:
             yield container

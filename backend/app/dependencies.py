@@ -12,6 +12,7 @@ from app.services.accounts import Accounts, Identity
 from app.services.llm_client import LLMClient
 from app.services.session_manager import SessionManager
 from app.services.store import Store
+from app.services.templates import Templates
 
 _bearer = HTTPBearer(auto_error=False, description="The access token of /api/auth/login")
 
@@ -24,6 +25,11 @@ def _accounts(request: Request) -> Accounts:
 def _sessions(request: Request) -> SessionManager:
     sessions: SessionManager = request.app.state.container.sessions
     return sessions
+
+
+def _templates(request: Request) -> Templates:
+    templates: Templates = request.app.state.container.templates
+    return templates
 
 
 def _llm(request: Request) -> LLMClient:
@@ -51,6 +57,7 @@ def _mqtt(request: Request) -> MqttDoor | None:
 
 AccountsDep = Annotated[Accounts, Depends(_accounts)]
 SessionsDep = Annotated[SessionManager, Depends(_sessions)]
+TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
 StoreDep = Annotated[Store, Depends(_store)]
 MqttDep = Annotated[MqttDoor | None, Depends(_mqtt)]

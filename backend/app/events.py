@@ -10,6 +10,7 @@ import hashlib
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -76,8 +77,9 @@ class TurnRequest:
     """One message for a session, as a door hands it to `SessionManager.submit`.
 
     `deadline` is a Unix time in seconds that bounds the wait for a place at the LLM server.
-    `detached` turns run on when their last follower leaves. `system_prompt` and `project` count
-    only when the session is new.
+    `detached` turns run on when their last follower leaves. `system_prompt`, or the template with its
+    `variables`, and `project` count only when the session is new; `template_version` is the version
+    that the prompt was rendered from.
     """
 
     owner: str
@@ -85,6 +87,9 @@ class TurnRequest:
     message: str
     request_id: str | None = None
     system_prompt: str | None = None
+    template_id: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    template_version: str | None = None
     project: str = "prompt_portal"
     options: GenerationOptions = field(default_factory=GenerationOptions)
     deadline: float | None = None

@@ -23,7 +23,7 @@ from app.container import open_container
 from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
 from app.events import TurnEvent, is_id, new_id
 from app.logs import get_logger
-from app.routers import auth, health, llm
+from app.routers import auth, health, llm, sessions, templates
 
 log = get_logger(__name__)
 
@@ -68,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "An error"}},
         generate_unique_id_function=_operation_id,
     )
-    for router in (auth.router, llm.router, health.router):
+    for router in (auth.router, llm.router, sessions.router, templates.router, health.router):
         app.include_router(router)
     _add_error_handlers(app)
     if settings.cors_origins:

@@ -94,7 +94,9 @@ def test_twenty_kills_in_mid_generation(
             "JOIN sessions s ON s.id = t.session ORDER BY s.session_id, t.position"
         ).fetchall()
     assert restarted > 0, "some were cut off in mid-generation"
-    print(f"{KILLS} kills, {len(player.asked)} requests, {restarted} begun again, {len(game.received)} replies")
+    print(
+        f"{KILLS} kills, {len(player.asked)} requests, {restarted} begun again, {len(game.received)} replies"
+    )
     for session in range(SESSIONS):
         mine = [content for name, content in order if name == f"chaos-{session}"]
         assert mine == [f"message r{n}" for n in range(session, len(player.asked), SESSIONS)]

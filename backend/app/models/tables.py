@@ -25,6 +25,9 @@ from sqlalchemy import (
 ACTIVE = "state IN ('waiting', 'running')"
 """Turns that have not ended. Spelled out in SQL, so that the partial index on them serves."""
 
+LIVE = "deleted_at IS NULL"
+"""Sessions and templates that are not deleted; spelled out for the same reason."""
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -61,6 +64,32 @@ users = Table(
     Column("created_at", Float, nullable=False),
 )
 
+templates = Table(
+    "templates",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("owner", String(200), nullable=False),
+    Column("latest", Integer, nullable=False, comment="the number of its newest version"),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Column("deleted_at", Float),
+    Index("ix_templates_recent", "owner", "updated_at", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
+)
+
+template_versions = Table(
+    "template_versions",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("template", ForeignKey("templates.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("title", String(200), nullable=False),
+    Column("description", Text, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("template", "number"),
+    comment="What a template was at each save; never changed.",
+)
+
 sessions = Table(
     "sessions",
     metadata,
@@ -69,13 +98,24 @@ sessions = Table(
     Column("session_id", String(128), nullable=False, comment="the client's name for it"),
     Column("project", String(64), nullable=False),
     Column("system_prompt", Text, nullable=False),
+    Column("template_version", ForeignKey("template_versions.id"), comment="that system_prompt came from"),
     Column("leaf_id", String(28), comment="the newest message of the chosen path"),
     Column("window_start", String(28), comment="the oldest message that is still sent to the model"),
     Column("version", Integer, nullable=False, comment="changes with the history"),
     Column("next_position", Integer, nullable=False),
+    Column("title", String(200), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
-    UniqueConstraint("owner", "session_id"),
+    Column("deleted_at", Float, comment="its id may name a new session since then"),
+    Index(
+        "uq_sessions_live",
+        "owner",
+        "session_id",
+        unique=True,
+        sqlite_where=text(LIVE),
+        postgresql_where=text(LIVE),
+    ),
+    Index("ix_sessions_recent", "owner", "updated_at", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
 )
 
 messages = Table(

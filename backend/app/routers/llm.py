@@ -35,11 +35,16 @@ class Chat(GenerationOptions):
 
 
 class SessionChat(GenerationOptions):
-    """A message for a session. `system_prompt` and `project` count only when the session is new."""
+    """A message for a session. `system_prompt`, or `template_id` with its `variables`, and `project`
+    count only when the session is new."""
 
     session_id: Id
     message: Annotated[str, Field(min_length=1, max_length=1_000_000)]
     system_prompt: Annotated[str | None, Field(max_length=1_000_000)] = None
+    template_id: Annotated[
+        str | None, Field(description="A template of mine; its newest version is used")
+    ] = None
+    variables: Annotated[dict[str, Any], Field(default_factory=dict, description="What the template needs")]
     project: Annotated[str, Field(min_length=1, max_length=64)] = "prompt_portal"
     request_id: Annotated[
         Id | None, Field(description="Makes the request safe to repeat, and lets it outlive the connection")
@@ -82,6 +87,7 @@ class HistoryMessage(BaseModel):
 
     id: str
     parent_id: str | None
+    turn_id: Annotated[str | None, Field(description="To follow it while it is pending")]
     role: Literal["system", "user", "assistant"]
     content: str
     created_at: datetime
@@ -213,6 +219,8 @@ async def _submit(sessions: SessionManager, user: Identity, body: SessionChat) -
             message=body.message,
             request_id=body.request_id,
             system_prompt=body.system_prompt,
+            template_id=body.template_id,
+            variables=body.variables,
             project=body.project,
             options=body,
             deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
@@ -246,6 +254,7 @@ def _messages(page: HistoryPage) -> list[HistoryMessage]:
         system = HistoryMessage(
             id=f"{session.id}-system",
             parent_id=None,
+            turn_id=None,
             role="system",
             content=session.system_prompt,
             created_at=datetime.fromtimestamp(session.created_at, UTC),
@@ -260,6 +269,7 @@ def _message(message: MessageRow) -> HistoryMessage:
         {
             "id": message.id,
             "parent_id": message.parent_id,
+            "turn_id": message.turn_id,
             "role": message.role,
             "content": message.content,
             "created_at": datetime.fromtimestamp(message.created_at, UTC),

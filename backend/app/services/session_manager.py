@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from app.config import Settings
@@ -20,7 +20,8 @@ from app.logs import get_logger
 from app.loop import LoopDoor
 from app.services.llm_client import LLMClient, Message
 from app.services.runner import Runner
-from app.services.store import Acceptance, Delivery, MessageRow, SessionRow, Store, TurnRow
+from app.services.store import Acceptance, Delivery, Ended, MessageRow, SessionRow, Store, TurnRow
+from app.services.templates import Templates
 from app.services.turns import Turn, answer_of
 
 LEASE_S = 10.0
@@ -46,9 +47,10 @@ class SessionManager:
     """Runs turns. Everything but `process_message` and `aprocess_message` belongs to the portal's
     own event loop."""
 
-    def __init__(self, settings: Settings, store: Store, llm: LLMClient) -> None:
+    def __init__(self, settings: Settings, store: Store, llm: LLMClient, templates: Templates) -> None:
         self._store = store
         self._llm = llm
+        self._templates = templates
         self._epoch = new_id()
         self._instance = settings.instance or f"python-{self._epoch}"
         self._runner = Runner(settings, store, llm, self._instance)
@@ -123,11 +125,24 @@ class SessionManager:
         if not request.message.strip():
             raise InvalidRequest("message: it is empty")
         self._llm.places.check()
+        if request.template_id is not None:
+            request = await self._with_prompt(request)
         acceptance = await self._store.accept(request, turn_id=new_id(), instance=self._instance)
         turn = self._admit(acceptance, request.message)
         if acceptance.delivery is not None and acceptance.delivery.ready:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
+
+    async def _with_prompt(self, request: TurnRequest) -> TurnRequest:
+        """The request with the prompt of its template, if it makes a session."""
+        assert request.template_id is not None
+        if request.system_prompt is not None:
+            raise InvalidRequest("template_id: give either this or system_prompt")
+        if await self._store.session(request.owner, request.session_id) is not None:
+            return request
+        version = await self._templates.get(request.owner, request.template_id)
+        prompt = version.render(request.variables)
+        return replace(request, system_prompt=prompt, template_version=version.id)
 
     def _admit(self, acceptance: Acceptance, message: str) -> Turn:
         row = acceptance.turn
@@ -154,7 +169,7 @@ class SessionManager:
         """A turn without a session: nothing of it is stored, and it ends with its last follower."""
         self._llm.places.check()
         now = time.time()
-        session = SessionRow("", owner, "", "", "", None, None, 0, now)
+        session = SessionRow("", owner, "", "", "", None, None, 0, "", None, now, now)
         row = TurnRow(new_id(), "", 0, None, "", {}, None, False, "running", 1, "", now, None, None)
         turn = Turn(row, session)
         self._runner.run_unstored(turn, messages, options)
@@ -197,7 +212,7 @@ class SessionManager:
         self, owner: str, session_id: str, *, limit: int | None = None, before: str | None = None
     ) -> HistoryPage:
         """The newest `limit` messages, or those older than the message `before`. Raises `NotFound`."""
-        session = await self._session(owner, session_id)
+        session = await self.session(owner, session_id)
         leaf: str | None = session.leaf_id
         if before is not None:
             parent = await self._store.message_parent(session.id, before)
@@ -213,20 +228,48 @@ class SessionManager:
     async def clear(self, owner: str, session_id: str) -> None:
         """Deletes the messages of a session; its running turn is stopped and the waiting ones are
         dropped, each ending as cancelled. Raises `NotFound`."""
-        session = await self._session(owner, session_id)
-        live = self._runner.turns
-        partial = {t.id: "".join(t.response) for t in live.values() if t.session.id == session.id}
-        for ended in await self._store.clear(session.id, partial):
-            turn = live.get(ended.turn_id)
+        session = await self.session(owner, session_id)
+        self._cut_off(session.id, await self._store.clear(session.id, self._partial(session.id)))
+
+    async def delete(self, owner: str, session_id: str) -> None:
+        """Deletes a session, and stops and drops its turns; `restore` brings it back. Raises `NotFound`."""
+        session = await self.session(owner, session_id)
+        self._cut_off(session.id, await self._store.delete_session(session.id, self._partial(session.id)))
+
+    def _partial(self, session: str) -> dict[str, str]:
+        """What the live turns of a session have answered so far."""
+        live = self._runner.turns.values()
+        return {turn.id: "".join(turn.response) for turn in live if turn.session.id == session}
+
+    def _cut_off(self, session: str, all_ended: Sequence[Ended]) -> None:
+        """The turns of a session were ended in the database: tells them so."""
+        for ended in all_ended:
+            turn = self._runner.turns.get(ended.turn_id)
             if turn is not None:
                 self._runner.settle(turn, ended)
                 self._runner.interrupt(turn, "ended")
-        self._runner.forget_history(session.id)
+        self._runner.forget_history(session)
+
+    async def restore(self, owner: str, session_id: str) -> SessionRow:
+        """Brings back a deleted session. Raises `NotFound`, or `Conflict` when its id is in use again."""
+        return await self._store.restore_session(owner, session_id)
+
+    async def rename(self, owner: str, session_id: str, title: str) -> SessionRow:
+        """Gives a session another title. Raises `NotFound`."""
+        session = await self.session(owner, session_id)
+        await self._store.rename_session(session.id, title)
+        return await self.session(owner, session_id)
+
+    async def search(
+        self, owner: str, text: str = "", *, limit: int = 50, offset: int = 0
+    ) -> tuple[list[SessionRow], int]:
+        """The owner's sessions with `text` in the title, those used last first, and how many there are."""
+        return await self._store.sessions_of(owner, text, limit=limit, offset=offset)
 
     async def stop(self, owner: str, session_id: str) -> str | None:
         """Stops the running turn and returns its id once it has ended; None when none runs. Raises
         `NotFound`."""
-        session = await self._session(owner, session_id)
+        session = await self.session(owner, session_id)
         running = [row for row in await self._store.active_turns(session.id) if row.state == "running"]
         if not running:
             return None
@@ -238,7 +281,8 @@ class SessionManager:
             await self._store.end(running[0], Cancelled(running[0].id, "", None))
         return running[0].id
 
-    async def _session(self, owner: str, session_id: str) -> SessionRow:
+    async def session(self, owner: str, session_id: str) -> SessionRow:
+        """The session that the owner calls so. Raises `NotFound`, also for another owner's."""
         session = await self._store.session(owner, session_id) if is_id(session_id) else None
         if session is None:
             raise NotFound("There is no such session.")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import Connection, Row, Table, and_, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from app.database import Database
-from app.errors import Conflict, Overloaded, PortalError
+from app.errors import Conflict, NotFound, Overloaded, PortalError
 from app.events import (
     Cancelled,
     Ending,
@@ -35,6 +35,9 @@ from app.models.tables import ACTIVE, identity, leases, messages, outbox, sessio
 MAX_WAITING = 16
 """Turns that may wait in one session behind the running one."""
 
+TITLE_CHARS = 80
+"""A new session is called after the beginning of its first message."""
+
 RETRY_WINDOW_S = 24 * 3600
 """How long a request id is remembered."""
 
@@ -50,7 +53,10 @@ class SessionRow(msgspec.Struct, frozen=True):
     leaf_id: str | None
     window_start: str | None
     version: int
+    title: str
+    template_version: str | None
     created_at: float
+    updated_at: float
 
 
 class TurnRow(msgspec.Struct, frozen=True):
@@ -214,6 +220,23 @@ class Store:
         the text that each running one had so far."""
         return await self._database.write(lambda c: _clear(c, session, partial))
 
+    async def delete_session(self, session: str, partial: dict[str, str]) -> list[Ended]:
+        """Deletes a session, which can be restored, and ends its active turns as `clear` does."""
+        return await self._database.write(lambda c: _delete_session(c, session, partial))
+
+    async def restore_session(self, owner: str, session_id: str) -> SessionRow:
+        """Brings back the session of this name that was deleted last. Raises `NotFound`, and
+        `Conflict` when the name is in use again."""
+        outcome = await self._database.write(lambda c: _restore_session(c, owner, session_id))
+        if isinstance(outcome, PortalError):
+            raise outcome
+        return outcome
+
+    async def rename_session(self, session: str, title: str) -> None:
+        """Gives a session another title."""
+        statement = update(sessions).where(sessions.c.id == session).values(title=title)
+        await self._database.write(lambda c: c.execute(statement))
+
     async def adopt(self, instance: str, *, restarted: bool = False) -> list[tuple[TurnRow, SessionRow]]:
         """Takes over the active turns of instances whose lease has run out; with `restarted` also
         those that an earlier process left under this instance's own name."""
@@ -229,6 +252,28 @@ class Store:
     async def session(self, owner: str, session_id: str) -> SessionRow | None:
         """The session that the owner calls `session_id`."""
         return await self._database.read(lambda c: _session(c, owner, session_id))
+
+    async def sessions_of(
+        self, owner: str, search: str, *, limit: int, offset: int
+    ) -> tuple[list[SessionRow], int]:
+        """The owner's sessions with `search` in the title, those used last first, and how many there
+        are in all."""
+        wanted = [sessions.c.owner == owner, sessions.c.deleted_at.is_(None)]
+        if search:
+            wanted.append(sessions.c.title.icontains(search, autoescape=True))
+        newest = (
+            select(*SESSION_COLUMNS)
+            .where(*wanted)
+            .order_by(sessions.c.updated_at.desc(), sessions.c.id)
+            .limit(limit)
+            .offset(offset)
+        )
+
+        def operation(connection: Connection) -> tuple[list[SessionRow], int]:
+            counted = connection.execute(select(func.count()).select_from(sessions).where(*wanted))
+            return [SessionRow(*row) for row in connection.execute(newest)], counted.scalar_one()
+
+        return await self._database.read(operation)
 
     async def turn(self, turn_id: str) -> tuple[TurnRow, SessionRow] | None:
         """A turn and its session."""
@@ -342,8 +387,14 @@ def _insert_new(connection: Connection, table: Table, values: dict[str, Any]) ->
     return connection.execute(statement.returning(*table.primary_key)).first() is not None
 
 
+def _named(owner: str, session_id: str) -> ColumnElement[bool]:
+    """The session that an owner calls so: a deleted one may have had the same name."""
+    mine = and_(sessions.c.owner == owner, sessions.c.session_id == session_id)
+    return and_(mine, sessions.c.deleted_at.is_(None))
+
+
 def _session(connection: Connection, owner: str, session_id: str) -> SessionRow | None:
-    statement = select(*SESSION_COLUMNS).where(sessions.c.owner == owner, sessions.c.session_id == session_id)
+    statement = select(*SESSION_COLUMNS).where(_named(owner, session_id))
     row = connection.execute(statement).first()
     return None if row is None else SessionRow(*row)
 
@@ -358,9 +409,7 @@ def _locked_session(connection: Connection, session: str) -> tuple[SessionRow, i
 
 
 def _ensure_session(connection: Connection, request: TurnRequest, now: float) -> str:
-    statement = select(sessions.c.id).where(
-        sessions.c.owner == request.owner, sessions.c.session_id == request.session_id
-    )
+    statement = select(sessions.c.id).where(_named(request.owner, request.session_id))
     found = connection.execute(statement).scalar()
     if found is None:
         values = {
@@ -369,6 +418,8 @@ def _ensure_session(connection: Connection, request: TurnRequest, now: float) ->
             "session_id": request.session_id,
             "project": request.project,
             "system_prompt": request.system_prompt or "",
+            "template_version": request.template_version,
+            "title": " ".join(request.message.split())[:TITLE_CHARS],
             "version": 0,
             "next_position": 1,
             "created_at": now,
@@ -603,23 +654,50 @@ def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: floa
 
 def _clear(connection: Connection, session_pk: str, partial: dict[str, str]) -> list[Ended]:
     session, _ = _locked_session(connection, session_pk)
-    now = time.time()
-    ended = []
-    for row in connection.execute(_active(session_pk).order_by(turns.c.position)).all():
-        ending = Cancelled(row.id, response=partial.get(row.id, ""), message_id=None)
-        connection.execute(
-            update(turns)
-            .where(turns.c.id == row.id)
-            .values(state="cancelled", ending=encode(ending), ended_at=now)
-        )
-        ended.append(Ended(True, row.id, ending, session.version + 1, _make_ready(connection, row.id)))
+    ended = _cancel_active(connection, session, partial)
     connection.execute(delete(messages).where(messages.c.session == session_pk))
-    connection.execute(
-        update(sessions)
-        .where(sessions.c.id == session_pk)
-        .values(leaf_id=None, window_start=None, version=session.version + 1, updated_at=now)
-    )
+    changes = {
+        "leaf_id": None,
+        "window_start": None,
+        "version": session.version + 1,
+        "updated_at": time.time(),
+    }
+    connection.execute(update(sessions).where(sessions.c.id == session_pk).values(changes))
     return ended
+
+
+def _delete_session(connection: Connection, session_pk: str, partial: dict[str, str]) -> list[Ended]:
+    session, _ = _locked_session(connection, session_pk)
+    ended = _cancel_active(connection, session, partial)
+    changes = {"version": session.version + 1, "deleted_at": time.time()}
+    connection.execute(update(sessions).where(sessions.c.id == session_pk).values(changes))
+    return ended
+
+
+def _cancel_active(connection: Connection, session: SessionRow, partial: dict[str, str]) -> list[Ended]:
+    ended = []
+    for row in connection.execute(_active(session.id).order_by(turns.c.position)).all():
+        ending = Cancelled(row.id, response=partial.get(row.id, ""), message_id=None)
+        changes = {"state": "cancelled", "ending": encode(ending), "ended_at": time.time()}
+        connection.execute(update(turns).where(turns.c.id == row.id).values(changes))
+        ended.append(Ended(True, row.id, ending, session.version + 1, _make_ready(connection, row.id)))
+    return ended
+
+
+def _restore_session(connection: Connection, owner: str, session_id: str) -> SessionRow | PortalError:
+    if _session(connection, owner, session_id) is not None:
+        return Conflict("There is a newer session with this id.")
+    deleted = (
+        select(sessions.c.id)
+        .where(sessions.c.owner == owner, sessions.c.session_id == session_id)
+        .order_by(sessions.c.deleted_at.desc())
+        .limit(1)
+    )
+    found = connection.execute(deleted).scalar()
+    if found is None:
+        return NotFound("There is no such session.")
+    connection.execute(update(sessions).where(sessions.c.id == found).values(deleted_at=None))
+    return _locked_session(connection, found)[0]
 
 
 def _orphans(instance: str, now: float) -> Any:

@@ -1,4 +1,4 @@
-"""The core: users, sessions, messages, turns, outbox, leases."""
+"""The core: users, templates, sessions, messages, turns, outbox, leases."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ revision = "0001"
 down_revision = None
 
 ACTIVE = "state IN ('waiting', 'running')"
+LIVE = "deleted_at IS NULL"
 
 
 def upgrade() -> None:
@@ -42,27 +43,22 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_outbox_project_ready"), "outbox", ["project", "ready"], unique=False)
     op.create_table(
-        "sessions",
+        "templates",
         sa.Column("id", sa.String(length=28), nullable=False),
         sa.Column("owner", sa.String(length=200), nullable=False),
-        sa.Column("session_id", sa.String(length=128), nullable=False, comment="the client's name for it"),
-        sa.Column("project", sa.String(length=64), nullable=False),
-        sa.Column("system_prompt", sa.Text(), nullable=False),
-        sa.Column(
-            "leaf_id", sa.String(length=28), nullable=True, comment="the newest message of the chosen path"
-        ),
-        sa.Column(
-            "window_start",
-            sa.String(length=28),
-            nullable=True,
-            comment="the oldest message that is still sent to the model",
-        ),
-        sa.Column("version", sa.Integer(), nullable=False, comment="changes with the history"),
-        sa.Column("next_position", sa.Integer(), nullable=False),
+        sa.Column("latest", sa.Integer(), nullable=False, comment="the number of its newest version"),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("updated_at", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_sessions")),
-        sa.UniqueConstraint("owner", "session_id", name=op.f("uq_sessions_owner_session_id")),
+        sa.Column("deleted_at", sa.Float(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_templates")),
+    )
+    op.create_index(
+        "ix_templates_recent",
+        "templates",
+        ["owner", "updated_at"],
+        unique=False,
+        sqlite_where=sa.text(LIVE),
+        postgresql_where=sa.text(LIVE),
     )
     op.create_table(
         "users",
@@ -75,6 +71,68 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_users")),
         sa.UniqueConstraint("email", name=op.f("uq_users_email")),
         sa.UniqueConstraint("username", name=op.f("uq_users_username")),
+    )
+    op.create_table(
+        "template_versions",
+        sa.Column("id", sa.String(length=28), nullable=False),
+        sa.Column("template", sa.String(length=28), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("title", sa.String(length=200), nullable=False),
+        sa.Column("description", sa.Text(), nullable=False),
+        sa.Column("content", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(["template"], ["templates.id"], name=op.f("fk_template_versions_template")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_template_versions")),
+        sa.UniqueConstraint("template", "number", name=op.f("uq_template_versions_template_number")),
+        comment="What a template was at each save; never changed.",
+    )
+    op.create_table(
+        "sessions",
+        sa.Column("id", sa.String(length=28), nullable=False),
+        sa.Column("owner", sa.String(length=200), nullable=False),
+        sa.Column("session_id", sa.String(length=128), nullable=False, comment="the client's name for it"),
+        sa.Column("project", sa.String(length=64), nullable=False),
+        sa.Column("system_prompt", sa.Text(), nullable=False),
+        sa.Column(
+            "template_version", sa.String(length=28), nullable=True, comment="that system_prompt came from"
+        ),
+        sa.Column(
+            "leaf_id", sa.String(length=28), nullable=True, comment="the newest message of the chosen path"
+        ),
+        sa.Column(
+            "window_start",
+            sa.String(length=28),
+            nullable=True,
+            comment="the oldest message that is still sent to the model",
+        ),
+        sa.Column("version", sa.Integer(), nullable=False, comment="changes with the history"),
+        sa.Column("next_position", sa.Integer(), nullable=False),
+        sa.Column("title", sa.String(length=200), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("updated_at", sa.Float(), nullable=False),
+        sa.Column(
+            "deleted_at", sa.Float(), nullable=True, comment="its id may name a new session since then"
+        ),
+        sa.ForeignKeyConstraint(
+            ["template_version"], ["template_versions.id"], name=op.f("fk_sessions_template_version")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_sessions")),
+    )
+    op.create_index(
+        "ix_sessions_recent",
+        "sessions",
+        ["owner", "updated_at"],
+        unique=False,
+        sqlite_where=sa.text(LIVE),
+        postgresql_where=sa.text(LIVE),
+    )
+    op.create_index(
+        "uq_sessions_live",
+        "sessions",
+        ["owner", "session_id"],
+        unique=True,
+        sqlite_where=sa.text(LIVE),
+        postgresql_where=sa.text(LIVE),
     )
     op.create_table(
         "messages",
@@ -148,8 +206,13 @@ def downgrade() -> None:
     op.drop_index(op.f("ix_messages_turn_id"), table_name="messages")
     op.drop_index(op.f("ix_messages_session"), table_name="messages")
     op.drop_table("messages")
-    op.drop_table("users")
+    op.drop_index("uq_sessions_live", table_name="sessions")
+    op.drop_index("ix_sessions_recent", table_name="sessions")
     op.drop_table("sessions")
+    op.drop_table("template_versions")
+    op.drop_table("users")
+    op.drop_index("ix_templates_recent", table_name="templates")
+    op.drop_table("templates")
     op.drop_index(op.f("ix_outbox_project_ready"), table_name="outbox")
     op.drop_table("outbox")
     op.drop_table("leases")

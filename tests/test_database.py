@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from app.database import Database, create_portal_engine, head_revision, migrate
+from app.models.tables import metadata
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new' / 'portal.db'}"
+    server: str = request.getfixturevalue("postgres_url")
+    return server.replace("postgresql://", "postgresql+psycopg://")
+
+
+def test_the_migrations_make_the_tables(url: str) -> None:
+    migrate(url)
+    migrate(url)
+    engine = create_portal_engine(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        assert version == head_revision()
+    engine.dispose()
+
+
+async def test_writes_are_in_order_and_outlast_the_close(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'order.db'}"
+    database = Database(url)
+    await database.open()
+    await database.write(lambda c: c.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY AUTOINCREMENT, v)")))
+    writes = [
+        asyncio.create_task(database.write(lambda c, n=n: c.execute(text(f"INSERT INTO t (v) VALUES ({n})"))))  # type: ignore[misc]
+        for n in range(600)
+    ]
+    await asyncio.sleep(0)
+    await database.close()
+    await asyncio.gather(*writes)
+    engine = create_portal_engine(url)
+    with engine.connect() as connection:
+        assert list(connection.execute(text("SELECT v FROM t ORDER BY n")).scalars()) == list(range(600))
+    engine.dispose()
