@@ -57,7 +57,12 @@ install_requirements() {
     echo "$wanted" >"$stamp"
 }
 
-if ! { [[ -x $venv/bin/python ]] && is_new_enough "$venv/bin/python"; }; then
+# Without pip it is what an attempt left that broke off.
+has_pip() {
+    [[ -f $stamp ]] || "$venv/bin/python" -m pip --version >/dev/null 2>&1
+}
+
+if ! { [[ -x $venv/bin/python ]] && is_new_enough "$venv/bin/python" && has_pip; }; then
     make_venv
 fi
 install_requirements

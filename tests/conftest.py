@@ -61,6 +61,21 @@ def portal(
 
 
 @pytest.fixture
+def make_portal() -> Iterator[Callable[..., Portal]]:
+    """Makes portals, for tests that stop and kill them; what is left at the end is stopped."""
+    made: list[Portal] = []
+
+    def make(directory: Path, **settings: str) -> Portal:
+        made.append(Portal(directory, **settings))
+        return made[-1]
+
+    yield make
+    for portal in made:
+        if portal.process is not None and portal.process.alive():
+            portal.kill()
+
+
+@pytest.fixture
 async def fake() -> AsyncIterator[FakeLLM]:
     """An LLM server that does as it is told."""
     async with serve(FakeLLM()) as running:

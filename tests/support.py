@@ -188,6 +188,10 @@ class Portal:
             yield client
 
 
+MakePortal = Callable[..., Portal]
+"""The fixture `make_portal`."""
+
+
 def token_of(client: httpx.Client) -> str:
     """The access token that a client sends."""
     return client.headers["Authorization"].removeprefix("Bearer ")

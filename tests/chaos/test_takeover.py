@@ -10,18 +10,20 @@ import pytest
 
 from app.services.session_manager import LEASE_S, SWEEP_S
 from tests.fake_llm import FakeLLM, Script, text
-from tests.support import Portal, wait_until
+from tests.support import MakePortal, Portal, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
-def test_another_instance_takes_over_after_the_lease(fake_thread: FakeLLM, tmp_path: Path) -> None:
+def test_another_instance_takes_over_after_the_lease(
+    fake_thread: FakeLLM, tmp_path: Path, make_portal: MakePortal
+) -> None:
     directories = [tmp_path / name for name in ("one", "two")]
     for directory in directories:
         directory.mkdir()
     database = f"sqlite:///{tmp_path / 'shared.db'}"
     one, two = (
-        Portal(directory, LLM_SERVER_URL=fake_thread.url, DATABASE_URL=database).start()
+        make_portal(directory, LLM_SERVER_URL=fake_thread.url, DATABASE_URL=database).start()
         for directory in directories
     )
     fake_thread.script = Script(pieces=text(*["more "] * 100), between=0.05)

@@ -32,8 +32,12 @@ app = typer.Typer(
 )
 
 Port = Annotated[int, typer.Option("--port", help="Port of the portal", min=1, max=65535)]
-LlmPort = Annotated[int, typer.Option("--llm-port", help="Port of the LLM server", min=1, max=65535)]
-MqttPort = Annotated[int, typer.Option("--mqtt-port", help="Port of the MQTT broker", min=1, max=65535)]
+LlmPort = Annotated[
+    int | None, typer.Option("--llm-port", help="Port of the LLM server (8080)", min=1, max=65535)
+]
+MqttPort = Annotated[
+    int | None, typer.Option("--mqtt-port", help="Port of the MQTT broker (1883)", min=1, max=65535)
+]
 State = Annotated[
     Path,
     typer.Option("--state", help="Where model, logs and, for a second portal, settings lie", metavar="DIR"),
@@ -55,8 +59,8 @@ def _arguments(stack: Stack) -> list[str]:
     """The options that make this stack."""
     options = {
         "--port": stack.port,
-        "--llm-port": stack.llm_port,
-        "--mqtt-port": stack.mqtt_port,
+        "--llm-port": stack.llm_port if stack.own_llm else None,
+        "--mqtt-port": stack.mqtt_port if stack.own_broker else None,
         "--state": stack.state,
         "--llm-url": stack.llm_url,
         "--broker": stack.broker_url,
@@ -68,8 +72,8 @@ def _arguments(stack: Stack) -> list[str]:
 @app.command("up")
 def up_command(
     port: Port = 8000,
-    llm_port: LlmPort = 8080,
-    mqtt_port: MqttPort = 1883,
+    llm_port: LlmPort = None,
+    mqtt_port: MqttPort = None,
     state: State = DEFAULT_STATE,
     llm_url: LlmUrl = None,
     broker: Broker = None,
@@ -78,10 +82,18 @@ def up_command(
     background: Annotated[bool, typer.Option(hidden=True, help="The background side of --detach")] = False,
 ) -> None:
     """Installs what is missing, starts everything, proves it by a chat, and keeps it running."""
-    stack = Stack(
-        state.resolve(), port, llm_port, mqtt_port, llm_url, broker, model.resolve() if model else None
-    )
     with failures_shown():
+        stack = Stack(
+            state.resolve(),
+            port,
+            llm_port or 8080,
+            mqtt_port or 1883,
+            llm_url,
+            broker,
+            model.resolve() if model else None,
+            own_llm=model is not None or llm_port is not None,
+            own_broker=mqtt_port is not None,
+        )
         if detach:
             up.detach(stack, ["up", "--background", *_arguments(stack)])
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ def run_checks(pytest_arguments: Sequence[str]) -> int:
     pytest only the tests they name are run."""
     if not pytest_arguments:
         for title, directory, command in CHECKS:
-            code = _run(Path(sys.prefix) / "bin" / command[0], *command[1:], directory=directory)
+            tool = shutil.which(command[0], path=Path(sys.executable).parent)
+            code = _run(Path(tool or command[0]), *command[1:], directory=directory)
             if code:
                 console.print(f"[red]✗[/red] {title}")
                 return code

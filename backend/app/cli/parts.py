@@ -77,7 +77,7 @@ def _llm_server(stack: Stack, model: Path, slots: int) -> Part:
         stack.llm_port,
         "--llm-port",
         stack.llm_address,
-        lambda: _answers(f"{stack.llm_address}/health"),
+        lambda: answers(f"{stack.llm_address}/health"),
         instead="--llm-url URL, if it is an LLM server",
     )
 
@@ -110,7 +110,7 @@ def _portal(stack: Stack, settings: Settings) -> Part:
         stack.port,
         "--port",
         stack.url,
-        lambda: _answers(f"http://{HOST}:{stack.port}/health/ready"),
+        lambda: answers(f"http://{HOST}:{stack.port}/health/live"),
         settings={
             "LLM_SERVER_URL": stack.llm_address,
             "MQTT_BROKER_URL": stack.broker_address,
@@ -148,15 +148,27 @@ def _listens(port: int) -> bool:
         return False
 
 
-def _answers(url: str) -> bool:
+# A proxy that is set for the internet has no part in what is on this machine.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def fetch(request: urllib.request.Request | str, seconds: float) -> bytes:
+    """The body of an HTTP answer of this machine; raises `OSError`, with urllib's `HTTPError` for a
+    status that is no success."""
+    with _opener.open(request, timeout=seconds) as response:
+        return bytes(response.read())
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with success."""
     try:
-        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S) as response:  # noqa: S310 - own address
-            return bool(response.status == 200)
+        fetch(url, PROBE_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
         return False
     except OSError:
         return False
+    return True
 
 
 def in_checkout(path: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr, ValidationError
 
@@ -27,7 +28,8 @@ HOST = "127.0.0.1"
 @dataclass(frozen=True, slots=True)
 class Stack:
     """The parts that `up` starts. `llm_url` and `broker_url` are set where a server that is there
-    already is used instead of an own one; `broker_url` is empty where there is no broker at all."""
+    already is used instead of an own one; `broker_url` is empty where there is no broker at all.
+    `own_llm` and `own_broker` start own ones whatever the settings name."""
 
     state: Path = DEFAULT_STATE
     port: int = 8000
@@ -36,11 +38,21 @@ class Stack:
     llm_url: str | None = None
     broker_url: str | None = None
     model: Path | None = None
+    own_llm: bool = False
+    own_broker: bool = False
+
+    def __post_init__(self) -> None:
+        for option, url in (("--llm-url", self.llm_url), ("--broker", self.broker_url)):
+            if url and urlsplit(url).password is not None:
+                raise Failure(
+                    f"{option}: a password on the command line is seen by everybody on this machine.",
+                    f"Put it into the settings instead: {self.env_file}",
+                )
 
     @property
     def env_file(self) -> Path:
         """The settings: `backend/.env`, or a file of its own for a second stack."""
-        return DEFAULT_ENV_FILE if self.state == DEFAULT_STATE else self.state / ".env"
+        return DEFAULT_ENV_FILE if self.state == DEFAULT_STATE.resolve() else self.state / ".env"
 
     @property
     def logs(self) -> Path:
@@ -86,12 +98,12 @@ class Stack:
             raise Failure(f"The settings in {self.env_file} are wrong:", *problems) from None
 
     def as_set(self) -> Stack:
-        """This stack with the servers that its settings name, where no option named one."""
+        """This stack with the servers that its settings name, where no option asked for own ones."""
         settings = self.settings()
         changes: dict[str, str] = {}
-        if self.llm_url is None and settings.llm_server_url != DEFAULT_LLM_SERVER_URL:
+        if self.llm_url is None and not self.own_llm and settings.llm_server_url != DEFAULT_LLM_SERVER_URL:
             changes["llm_url"] = settings.llm_server_url
-        if self.broker_url is None and settings.mqtt_broker_url:
+        if self.broker_url is None and not self.own_broker and settings.mqtt_broker_url:
             changes["broker_url"] = settings.mqtt_broker_url
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -105,7 +117,9 @@ class Stack:
 
 def _write_settings(env_file: Path) -> None:
     text = env_example().replace("\nSECRET_KEY=\n", f"\nSECRET_KEY={secrets.token_urlsafe(48)}\n")
-    # Nobody else may read it, from the first moment on.
-    descriptor = os.open(env_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    new = env_file.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    # Nobody else may read it, from the first moment on; and it is there whole, or not at all.
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+    new.replace(env_file)

@@ -30,7 +30,10 @@ START_TRIES = 3
 READY_POLL_S = 0.1
 STOP_S = 8.0
 
-State = Literal["starting", "ready", "waiting"]
+WATCH_S = 5.0
+"""How often a part that was ready is looked at."""
+
+State = Literal["starting", "ready", "unresponsive", "waiting"]
 
 
 class PartState(msgspec.Struct):
@@ -184,9 +187,16 @@ class Supervisor:
         """Notes when a part is ready. Its port was free before, so who answers there is this part."""
         while not await asyncio.to_thread(part.is_ready):
             await asyncio.sleep(READY_POLL_S)
-        state.state = "ready"
-        self._write()
+        self._note(state, "ready")
         self._report(part)
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._note(state, "ready" if await asyncio.to_thread(part.is_ready) else "unresponsive")
+
+    def _note(self, state: PartState, found: State) -> None:
+        if state.state != found:
+            state.state = found
+            self._write()
 
     async def _await_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -246,10 +256,13 @@ def _rotate(log: Path) -> None:
 
 def _on_signals(stop: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if sys.platform == "win32":
+    if sys.platform == "win32":
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
-        else:
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Under `nohup` a closing terminal is to be ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, stop)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +58,8 @@ async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings, in
 
     async def announce() -> None:
         await ready.wait()
-        if introduce:
-            await asyncio.to_thread(_introduce, stack, settings)
+        if introduce:  # on a thread that Ctrl-C need not wait for
+            threading.Thread(target=_introduce, args=(stack, settings), daemon=True).start()
 
     announcing = asyncio.create_task(announce(), name="announce")
     try:

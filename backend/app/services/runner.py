@@ -196,7 +196,9 @@ class Runner:
             return Failed(turn.id, Internal("The portal failed at this turn.").info), None
 
     async def _history(self, live: LiveSession, turn: Turn) -> History:
-        if live.history is None or turn.question is None:
+        if live.row.version == 0 and turn.question is not None:
+            live.history, live.version = History(live.row.system_prompt), 0  # no turn has ended here yet
+        elif live.history is None or turn.question is None:
             rows = await self._store.messages(turn.row.message_id, last=live.row.window_start)
             turn.question = rows[-1].content if rows else ""
             live.history = History.from_rows(live.row.system_prompt, rows)
