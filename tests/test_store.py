@@ -264,6 +264,18 @@ async def test_a_reply_is_owed_from_the_turns_end_until_it_is_delivered(store: S
     assert repeated.delivery.ready, "who asks again is answered again"
 
 
+async def test_a_new_attempt_owes_its_own_reply(store: Store) -> None:
+    asked = request(request_id="r", reply_to=ReplyTarget("maze", "maze/assistant_response/s"))
+    first = await accept(store, asked)
+    failed = Failed(first.turn.id, ErrorInfo("llm_unavailable", "away", True))
+    ended = await store.end(first.turn, failed)
+    again = await accept(store, asked)
+    assert again.kind == "again"
+    await store.delivered([delivery.id for delivery in ended.deliveries])
+    ending, reply = final(again)
+    assert len((await store.end(again.turn, ending, reply=reply)).deliveries) == 1
+
+
 async def test_pages_of_a_long_history(store: Store) -> None:
     for number in range(5):
         await finish(store, await accept(store, request(f"q{number}")), f"a{number}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from app import __version__
 from app.config import Settings
@@ -26,6 +26,8 @@ from app.services.llm_client import LLMClient
 from app.services.session_manager import SessionManager
 from app.services.store import Delivery, Store
 from app.services.turns import Turn, recall
+
+T = TypeVar("T")
 
 LEASE_S = 10.0
 RENEW_S = 3.0
@@ -240,11 +242,7 @@ class ProjectDoor:
 
     async def _owner(self, token: str | None) -> str:
         if token:
-            while True:
-                try:
-                    return (await self._accounts.identify(token)).owner
-                except StorageUnavailable:
-                    await asyncio.sleep(RETRY_S)
+            return (await _insist(lambda: self._accounts.identify(token))).owner
         if not self._settings.anonymous_mqtt:
             raise Unauthenticated("token: messages without one are not answered here.")
         return f"anon:{self._project}"
@@ -262,20 +260,16 @@ class ProjectDoor:
             deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
             reply_to=request.target,
         )
-        while True:
-            try:
-                await self._sessions.submit(turn)
-                return
-            except StorageUnavailable:
-                await asyncio.sleep(RETRY_S)  # not stored, so not acknowledged: the broker keeps it
-            except PortalError as error:
-                await self._refuse(request.target, error, request)
-                return
+        try:
+            await _insist(lambda: self._sessions.submit(turn))
+        except PortalError as error:
+            await self._refuse(request.target, error, request)
 
     async def _clear(self, session_id: str) -> None:
         target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
         try:
-            await self._sessions.clear(await self._owner(None), session_id)
+            owner = await self._owner(None)
+            await _insist(lambda: self._sessions.clear(owner, session_id))
         except NotFound:
             pass  # it is as empty as it should be
         except PortalError as error:
@@ -318,8 +312,8 @@ class ProjectDoor:
 
     async def _deliver_stored(self) -> None:
         """Publishes the replies that an earlier process left."""
-        for delivery in await self._store.ready_deliveries(self._project):
-            found = await self._store.turn(delivery.turn_id)
+        for delivery in await _insist(lambda: self._store.ready_deliveries(self._project)):
+            found = await _insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
             if found is not None and found[0].ending is not None:
                 self.deliver(delivery, recall(*found))
 
@@ -327,6 +321,16 @@ class ProjectDoor:
         if self._connection is None:
             raise Internal("The MQTT door is not open.")
         await self._connection.publish(topic, payload)
+
+
+async def _insist(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeats what the database cannot take now. Meanwhile nothing is acknowledged: the broker keeps
+    the message."""
+    while True:
+        try:
+            return await call()
+        except StorageUnavailable:
+            await asyncio.sleep(RETRY_S)
 
 
 async def _nothing() -> None:

@@ -101,15 +101,19 @@ class MqttConnection:
         """Connects, and connects again whenever the connection is lost. Runs until cancelled."""
         self._loop = asyncio.get_running_loop()
         backoff = BACKOFF_FIRST_S
-        while True:
-            self._lost.clear()
-            if await self._connect():
-                await self._serve()
-                backoff = BACKOFF_FIRST_S if self.is_subscribed else backoff
-                self.is_subscribed = False
-            # Clients that lost the same broker should not all return at the same moment.
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
-            backoff = min(backoff * 2, BACKOFF_MOST_S)
+        try:
+            while True:
+                self._lost.clear()
+                if await self._connect():
+                    await self._serve()
+                    backoff = BACKOFF_FIRST_S if self.is_subscribed else backoff
+                    self.is_subscribed = False
+                # Clients that lost the same broker should not all return at the same moment.
+                await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+                backoff = min(backoff * 2, BACKOFF_MOST_S)
+        finally:
+            self.is_subscribed = False
+            self._client.disconnect()
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Publishes at QoS 1 and returns when the broker has confirmed it, after however many

@@ -76,10 +76,10 @@ class Runner:
             turn.on_abandoned = self._abandoned
         live.waiting.append(turn)
         live.waiting.sort(key=lambda waiting: waiting.row.position)
-        if turn.row.deadline is not None:
-            delay = max(0.0, turn.row.deadline - time.time())
-            asyncio.get_running_loop().call_later(delay, self._expire_waiting, turn)
         self._pump(live)
+        if turn in live.waiting and turn.row.deadline is not None:
+            delay = max(0.0, turn.row.deadline - time.time())
+            turn.expiry = asyncio.get_running_loop().call_later(delay, self.interrupt, turn, "expired")
 
     def run_unstored(self, turn: Turn, messages: Sequence[Message], options: GenerationOptions) -> None:
         """Runs a turn without a session, of which nothing is stored."""
@@ -89,7 +89,7 @@ class Runner:
 
     def interrupt(self, turn: Turn, why: Interruption) -> None:
         """Cuts a turn off: its generation if it runs, its wait if it waits."""
-        if turn.interruption is not None:
+        if turn.interruption is not None or turn.ending is not None:
             return
         turn.interruption = why
         if turn.interruptible and turn.task is not None:
@@ -98,6 +98,7 @@ class Runner:
         if live is None or turn not in live.waiting:
             return
         live.waiting.remove(turn)
+        _cancel_expiry(turn)
         if why in {"stop", "expired"}:
             ending = ExpiredEvent(turn.id) if why == "expired" else Cancelled(turn.id, "", None)
             self._aside(self._conclude(live, turn, ending, None), f"end {turn.id}")
@@ -114,6 +115,7 @@ class Runner:
             return
         if live.waiting:
             turn = live.running = live.waiting.pop(0)
+            _cancel_expiry(turn)  # the deadline is now that of the wait for a place
             turn.task = asyncio.create_task(self._work(live, turn), name=f"turn {turn.id}")
             return
         self._sessions.move_to_end(live.row.id)
@@ -126,11 +128,6 @@ class Runner:
     def _abandoned(self, turn: Turn) -> None:
         if not self._closing:
             self.interrupt(turn, "stop")
-
-    def _expire_waiting(self, turn: Turn) -> None:
-        live = self._sessions.get(turn.session.id)
-        if live is not None and turn in live.waiting:
-            self.interrupt(turn, "expired")
 
     def _aside(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)
@@ -146,6 +143,10 @@ class Runner:
                 ending, reply = await self._answer(live, turn)
                 if ending is not None:
                     await self._conclude(live, turn, ending, reply)
+        except StorageUnavailable:
+            log.warning("a turn is left for the next start", turn=turn.id)  # only when closing
+        except Exception:
+            log.exception("a turn is stuck", turn=turn.id)
         finally:
             live.running = None
             if turn.ending is not None:
@@ -291,12 +292,15 @@ class Runner:
             self.on_delivery(delivery, turn)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeats a transaction for as long as the database cannot take it: locked, full, away."""
+        """Repeats a transaction for as long as the database cannot take it: locked, full, away. Raises
+        `StorageUnavailable` when this process ends meanwhile."""
         pause = RETRY_FIRST_S
         while True:
             try:
                 return await call()
             except StorageUnavailable:
+                if self._closing:
+                    raise
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
 
@@ -325,6 +329,12 @@ class Runner:
                     turn.take_events(recall(*found))
                 return
             await asyncio.sleep(ELSEWHERE_POLL_S)
+
+
+def _cancel_expiry(turn: Turn) -> None:
+    if turn.expiry is not None:
+        turn.expiry.cancel()
+        turn.expiry = None
 
 
 def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:

@@ -246,8 +246,8 @@ class SessionManager:
         for ended in all_ended:
             turn = self._runner.turns.get(ended.turn_id)
             if turn is not None:
-                self._runner.settle(turn, ended)
                 self._runner.interrupt(turn, "ended")
+                self._runner.settle(turn, ended)
         self._runner.forget_history(session)
 
     async def restore(self, owner: str, session_id: str) -> SessionRow:

@@ -543,6 +543,10 @@ def _new_attempt(
         "trace": None,
     }
     connection.execute(update(turns).where(turns.c.id == turn.id).values(**changes, ended_at=None))
+    # Whoever is owed the failure gets the new ending instead; a publish of the failure that is under
+    # way, and then deletes its row, must not take the new one.
+    for (owed,) in connection.execute(select(outbox.c.id).where(outbox.c.turn_id == turn.id)).all():
+        connection.execute(update(outbox).where(outbox.c.id == owed).values(id=new_id(), ready=False))
     return msgspec.structs.replace(turn, **changes)
 
 

@@ -78,6 +78,7 @@ class Turn:
         self.interruption: Interruption | None = None
         self.task: asyncio.Task[None] | None = None
         self.interruptible = False
+        self.expiry: asyncio.TimerHandle | None = None
         self.question: str | None = None
         self.followers = 0
         self.on_abandoned: Callable[[Turn], None] | None = None
