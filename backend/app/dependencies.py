@@ -17,27 +17,27 @@ from app.services.templates import Templates
 _bearer = HTTPBearer(auto_error=False, description="The access token of /api/auth/login")
 
 
-def _accounts(request: Request) -> Accounts:
+async def _accounts(request: Request) -> Accounts:
     accounts: Accounts = request.app.state.container.accounts
     return accounts
 
 
-def _sessions(request: Request) -> SessionManager:
+async def _sessions(request: Request) -> SessionManager:
     sessions: SessionManager = request.app.state.container.sessions
     return sessions
 
 
-def _templates(request: Request) -> Templates:
+async def _templates(request: Request) -> Templates:
     templates: Templates = request.app.state.container.templates
     return templates
 
 
-def _llm(request: Request) -> LLMClient:
+async def _llm(request: Request) -> LLMClient:
     llm: LLMClient = request.app.state.container.llm
     return llm
 
 
-def _store(request: Request) -> Store:
+async def _store(request: Request) -> Store:
     store: Store = request.app.state.container.store
     return store
 
@@ -50,7 +50,7 @@ class MqttDoor(Protocol):
         """Whether every project is subscribed at the broker."""
 
 
-def _mqtt(request: Request) -> MqttDoor | None:
+async def _mqtt(request: Request) -> MqttDoor | None:
     mqtt: MqttDoor | None = request.app.state.container.mqtt
     return mqtt
 
