@@ -23,7 +23,9 @@ def main() -> int:
     """Runs the server until it is told to stop; returns the exit code."""
     arguments = _arguments()
     try:
-        settings = load_settings(arguments.env_file).with_instance(f"{host_name()}:{arguments.port}")
+        settings = load_settings(arguments.env_file).with_instance(
+            f"{host_name()}:{arguments.host}:{arguments.port}"
+        )
     except ValidationError as error:
         return _complain("The settings are wrong:", *_problems(error))
     configure_logging(settings.log_level)
@@ -67,6 +69,7 @@ def _bind(host: str, port: int) -> socket.socket:
     if sys.platform != "win32":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host, port))
+    listener.listen(2048)  # two sockets may be bound to one port, until one listens
     return listener
 
 

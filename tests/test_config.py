@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from app.config import EXAMPLE_FILE, Settings, env_example, is_loopback, load_settings
+from app.config import BACKEND_DIR, EXAMPLE_FILE, Settings, env_example, is_loopback, load_settings
 
 
 def test_the_example_is_generated_from_the_settings() -> None:
@@ -79,3 +81,10 @@ def test_anonymous_messages_need_loopback_or_a_clear_word(
 def test_loopback() -> None:
     assert [is_loopback(host) for host in ("localhost", "127.0.0.8", "::1", "[::1]")] == [True] * 4
     assert [is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "example.org", "")] == [False] * 4
+
+
+def test_the_locked_packages_are_those_that_are_declared() -> None:
+    declared = tomllib.loads((BACKEND_DIR.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    locked = (BACKEND_DIR / "requirements.txt").read_text()
+    names = [re.split(r"[\[>=]", requirement)[0] for requirement in declared]
+    assert [name for name in names if f"\n{name}==" not in f"\n{locked}"] == [], "run `make lock`"

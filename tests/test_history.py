@@ -112,7 +112,9 @@ async def test_the_number_of_messages_can_be_bounded() -> None:
         history.add(f"m{number}", f"{number}", "a", None)
 
 
-async def test_a_message_longer_than_the_context_is_refused_with_both_figures() -> None:
+async def test_a_message_longer_than_the_context_is_refused_and_nothing_forgotten() -> None:
     history = History("")
+    history.add("m1", "early", "answer", None)
     with pytest.raises(InvalidRequest, match=r"message: .*504.*100"):
         await history.fit("q" * 500, budget=80, max_messages=0, context=100, count=count)
+    assert len(history.prompt("next")) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -79,7 +80,10 @@ def test_the_first_account_is_the_admins(portal: Portal, client: httpx.Client) -
     assert client.get("/api/auth/me").json()["is_admin"] is True
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer x.y.z", "Basic YTpi"])
+POISON = base64.urlsafe_b64encode(b"[" * 3000).decode() + ".e30.x"
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer x.y.z", "Basic YTpi", f"Bearer {POISON}"])
 def test_without_a_good_token_nothing_is_served(portal: Portal, header: str) -> None:
     for method, path in (
         ("GET", "/api/auth/me"),
@@ -274,6 +278,8 @@ def test_the_same_request_id_at_once_is_one_turn(client: httpx.Client) -> None:
         ('{"session_id": "s", "message": "hi", "temperature": NaN}', 422, "temperature"),
         ('{"session_id": "s", "message": "hi", "max_tokens": 0}', 422, "max_tokens"),
         ('{"session_id": "s", "message": "hi", "request_id": "a/b"}', 422, "request_id"),
+        ('{"session_id": "s", "message": "a\\u0000b"}', 422, "message"),
+        ('{"session_id": "s", "message": "hi", "tools": [{"x": "\\ud800"}]}', 422, "tools"),
         ('{"session_id": "s", "message": "hi", "model": "gpt-9"}', 422, "model"),
     ],
 )

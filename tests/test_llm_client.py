@@ -207,6 +207,13 @@ async def test_a_slow_server_gives_a_typed_error_in_time(
         assert client.places.taken == 0
 
 
+async def test_hidden_thinking_is_a_beginning(fake: FakeLLM, settings_for: SettingsFor) -> None:
+    async with client_for(settings_for(fake.url, llm_first_token_timeout=0.3)) as client:
+        thoughts = [{"reasoning_content": "hm"} for _ in range(20)]
+        fake.script = Script(pieces=[*thoughts, *text("Yes")], between=0.03)
+        assert await client.agenerate(HI) == "Yes"
+
+
 async def test_a_server_that_cannot_be_reached(settings_for: SettingsFor) -> None:
     async with client_for(settings_for(f"http://127.0.0.1:{free_port()}")) as client:
         began = time.monotonic()
@@ -240,7 +247,7 @@ async def test_a_server_that_does_not_accept_connections(settings_for: SettingsF
 @pytest.mark.parametrize(
     ("script", "error", "retryable"),
     [
-        (Script(status=400), LLMError, False),
+        (Script(status=400, error="http://10.0.0.5/secret"), LLMError, False),
         (Script(status=401), LLMError, False),
         (Script(status=404), LLMError, False),
         (Script(status=429, headers={"Retry-After": "7"}), Overloaded, True),
@@ -248,7 +255,7 @@ async def test_a_server_that_does_not_accept_connections(settings_for: SettingsF
         (Script(status=503), LLMUnavailable, True),
         (Script(cut_after=1), LLMError, True),
         (Script(raw=b"data: {nonsense\n\n"), LLMError, False),
-        (Script(raw=b'data: {"error": {"message": "out of memory"}}\n\n'), LLMError, True),
+        (Script(raw=b'data: {"error": {"message": "out of secret memory"}}\n\n'), LLMError, True),
         (Script(raw=b""), LLMError, True),
         (Script(raw=b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'), LLMError, True),
     ],
@@ -260,6 +267,7 @@ async def test_every_failure_of_the_server_has_its_error(
     with pytest.raises(error) as raised:
         await client.agenerate(HI)
     assert raised.value.retryable is retryable
+    assert "secret" not in raised.value.message, "what the server says of itself is not told"
     if script.headers:
         assert raised.value.retry_after == 7
     assert client.places.taken == 0

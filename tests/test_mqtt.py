@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -152,6 +153,21 @@ def test_one_request_id_over_http_and_mqtt_is_one_generation(
         reply = json.loads(game.reply(replies_at(session)))
         assert (reply["response"], reply["turn_id"]) == (answer["response"], answer["turn_id"])
         assert len(web.get(f"/api/llm/chat/session/{session}/history").json()["messages"]) == 2
+
+
+def test_no_message_stops_the_door(game: GameClient, session: str) -> None:
+    poison = base64.urlsafe_b64encode(b"[" * 3000).decode() + ".e30.x"
+    for number, token in enumerate((poison, poison * 50, "a" * 100_000), 1):
+        game.publish(f"maze/user_input/{session}", {"message": "hi", "token": token})
+        assert game.reply(replies_at(session), number).startswith(b"Error: ")
+    assert ask_json(game, session, message="hi")["type"] == "final"
+
+
+def test_a_refusal_is_in_the_form_that_was_asked_for(game: GameClient, session: str) -> None:
+    answer = ask_json(game, session, message="hi", requestId="r9", replyTopic="maze/other")
+    assert (answer["requestId"], answer["error"]["code"]) == ("r9", "invalid_request")
+    answer = ask_json(game, session, message="hi", requestId="r9", temperature=9)
+    assert (answer["requestId"], answer["error"]["code"]) == ("r9", "invalid_request")
 
 
 def test_an_empty_payload_clears_the_session(game: GameClient, session: str) -> None:

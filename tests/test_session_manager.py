@@ -319,6 +319,7 @@ async def test_another_owners_things_are_not_found(sessions: SessionManager) -> 
         {"session_id": "s\n"},
         {"request_id": "a/b"},
         {"message": "  "},
+        {"message": "a\0b"},
     ],
 )
 async def test_bad_requests_are_refused_before_anything_is_stored(
@@ -375,6 +376,66 @@ async def test_it_works_when_the_llm_server_comes_later(fake: FakeLLM, settings_
             while (await portal.llm.ahealth()).status != "ok":
                 await asyncio.sleep(0.05)
             assert await portal.sessions.aprocess_message("s", "", "hi") == "Hello there"
+
+
+async def test_a_request_that_is_cancelled_while_it_is_accepted_leaves_no_turn_behind(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    for delay in range(12):
+        asking = asyncio.create_task(sessions.aprocess_message("cut", "", "hi"))
+        await asyncio.sleep(delay / 2000)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    async with asyncio.timeout(10):
+        assert await sessions.aprocess_message("cut", "", "still there?") == "Hello there"
+
+
+async def test_a_clear_is_in_order_with_the_messages_beside_it(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(echo=True)
+    for _ in range(10):
+        await (await sessions.submit(request("before"))).ended()
+        clearing = asyncio.create_task(sessions.clear("user:1", "s"))
+        asking = asyncio.create_task(sessions.submit(request("after")))
+        await clearing
+        assert answer_of(await (await asking).ended()).response == "echo: after"
+        assert [content for content, _ in await told(sessions)] == ["after", "echo: after"]
+
+
+async def test_who_resumes_after_a_clear_hears_the_ending(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(pieces=text(*["more "] * 500), between=0.01)
+    turn = await sessions.submit(request())
+    async with aclosing(turn.follow()) as batches:
+        async for batch in batches:
+            if batch[-1].n > 5:
+                break
+    await sessions.clear("user:1", "s")
+    resumed = await events(await sessions.find("user:1", turn.id), (1, 5))
+    assert isinstance(resumed[-1].event, Cancelled)
+
+
+async def test_a_retry_has_a_deadline_of_its_own(fake: FakeLLM, sessions: SessionManager) -> None:
+    fake.script = Script(status=500)
+    failed = await sessions.submit(request(request_id="r", deadline=time.time() + 0.2))
+    assert isinstance(await failed.ended(), Failed)
+    await asyncio.sleep(0.25)
+    fake.script = Script()
+    again = await sessions.submit(request(request_id="r", deadline=time.time() + 60))
+    assert isinstance(await again.ended(), Final)
+
+
+async def test_a_deadline_that_passed_while_nobody_looked(fake: FakeLLM, settings_for: SettingsFor) -> None:
+    settings = settings_for(fake.url, instance="one")
+    fake.script = Script(before_first=30)
+    async with open_container(settings) as portal:
+        await portal.sessions.submit(request("runs"))
+        waiting = await portal.sessions.submit(request("waits", deadline=time.time() + 0.3))
+    await asyncio.sleep(0.3)
+    fake.script = Script()
+    async with open_container(settings) as portal:
+        turn = await portal.sessions.find("user:1", waiting.id)
+        assert isinstance(await turn.ended(), ExpiredEvent)
 
 
 async def test_a_chat_without_a_session_is_not_stored(fake: FakeLLM, sessions: SessionManager) -> None:

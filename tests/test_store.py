@@ -107,7 +107,7 @@ async def test_a_request_id_is_remembered_across_a_clear_but_not_for_ever(
 ) -> None:
     first = await accept(store, request(request_id="r"))
     await finish(store, first)
-    await store.clear(first.session.id, {})
+    await store.clear("user:1", "s", {})
     again = await accept(store, request(request_id="r"))
     assert (again.kind, again.turn.id, again.turn.state) == ("known", first.turn.id, "final")
     monkeypatch.setattr(store_module, "RETRY_WINDOW_S", -1)
@@ -122,7 +122,7 @@ async def test_a_retryable_failure_is_tried_again_at_the_end_of_the_history(
     failed = await accept(store, request("one", request_id="r"))
     await store.end(failed.turn, Failed(failed.turn.id, ErrorInfo("llm_unavailable", "away", True)))
     if cleared:
-        await store.clear(failed.session.id, {})
+        await store.clear("user:1", "s", {})
     await finish(store, await accept(store, request("two")))
     again = await accept(store, request("one", request_id="r"))
     assert (again.kind, again.turn.id, again.turn.attempt) == ("again", failed.turn.id, 2)
@@ -191,7 +191,7 @@ async def test_a_waiting_turn_that_ends_stays_in_the_history_out_of_the_way(stor
 async def test_clear_ends_what_is_active_and_empties_the_history(store: Store) -> None:
     first = await accept(store, request("one"))
     second = await accept(store, request("two"))
-    ended = await store.clear(first.session.id, {first.turn.id: "part"})
+    _, ended = await store.clear("user:1", "s", {first.turn.id: "part"})
     assert [(e.turn_id, e.ending) for e in ended] == [
         (first.turn.id, Cancelled(first.turn.id, "part", None)),
         (second.turn.id, Cancelled(second.turn.id, "", None)),

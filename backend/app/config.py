@@ -159,6 +159,8 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if value and (parts.scheme not in {"mqtt", "mqtts", "ws", "wss"} or not parts.hostname):
             raise ValueError("give a URL such as mqtt://localhost:1883, or nothing for no MQTT")
+        if parts.port == 0 or parts.username or parts.password:  # reading the port checks its range
+            raise ValueError("the user name and the password have settings of their own")
         return value
 
     @field_validator("mqtt_projects")

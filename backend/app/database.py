@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
 
-from app.errors import Internal, StorageUnavailable
+from app.errors import Internal, InvalidRequest, StorageUnavailable
 from app.logs import get_logger
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ READERS = 4
 LARGEST_GROUP = 256
 LOCK_TIMEOUT_S = 2
 
-UNAVAILABLE = (OperationalError, InterfaceError)
+UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
 """What SQLAlchemy raises when a database is locked, full, or away."""
 
 log = get_logger(__name__)
@@ -43,6 +43,10 @@ log = get_logger(__name__)
 def _unavailable(error: BaseException) -> StorageUnavailable:
     log.warning("the database does not answer", reason=str(getattr(error, "orig", error)))
     return StorageUnavailable("The database does not answer; try again.", retry_after=2)
+
+
+def _unstorable() -> InvalidRequest:
+    return InvalidRequest("text: it holds a character that cannot be stored, such as NUL")
 
 
 class _Write:
@@ -61,6 +65,8 @@ class _Write:
             self.future.set_result(self.result)
         elif isinstance(self.error, UNAVAILABLE):
             self.future.set_exception(_unavailable(self.error))
+        elif isinstance(self.error, DataError):
+            self.future.set_exception(_unstorable())
         else:
             self.future.set_exception(self.error)
 
@@ -69,7 +75,6 @@ class Database:
     """Runs operations against `url` (SQLAlchemy's form) for one event loop."""
 
     def __init__(self, url: str) -> None:
-        self.is_sqlite = url.startswith("sqlite")
         self._engine = create_portal_engine(url)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="db-reader")
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
@@ -112,6 +117,8 @@ class Database:
             return await asyncio.get_running_loop().run_in_executor(self._readers, run)
         except UNAVAILABLE as error:
             raise _unavailable(error) from None
+        except DataError:
+            raise _unstorable() from None
 
     def _write_loop(self) -> None:
         assert self._loop is not None
@@ -177,6 +184,7 @@ def _commit_group(connection: Connection, group: list[_Write]) -> None:
 def create_portal_engine(url: str) -> Engine:
     """An engine for `url` (SQLAlchemy's form), with SQLite's directory made and its pragmas set."""
     options: dict[str, Any] = {
+        "hide_parameters": True,  # prompts have no place in error messages
         "json_serializer": lambda value: msgspec.json.encode(value).decode(),
         "json_deserializer": msgspec.json.decode,
         "pool_size": READERS + 1,

@@ -12,10 +12,10 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from app.errors import ErrorInfo
 
@@ -23,6 +23,8 @@ ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 """Session ids and request ids: 1 to 128 characters of this alphabet."""
 
 _ID = re.compile(ID_PATTERN)
+
+T = TypeVar("T")
 
 
 def is_id(text: str) -> bool:
@@ -39,6 +41,22 @@ def new_id() -> str:
 # --- what is asked for ---------------------------------------------------------------------------
 
 
+def _encodable(value: T) -> T:
+    """Refuses what JSON takes and UTF-8 does not: a lone surrogate."""
+    try:
+        msgspec.json.encode(value)
+    except (UnicodeEncodeError, RecursionError):
+        raise ValueError("it holds a character that is none, or is nested too deeply") from None
+    return value
+
+
+Objects = Annotated[list[dict[str, Any]], AfterValidator(_encodable)]
+"""A list of JSON objects."""
+
+Object = Annotated[dict[str, Any], AfterValidator(_encodable)]
+"""A JSON object."""
+
+
 class GenerationOptions(BaseModel):
     """How to generate, as OpenAI-compatible servers take it. What is absent is the server's choice
     or, where the portal has a setting for it, the setting's."""
@@ -53,9 +71,9 @@ class GenerationOptions(BaseModel):
     model: Annotated[str | None, Field(max_length=256, description="A model of the LLM server")] = None
     stop: Annotated[str | list[str] | None, Field(description="Texts that end the reply")] = None
     seed: Annotated[int | None, Field(ge=0, description="For a repeatable reply")] = None
-    tools: Annotated[list[dict[str, Any]] | None, Field(description="Tools in OpenAI's form")] = None
-    tool_choice: Annotated[str | dict[str, Any] | None, Field(description="OpenAI's tool_choice")] = None
-    response_format: Annotated[dict[str, Any] | None, Field(description="OpenAI's response_format")] = None
+    tools: Annotated[Objects | None, Field(description="Tools in OpenAI's form")] = None
+    tool_choice: Annotated[str | Object | None, Field(description="OpenAI's tool_choice")] = None
+    response_format: Annotated[Object | None, Field(description="OpenAI's response_format")] = None
 
     def given(self) -> dict[str, Any]:
         """Only the options that were given."""

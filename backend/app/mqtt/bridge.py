@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from app import __version__
 from app.config import Settings
 from app.errors import Internal, NotFound, PortalError, StorageUnavailable, Unauthenticated
-from app.events import ReplyTarget, TurnRequest, new_id
+from app.events import ReplyTarget, TurnRequest, is_id, new_id
 from app.logs import get_logger
 from app.mqtt import contract
-from app.mqtt.connection import Broker, Incoming, MqttConnection
+from app.mqtt.connection import Broker, Incoming, MqttConnection, PublishRefused
 from app.services.accounts import Accounts
 from app.services.llm_client import LLMClient
 from app.services.session_manager import SessionManager
@@ -33,6 +33,7 @@ LEASE_S = 10.0
 RENEW_S = 3.0
 STATUS_S = 1.0
 RETRY_S = 0.5
+OUTBOX_S = 2.0
 
 log = get_logger(__name__)
 
@@ -45,17 +46,20 @@ class MqttBridge:
     ) -> None:
         self._sessions = sessions
         self._store = store
-        self._projects = {
-            name: ProjectDoor(name, settings, sessions, accounts, llm, store)
-            for name in settings.mqtt_projects
-        }
+        self._settings = settings
+        self._accounts = accounts
+        self._llm = llm
+        self._projects: dict[str, ProjectDoor] = {}
 
     async def open(self) -> None:
         """Starts serving. The broker need not be there."""
         self._sessions.on_delivery(self._deliver)
         database_id = await self._store.database_id()
-        for door in self._projects.values():
-            door.open(database_id)
+        for name in self._settings.mqtt_projects:
+            door = self._projects[name] = ProjectDoor(
+                name, database_id, self._settings, self._sessions, self._accounts, self._llm, self._store
+            )
+            door.open()
 
     async def close(self) -> None:
         """Says goodbye on every status topic and disconnects."""
@@ -78,6 +82,7 @@ class ProjectDoor:
     def __init__(
         self,
         project: str,
+        database_id: str,
         settings: Settings,
         sessions: SessionManager,
         accounts: Accounts,
@@ -99,23 +104,32 @@ class ProjectDoor:
         self._unacked: deque[tuple[Incoming, asyncio.Task[None]]] = deque()
         self._delivering: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._connection: MqttConnection | None = None
+        # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
+        self._connection = MqttConnection(
+            Broker(
+                settings.mqtt_broker_url, settings.mqtt_username, settings.mqtt_password.get_secret_value()
+            ),
+            f"portal-{database_id}-{project}",
+            contract.request_filters(project),
+            will=self._will,
+            on_message=self._inbox.put_nowait,
+            on_connected=self._connected,
+        )
 
     @property
     def is_connected(self) -> bool:
         """Whether the requests of the project reach this process."""
-        return self._connection is not None and self._connection.is_subscribed
+        return self._connection.is_subscribed
 
-    def open(self, database_id: str) -> None:
+    def open(self) -> None:
         """Starts serving."""
-        self._start(self._run(f"portal-{database_id}-{self._project}"), "connection")
+        self._start(self._run(), "connection")
         self._start(self._consume(), "requests")
 
     async def close(self) -> None:
         """Stops serving; replies that are not confirmed stay in the outbox."""
-        if self._connection is not None:
-            topic = contract.status_topic(self._project)
-            await self._connection.close(topic, self._render_status("offline"))
+        topic = contract.status_topic(self._project)
+        await self._connection.close(topic, self._render_status("offline"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -135,7 +149,7 @@ class ProjectDoor:
 
     # --- the connection ---
 
-    async def _run(self, client_id: str) -> None:
+    async def _run(self) -> None:
         """Connects while this instance holds the project's lease: two connections with one client id
         would throw each other out for ever."""
         while True:
@@ -143,7 +157,11 @@ class ProjectDoor:
                 await asyncio.sleep(RENEW_S)
                 continue
             async with AsyncExitStack() as stack:
-                for coroutine, name in ((self._connect(client_id), "session"), (self._report(), "status")):
+                for coroutine, name in (
+                    (self._connection.run(), "session"),
+                    (self._report(), "status"),
+                    (self._deliver_stored(), "outbox"),
+                ):
                     task = self._start(coroutine, name)
                     stack.push_async_callback(_cancelled, task)
                 has_lease = True
@@ -159,22 +177,6 @@ class ProjectDoor:
             log.warning("the project's lease could not be written", reason=type(error).__name__)
             return self.is_connected
 
-    async def _connect(self, client_id: str) -> None:
-        settings = self._settings
-        broker = Broker(
-            settings.mqtt_broker_url, settings.mqtt_username, settings.mqtt_password.get_secret_value()
-        )
-        self._connection = MqttConnection(
-            broker,
-            client_id,
-            contract.request_filters(self._project),
-            will=self._will,
-            on_message=self._inbox.put_nowait,
-            on_connected=self._connected,
-        )
-        self._start(self._deliver_stored(), "outbox")
-        await self._connection.run()
-
     def _will(self) -> tuple[str, bytes]:
         self._birth = new_id()
         return contract.status_topic(self._project), self._render_status("offline")
@@ -189,7 +191,7 @@ class ProjectDoor:
         while True:
             health = self._llm.last_health
             status = self._render_status("online" if health.status == "ok" else "degraded")
-            if self._connection is not None and self.is_connected and status != self._status:
+            if self.is_connected and status != self._status:
                 self._status = status
                 await self._connection.publish(topic, status, retain=True)
             await asyncio.sleep(STATUS_S)
@@ -213,7 +215,11 @@ class ProjectDoor:
         before those that came earlier (MQTT 5, 4.6)."""
         while True:
             message = await self._inbox.get()
-            work = await self._begin(message)
+            try:
+                work = await self._begin(message)
+            except Exception:
+                log.exception("an MQTT request failed", project=self._project)
+                work = self._fail(message)
             task = self._start(work, "request")
             self._unacked.append((message, task))
             task.add_done_callback(lambda _: self._acknowledge())
@@ -221,7 +227,7 @@ class ProjectDoor:
     def _acknowledge(self) -> None:
         while self._unacked and self._unacked[0][1].done():
             message, task = self._unacked.popleft()
-            if not task.cancelled() and self._connection is not None:
+            if not task.cancelled():
                 self._connection.ack(message)
 
     async def _begin(self, message: Incoming) -> Coroutine[Any, Any, None]:
@@ -233,12 +239,19 @@ class ProjectDoor:
             return self._clear(topic_session)
         request = contract.read_request(self._project, message.topic, message.payload)
         if isinstance(request, contract.Refusal):
-            return self._refuse(request.target, request.error, None)
+            return self._refuse(request.target, request.error, request.request_id)
         try:
             owner = await self._owner(request.input.token)
         except PortalError as error:
-            return self._refuse(request.target, error, request)
+            return self._refuse(request.target, error, request.input.request_id)
         return self._submit(request, owner)
+
+    async def _fail(self, message: Incoming) -> None:
+        """Answers a message that could not even be read for a fault of the portal's."""
+        session_id = contract.session_of_topic(message.topic)
+        if session_id is not None and is_id(session_id):
+            target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
+            await self._refuse(target, Internal("The portal failed at this request."), None)
 
     async def _owner(self, token: str | None) -> str:
         if token:
@@ -263,7 +276,11 @@ class ProjectDoor:
         try:
             await _insist(lambda: self._sessions.submit(turn))
         except PortalError as error:
-            await self._refuse(request.target, error, request)
+            await self._refuse(request.target, error, body.request_id)
+        except Exception:
+            log.exception("an MQTT request failed", project=self._project)
+            failure = Internal("The portal failed at this request.")
+            await self._refuse(request.target, failure, body.request_id)
 
     async def _clear(self, session_id: str) -> None:
         target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
@@ -275,17 +292,16 @@ class ProjectDoor:
         except PortalError as error:
             await self._refuse(target, error, None)
             return
-        await self._publish(target.topic, contract.CLEARED)
+        await self._connection.publish(target.topic, contract.CLEARED)
 
-    async def _refuse(
-        self, target: ReplyTarget | None, error: PortalError, request: contract.Request | None
-    ) -> None:
+    async def _refuse(self, target: ReplyTarget | None, error: PortalError, request_id: str | None) -> None:
         log.info("MQTT request refused", project=self._project, code=error.code)
         if target is None:
             return
         session_id = target.topic.split("/")[2]
-        request_id = request.input.request_id if request else None
-        await self._publish(target.topic, contract.refusal(target.format, error, session_id, request_id))
+        await self._connection.publish(
+            target.topic, contract.refusal(target.format, error, session_id, request_id)
+        )
 
     # --- replies ---
 
@@ -302,25 +318,23 @@ class ProjectDoor:
             payload = contract.answer(
                 target.format, turn.ending, turn.session.session_id, turn.row.request_id
             )
-            await self._publish(target.topic, payload)
-            await self._store.delivered([delivery.id])
-        except StorageUnavailable as error:
-            # It stays in the outbox and is published once more: rather twice than never.
-            log.warning("a delivery could not be forgotten", reason=type(error).__name__)
-        finally:
-            self._delivering.discard(delivery.id)
+            await self._connection.publish(target.topic, payload)
+            await _insist(lambda: self._store.delivered([delivery.id]))
+        except PublishRefused as error:
+            # It stays in the outbox, and is tried again when the portal is started again.
+            log.error("the broker refused a reply", topic=target.topic, reason=str(error))
+            return
+        self._delivering.discard(delivery.id)
 
     async def _deliver_stored(self) -> None:
-        """Publishes the replies that an earlier process left."""
-        for delivery in await _insist(lambda: self._store.ready_deliveries(self._project)):
-            found = await _insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
-            if found is not None and found[0].ending is not None:
-                self.deliver(delivery, recall(*found))
-
-    async def _publish(self, topic: str, payload: bytes) -> None:
-        if self._connection is None:
-            raise Internal("The MQTT door is not open.")
-        await self._connection.publish(topic, payload)
+        """Publishes the replies that an earlier process left, and those to turns that another process
+        has ended. Runs until cancelled."""
+        while True:
+            for delivery in await _insist(lambda: self._store.ready_deliveries(self._project)):
+                found = await _insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
+                if found is not None and found[0].ending is not None:
+                    self.deliver(delivery, recall(*found))
+            await asyncio.sleep(OUTBOX_S)
 
 
 async def _insist(call: Callable[[], Awaitable[T]]) -> T:

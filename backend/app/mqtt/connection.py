@@ -12,7 +12,6 @@ import asyncio
 import queue
 import random
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,6 +57,10 @@ class Broker:
     url: str
     username: str = ""
     password: str = ""
+
+
+class PublishRefused(Exception):
+    """The broker took a message and threw it away: its rules do not allow the topic."""
 
 
 class MqttConnection:
@@ -117,7 +120,7 @@ class MqttConnection:
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Publishes at QoS 1 and returns when the broker has confirmed it, after however many
-        reconnects."""
+        reconnects. Raises `PublishRefused`."""
         info = self._client.publish(topic, payload, qos=1, retain=retain)
         confirmed = self._unconfirmed[info.mid] = asyncio.get_running_loop().create_future()
         await confirmed
@@ -186,9 +189,13 @@ class MqttConnection:
         log.warning("the connection to the broker is lost", reason=str(reason))
         self._lost.set()
 
-    def _confirmed(self, _client: Any, _data: Any, mid: int, _reason: Any, _properties: Any) -> None:
+    def _confirmed(self, _client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
         confirmed = self._unconfirmed.pop(mid, None)
-        if confirmed is not None and not confirmed.done():
+        if confirmed is None or confirmed.done():
+            return
+        if reason.is_failure:
+            confirmed.set_exception(PublishRefused(str(reason)))
+        else:
             confirmed.set_result(None)
 
     def _received(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
@@ -234,7 +241,8 @@ class MqttConnection:
     def _read(self, sock: Any) -> None:
         self._client.loop_read()
         # TLS may have decrypted more than was read, and the socket will not say so.
-        while isinstance(sock, ssl.SSLSocket) and sock.fileno() >= 0 and sock.pending():
+        pending = getattr(sock, "pending", None)
+        while pending is not None and sock.fileno() >= 0 and pending():
             self._client.loop_read()
 
 

@@ -86,20 +86,23 @@ class Refusal:
 
     error: PortalError
     target: ReplyTarget | None
+    request_id: str | None = None
 
 
 def read_request(project: str, topic: str, payload: bytes) -> Request | Refusal:
     """What a `user_input` message asks for. Raises nothing, whatever the bytes."""
     topic_session = session_of_topic(topic)
     session_id = topic_session or ""
+    body: dict[str, Any] = {}
     try:
         body = _body(payload)
         session_id = _session_id(body, topic_session)
         return _request(project, session_id, UserInput.model_validate(body))
-    except ValidationError as error:
-        return Refusal(_invalid(error), _error_target(project, session_id, body))
-    except InvalidRequest as error:
-        return Refusal(error, _error_target(project, session_id, {}))
+    except (ValidationError, InvalidRequest) as error:
+        problem = _invalid(error) if isinstance(error, ValidationError) else error
+        given = body.get("requestId")
+        request_id = given if isinstance(given, str) and is_id(given) else None
+        return Refusal(problem, _error_target(project, session_id, body), request_id)
 
 
 def _body(payload: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
 from app.dependencies import CurrentUser, LLMDep, SessionsDep
-from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, TurnRequest
+from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, Objects, TurnRequest
 from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
 from app.services.accounts import Identity
 from app.services.llm_client import Health
@@ -31,7 +31,7 @@ Id = Annotated[str, Field(pattern=ID_PATTERN)]
 class Chat(GenerationOptions):
     """Messages for the model, which remembers none of them."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, description="Messages in OpenAI's form")]
+    messages: Annotated[Objects, Field(min_length=1, description="Messages in OpenAI's form")]
 
 
 class SessionChat(GenerationOptions):

@@ -30,6 +30,7 @@ OPERATOR = "local"
 """The subject of tokens for whoever holds the server's secret: the setup's own check."""
 
 OPERATOR_TOKEN_S = 60
+LONGEST_TOKEN = 4096
 
 _hasher = PasswordHash.recommended()
 _DECOY = _hasher.hash("no account has this password")
@@ -132,6 +133,8 @@ def _token(settings: Settings, subject: str, seconds: int) -> str:
 
 def _subject(settings: Settings, token: str) -> str:
     options = {f"require_{claim}": True for claim in REQUIRED_CLAIMS}
+    if len(token) > LONGEST_TOKEN:
+        raise Unauthenticated("This is no access token.")
     try:
         claims = jwt.decode(
             token,
@@ -141,7 +144,7 @@ def _subject(settings: Settings, token: str) -> str:
             issuer=ISSUER,
             options=options,
         )
-    except JWTError:
+    except (JWTError, ValueError, RecursionError):  # jose parses the header before it checks anything
         raise Unauthenticated("The access token is wrong or has run out; sign in again.") from None
     if claims.get("typ") != "access":
         raise Unauthenticated("This is no access token.")

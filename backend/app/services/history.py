@@ -84,14 +84,17 @@ class History:
             self._keep(max(0, int(max_messages * CUT_TO) // 2))
         if self._upper_bound(question) <= budget:
             return self.prompt(question)
+        alone = History("")
+        alone._system = self._system
+        least = await alone._size(question, count)
+        if context is not None and least >= context:
+            raise InvalidRequest(
+                f"message: with the system prompt it has {least} tokens; the model reads at most {context}."
+            )
         size = await self._size(question, count)
         while size > budget and self._exchanges:
             self._cut(size, budget)
             size = await self._size(question, count)
-        if context is not None and size >= context and not self._exchanges:
-            raise InvalidRequest(
-                f"message: with the system prompt it has {size} tokens; the model reads at most {context}."
-            )
         return self.prompt(question)
 
     def _upper_bound(self, question: str) -> int:

@@ -42,6 +42,7 @@ Message = Mapping[str, Any]
 
 WATCH_INTERVAL_S = 5.0
 WATCH_INTERVAL_DOWN_S = 1.0
+COUNT_TIMEOUT_S = 2.0
 FRESH_S = 1.0
 """A health report younger than this is not asked for again."""
 
@@ -154,13 +155,13 @@ class _ModelMeta(msgspec.Struct):
 
 class _Model(msgspec.Struct):
     id: str
-    owned_by: str = ""
+    owned_by: str | None = ""
     max_model_len: int | None = None
     meta: _ModelMeta | None = None
 
 
 class _Models(msgspec.Struct):
-    data: list[_Model] = []
+    data: list[_Model] | None = None
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
@@ -301,8 +302,9 @@ class LLMClient:
                 data = await self._read(response, clock)
                 if not data:
                     break
-                for piece in reply.feed(data):
-                    clock.has_begun = True
+                pieces = reply.feed(data)
+                clock.has_begun = reply.has_begun
+                for piece in pieces:
                     yield piece
             for piece in reply.finish(response.content_type):
                 yield piece
@@ -442,13 +444,13 @@ class LLMClient:
     async def _ask(self, path: str, body: dict[str, Any]) -> Any:
         try:
             async with (
-                asyncio.timeout(self._settings.llm_connect_timeout * 2),
+                asyncio.timeout(COUNT_TIMEOUT_S),
                 self._http.post(self._base + path, data=msgspec.json.encode(body), headers=_JSON) as response,
             ):
                 if response.status != 200:
                     raise LLMError(f"{path} answered {response.status}.")
                 return msgspec.json.decode(await response.read())
-        except (TimeoutError, aiohttp.ClientError) as error:
+        except (TimeoutError, aiohttp.ClientError, msgspec.MsgspecError) as error:
             raise LLMError(f"{path} did not answer: {type(error).__name__}.") from None
 
     async def _current_models(self) -> list[ModelInfo]:
@@ -475,7 +477,7 @@ class LLMClient:
             ):
                 if response.status != 200:
                     raise await _refusal(response, None)
-                models = _decode_models(await response.read()).data
+                models = _decode_models(await response.read()).data or []
             if not models:
                 raise LLMError("The LLM server serves no model.")
             self._models = [_model_info(model) for model in models]
@@ -578,6 +580,7 @@ class _ReplyReader:
         self._finish_reason: str | None = None
         self._usage: _Usage | None = None
         self._chars = {"text": 0, "thinking": 0}
+        self.has_begun = False
         self.complete = False
 
     def feed(self, data: bytes) -> list[Piece]:
@@ -618,13 +621,15 @@ class _ReplyReader:
         except msgspec.MsgspecError:
             raise LLMError("The LLM server sent something that is no chat completion.") from None
         if chunk.error is not None:
-            raise LLMError(_message_in(chunk.error) or "The LLM server failed.", retryable=True)
+            log.debug("LLM server failed in its reply", said=_message_in(chunk.error))
+            raise LLMError("The LLM server failed in its reply.", retryable=True)
         self._usage = chunk.usage or self._usage
         for choice in chunk.choices[:1]:
             self._finish_reason = choice.finish_reason or self._finish_reason
             self._read_delta(choice.delta or choice.message or _Delta(), parts)
 
     def _read_delta(self, delta: _Delta, parts: list[tuple[Kind, str]]) -> None:
+        self.has_begun = True
         if thought := delta.reasoning_content or delta.reasoning:
             parts.append(("thinking", thought))
         if delta.content:
@@ -651,7 +656,8 @@ class _ReplyReader:
                 joined[-1][1].append(content)
             else:
                 joined.append((kind, [content]))
-        return [Piece(kind, "".join(contents)) for kind, contents in joined]
+        # PostgreSQL stores no NUL, and no reader wants one.
+        return [Piece(kind, "".join(contents).replace("\0", "")) for kind, contents in joined]
 
     def _read_usage(self) -> Usage | None:
         usage = self._usage
@@ -675,19 +681,18 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 
 async def _refusal(response: aiohttp.ClientResponse, model: str | None) -> PortalError:
-    """The error for an answer that is not 200. What the server says is passed on only for requests
-    it finds wrong: other texts may tell of its insides."""
+    """The error for an answer that is not 200. What the server says may tell of its insides, so it
+    goes to the debug log and not to the client."""
     status = response.status
     try:
         async with asyncio.timeout(2):
             text = _error_text(await response.content.read(65536))
     except (TimeoutError, aiohttp.ClientError, OSError):
         text = ""
+    log.debug("LLM server refused a request", status=status, said=text)
     retry_after = _seconds(response.headers.get("Retry-After"))
     if status in {400, 413, 422}:
-        return LLMError(
-            f"The LLM server refused the request: {text}" if text else "The LLM server refused it."
-        )
+        return LLMError("The LLM server refused the request as wrong or too long.")
     if status in {401, 403}:
         return LLMError("The LLM server did not accept the portal's key (LLM_API_KEY).")
     if status == 404 and model:
@@ -720,7 +725,7 @@ def _seconds(header: str | None) -> float | None:
 
 def _model_info(model: _Model) -> ModelInfo:
     context = model.max_model_len or (model.meta.n_ctx if model.meta else None)
-    return ModelInfo(model.id, model.owned_by, context)
+    return ModelInfo(model.id, model.owned_by or "", context)
 
 
 # --- the documented accessors for plain Python ---------------------------------------------------

@@ -35,11 +35,18 @@ class Places:
         """Roughly how long the one at `position` (from 1) of the queue will wait, in seconds."""
         return round(math.ceil(position / self.capacity) * self._mean_hold_s, 1)
 
+    @property
+    def full(self) -> Overloaded | None:
+        """The error for whoever comes now, when nobody more may wait."""
+        if self.waiting < self.max_queue or self.taken < self.capacity:
+            return None
+        retry_after = max(1.0, self.eta(self.waiting))
+        return Overloaded("Too many requests wait for the LLM server.", retry_after=retry_after)
+
     def check(self) -> None:
         """Raises `Overloaded` when nobody more may wait."""
-        if self.waiting >= self.max_queue and self.taken >= self.capacity:
-            retry_after = max(1.0, self.eta(self.waiting))
-            raise Overloaded("Too many requests wait for the LLM server.", retry_after=retry_after)
+        if (full := self.full) is not None:
+            raise full
 
     def ask(self) -> Place:
         """A place, or a position in the queue. Raises `Overloaded` when the queue is full."""
@@ -83,6 +90,8 @@ class Place:
         """Yields the position in the queue, at first and when it has changed, until the place is
         there. Raises `Expired` at `deadline` (Unix time)."""
         shown = 0
+        if deadline is not None and deadline <= time.time():
+            raise Expired("The deadline had passed before the request came this far.")
         while self.granted_at is None:
             patience = POSITION_INTERVAL_S
             if deadline is not None:

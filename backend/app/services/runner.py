@@ -103,6 +103,14 @@ class Runner:
             ending = ExpiredEvent(turn.id) if why == "expired" else Cancelled(turn.id, "", None)
             self._aside(self._conclude(live, turn, ending, None), f"end {turn.id}")
 
+    def abandon(self, accepting: asyncio.Task[Turn]) -> None:
+        """Who asked for a turn was cancelled while it was accepted."""
+        if accepting.cancelled() or accepting.exception() is not None:
+            return
+        turn = accepting.result()
+        if not turn.row.detached and turn.followers == 0:
+            self._abandoned(turn)
+
     def forget_history(self, session: str) -> None:
         """The history of a session was changed past its turns."""
         live = self._sessions.get(session)
@@ -146,7 +154,9 @@ class Runner:
         except StorageUnavailable:
             log.warning("a turn is left for the next start", turn=turn.id)  # only when closing
         except Exception:
-            log.exception("a turn is stuck", turn=turn.id)
+            log.exception("a turn could not be ended", turn=turn.id)
+            live.history = None
+            await self._conclude(live, turn, Failed(turn.id, Internal("The portal failed.").info), None)
         finally:
             live.running = None
             if turn.ending is not None:
@@ -160,6 +170,9 @@ class Runner:
             self._refresh(live, turn.session)
             return turn.interruption != "ended"
         while turn.interruption is None:
+            if turn.row.deadline is not None and turn.row.deadline <= time.time():
+                turn.interruption = "expired"
+                break
             session = await self._insist(lambda: self._store.claim(turn.id, self._instance))
             if session is not None:
                 self._refresh(live, session)
@@ -182,14 +195,14 @@ class Runner:
         try:
             history = await self._insist(lambda: self._history(live, turn))
             options = GenerationOptions(**turn.row.options)
-            prompt = await history.fit(
+            fitting = history.fit(
                 turn.question or "",
                 budget=self._budget(options),
                 max_messages=self._settings.llm_max_history_messages,
                 context=self._llm.context,
                 count=self._llm.count_tokens,
             )
-            return await self._generate(turn, prompt, options)
+            return await self._generate(turn, fitting, options)
         except PortalError as error:
             return Failed(turn.id, error.info), None
         except Exception:
@@ -217,13 +230,15 @@ class Runner:
         return min(budget, max(context - reserve, context // 4))
 
     async def _generate(
-        self, turn: Turn, prompt: Sequence[Message], options: GenerationOptions
+        self, turn: Turn, prompting: Coroutine[Any, Any, Sequence[Message]], options: GenerationOptions
     ) -> tuple[Ending | None, Reply | None]:
-        """Generates, with the turn's events, and tells how it ended."""
+        """Makes the prompt and generates, with the turn's events, and tells how it ended."""
         turn.interruptible = True
         try:
             if turn.interruption is not None:
+                prompting.close()
                 return _interrupted(turn)
+            prompt = await prompting
             return _finished(turn, await self._stream(turn, prompt, options), prompt)
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -254,9 +269,11 @@ class Runner:
     ) -> None:
         ending: Ending | None = None
         try:
-            ending, _ = await self._generate(turn, messages, options)
+            ending, _ = await self._generate(turn, _as_they_are(messages), options)
         except PortalError as error:
             ending = Failed(turn.id, error.info)
+        except Exception:
+            log.exception("a turn failed", turn=turn.id)
         finally:
             self.turns.pop(turn.id, None)
             turn.end(ending or Failed(turn.id, Internal("The portal failed at this turn.").info))
@@ -265,11 +282,13 @@ class Runner:
 
     async def _conclude(self, live: LiveSession, turn: Turn, ending: Ending, reply: Reply | None) -> None:
         """Stores the ending, however long the database refuses, and tells the followers."""
-        history = live.history if live.running is turn else None
+        history = live.history if live.running is turn and reply is not None else None
         start = None if history is None else history.window_start or turn.row.message_id
+        # A trace tells how the text was cut into pieces: without a text it tells nothing.
+        trace = turn.trace if isinstance(ending, Final | Cancelled) else None
         try:
             ended = await self._insist(
-                lambda: self._store.end(turn.row, ending, reply=reply, trace=turn.trace, window_start=start)
+                lambda: self._store.end(turn.row, ending, reply=reply, trace=trace, window_start=start)
             )
         except StaleAttempt:
             log.warning("a turn was taken over", turn=turn.id)
@@ -329,6 +348,10 @@ class Runner:
                     turn.take_events(recall(*found))
                 return
             await asyncio.sleep(ELSEWHERE_POLL_S)
+
+
+async def _as_they_are(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages
 
 
 def _cancel_expiry(turn: Turn) -> None:

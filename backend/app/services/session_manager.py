@@ -54,6 +54,7 @@ class SessionManager:
         self._epoch = new_id()
         self._instance = settings.instance or f"python-{self._epoch}"
         self._runner = Runner(settings, store, llm, self._instance)
+        self._accepting: set[asyncio.Task[Turn]] = set()
 
     def on_delivery(self, listener: Callable[[Delivery, Turn], None]) -> None:
         """Calls `listener` whenever a reply that the outbox owes is ready."""
@@ -69,6 +70,7 @@ class SessionManager:
 
     async def close(self) -> None:
         """Stops working; turns that are not done stay accepted, for whoever takes them up."""
+        await asyncio.gather(*self._accepting, return_exceptions=True)
         await self._runner.close()
         with suppress(StorageUnavailable):
             await self._store.release(self._lease, self._epoch)
@@ -84,8 +86,8 @@ class SessionManager:
             try:
                 if not await self._store.acquire(self._lease, self._epoch, LEASE_S):
                     log.error("another process took over under this instance's name", instance=self._instance)
-            except StorageUnavailable:
-                log.warning("the heartbeat could not be written")
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next beat may succeed
+                log.warning("the heartbeat could not be written", reason=type(error).__name__)
 
     async def sweep(self) -> None:
         """Takes up the turns of instances that died. Runs until cancelled."""
@@ -94,8 +96,8 @@ class SessionManager:
             try:
                 if await self._store.has_orphans(self._instance):
                     self._take_up(await self._store.adopt(self._instance))
-            except StorageUnavailable:
-                log.warning("orphaned turns could not be looked for")
+            except Exception as error:  # noqa: BLE001 - likewise
+                log.warning("orphaned turns could not be looked for", reason=type(error).__name__)
 
     def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
         for row, session in orphans:
@@ -124,10 +126,24 @@ class SessionManager:
             raise InvalidRequest("request_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
         if not request.message.strip():
             raise InvalidRequest("message: it is empty")
-        self._llm.places.check()
+        if "\0" in request.message:
+            raise InvalidRequest("message: it holds a NUL character")
         if request.template_id is not None:
             request = await self._with_prompt(request)
-        acceptance = await self._store.accept(request, turn_id=new_id(), instance=self._instance)
+        # What is committed must be run, also when who asked is cancelled in between.
+        accepting = asyncio.create_task(self._accept(request), name="accept")
+        self._accepting.add(accepting)
+        accepting.add_done_callback(self._accepting.discard)
+        try:
+            return await asyncio.shield(accepting)
+        except asyncio.CancelledError:
+            accepting.add_done_callback(self._runner.abandon)
+            raise
+
+    async def _accept(self, request: TurnRequest) -> Turn:
+        acceptance = await self._store.accept(
+            request, turn_id=new_id(), instance=self._instance, full=self._llm.places.full
+        )
         turn = self._admit(acceptance, request.message)
         if acceptance.delivery is not None and acceptance.delivery.ready:
             self._runner.on_delivery(acceptance.delivery, turn)
@@ -147,7 +163,8 @@ class SessionManager:
     def _admit(self, acceptance: Acceptance, message: str) -> Turn:
         row = acceptance.turn
         if acceptance.kind == "known":
-            return self._runner.turns.get(row.id) or self._runner.turn_elsewhere(row, acceptance.session)
+            live = self._runner.turns.get(row.id) if row.is_active else None
+            return live or self._runner.turn_elsewhere(row, acceptance.session)
         turn = Turn(row, acceptance.session)
         turn.question = message
         self._runner.enqueue(turn)
@@ -228,18 +245,17 @@ class SessionManager:
     async def clear(self, owner: str, session_id: str) -> None:
         """Deletes the messages of a session; its running turn is stopped and the waiting ones are
         dropped, each ending as cancelled. Raises `NotFound`."""
-        session = await self.session(owner, session_id)
-        self._cut_off(session.id, await self._store.clear(session.id, self._partial(session.id)))
+        self._cut_off(*await self._store.clear(owner, session_id, self._partial(owner, session_id)))
 
     async def delete(self, owner: str, session_id: str) -> None:
         """Deletes a session, and stops and drops its turns; `restore` brings it back. Raises `NotFound`."""
-        session = await self.session(owner, session_id)
-        self._cut_off(session.id, await self._store.delete_session(session.id, self._partial(session.id)))
+        partial = self._partial(owner, session_id)
+        self._cut_off(*await self._store.delete_session(owner, session_id, partial))
 
-    def _partial(self, session: str) -> dict[str, str]:
+    def _partial(self, owner: str, session_id: str) -> dict[str, str]:
         """What the live turns of a session have answered so far."""
-        live = self._runner.turns.values()
-        return {turn.id: "".join(turn.response) for turn in live if turn.session.id == session}
+        live = [t for t in self._runner.turns.values() if t.session.session_id == session_id]
+        return {turn.id: "".join(turn.response) for turn in live if turn.session.owner == owner}
 
     def _cut_off(self, session: str, all_ended: Sequence[Ended]) -> None:
         """The turns of a session were ended in the database: tells them so."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, func, insert, select, text, update
@@ -31,6 +31,8 @@ from app.events import (
     type_of,
 )
 from app.models.tables import ACTIVE, identity, leases, messages, outbox, sessions, turns
+
+T = TypeVar("T")
 
 MAX_WAITING = 16
 """Turns that may wait in one session behind the running one."""
@@ -180,16 +182,18 @@ class Store:
 
     # --- the life of a turn ---
 
-    async def accept(self, request: TurnRequest, *, turn_id: str, instance: str) -> Acceptance:
+    async def accept(
+        self, request: TurnRequest, *, turn_id: str, instance: str, full: Overloaded | None = None
+    ) -> Acceptance:
         """Commits the user message and its turn, or finds the turn that the request id names.
 
-        Raises `Conflict` for a request id with another body and `Overloaded` when too many turns
-        of the session wait.
+        Raises `Conflict` for a request id with another body, `Overloaded` when too many turns of the
+        session wait, and `full` when it is given and the turn would be a new one.
         """
-        outcome = await self._database.write(lambda c: _accept(c, request, turn_id, instance, time.time()))
-        if isinstance(outcome, PortalError):
-            raise outcome
-        return outcome
+        outcome = await self._database.write(
+            lambda c: _accept(c, request, turn_id, instance, time.time(), full)
+        )
+        return _raised(outcome)
 
     async def claim(self, turn_id: str, instance: str) -> SessionRow | None:
         """Makes a waiting turn the running one of its session; None while an earlier one is active,
@@ -215,22 +219,23 @@ class Store:
             raise StaleAttempt("The turn was taken over.")
         return outcome
 
-    async def clear(self, session: str, partial: dict[str, str]) -> list[Ended]:
+    async def clear(self, owner: str, session_id: str, partial: dict[str, str]) -> tuple[str, list[Ended]]:
         """Deletes the messages of a session and ends its active turns as cancelled; `partial` has
-        the text that each running one had so far."""
-        return await self._database.write(lambda c: _clear(c, session, partial))
+        the text that each running one had so far. Returns the session's row id with the endings.
+        Raises `NotFound`."""
+        return _raised(await self._database.write(lambda c: _clear(c, owner, session_id, partial)))
 
-    async def delete_session(self, session: str, partial: dict[str, str]) -> list[Ended]:
-        """Deletes a session, which can be restored, and ends its active turns as `clear` does."""
-        return await self._database.write(lambda c: _delete_session(c, session, partial))
+    async def delete_session(
+        self, owner: str, session_id: str, partial: dict[str, str]
+    ) -> tuple[str, list[Ended]]:
+        """Deletes a session, which can be restored, and ends its active turns as `clear` does. Raises
+        `NotFound`."""
+        return _raised(await self._database.write(lambda c: _delete_session(c, owner, session_id, partial)))
 
     async def restore_session(self, owner: str, session_id: str) -> SessionRow:
         """Brings back the session of this name that was deleted last. Raises `NotFound`, and
         `Conflict` when the name is in use again."""
-        outcome = await self._database.write(lambda c: _restore_session(c, owner, session_id))
-        if isinstance(outcome, PortalError):
-            raise outcome
-        return outcome
+        return _raised(await self._database.write(lambda c: _restore_session(c, owner, session_id)))
 
     async def rename_session(self, session: str, title: str) -> None:
         """Gives a session another title."""
@@ -377,6 +382,13 @@ class StaleAttempt(Exception):
     """The turn is active in another attempt: what this one has made is void."""
 
 
+def _raised(outcome: T | PortalError) -> T:
+    """The result of an operation, which returns its errors: raising them would undo its whole group."""
+    if isinstance(outcome, PortalError):
+        raise outcome
+    return outcome
+
+
 # --- operations ----------------------------------------------------------------------------------
 
 
@@ -431,7 +443,12 @@ def _ensure_session(connection: Connection, request: TurnRequest, now: float) ->
 
 
 def _accept(
-    connection: Connection, request: TurnRequest, turn_id: str, instance: str, now: float
+    connection: Connection,
+    request: TurnRequest,
+    turn_id: str,
+    instance: str,
+    now: float,
+    full: Overloaded | None,
 ) -> Acceptance | PortalError:
     session, position = _locked_session(connection, _ensure_session(connection, request, now))
     known = _find_request(connection, session, request, now)
@@ -440,6 +457,8 @@ def _accept(
     if known is not None and not _may_try_again(known):
         delivery = _owe(connection, known, request.reply_to)
         return Acceptance("known", known, session, delivery)
+    if full is not None:
+        return full
 
     active = connection.execute(select(func.count()).select_from(_active(session.id).subquery())).scalar_one()
     if active > MAX_WAITING:
@@ -537,6 +556,8 @@ def _new_attempt(
     changes: dict[str, Any] = {
         "attempt": turn.attempt + 1,
         "position": position,
+        "deadline": request.deadline,
+        "detached": request.detached,
         "state": state,
         "instance": instance,
         "ending": None,
@@ -656,26 +677,36 @@ def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: floa
     )
 
 
-def _clear(connection: Connection, session_pk: str, partial: dict[str, str]) -> list[Ended]:
-    session, _ = _locked_session(connection, session_pk)
+def _clear(
+    connection: Connection, owner: str, session_id: str, partial: dict[str, str]
+) -> tuple[str, list[Ended]] | NotFound:
+    session = _session(connection, owner, session_id)
+    if session is None:
+        return NotFound("There is no such session.")
+    session, _ = _locked_session(connection, session.id)
     ended = _cancel_active(connection, session, partial)
-    connection.execute(delete(messages).where(messages.c.session == session_pk))
+    connection.execute(delete(messages).where(messages.c.session == session.id))
     changes = {
         "leaf_id": None,
         "window_start": None,
         "version": session.version + 1,
         "updated_at": time.time(),
     }
-    connection.execute(update(sessions).where(sessions.c.id == session_pk).values(changes))
-    return ended
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
+    return session.id, ended
 
 
-def _delete_session(connection: Connection, session_pk: str, partial: dict[str, str]) -> list[Ended]:
-    session, _ = _locked_session(connection, session_pk)
+def _delete_session(
+    connection: Connection, owner: str, session_id: str, partial: dict[str, str]
+) -> tuple[str, list[Ended]] | NotFound:
+    session = _session(connection, owner, session_id)
+    if session is None:
+        return NotFound("There is no such session.")
+    session, _ = _locked_session(connection, session.id)
     ended = _cancel_active(connection, session, partial)
     changes = {"version": session.version + 1, "deleted_at": time.time()}
-    connection.execute(update(sessions).where(sessions.c.id == session_pk).values(changes))
-    return ended
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
+    return session.id, ended
 
 
 def _cancel_active(connection: Connection, session: SessionRow, partial: dict[str, str]) -> list[Ended]:

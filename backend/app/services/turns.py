@@ -156,6 +156,8 @@ class Turn:
             while True:
                 if attempt != self.row.attempt:
                     attempt, n = self.row.attempt, 1
+                if self.ending is not None and n > len(self._events):
+                    n = len(self._events) - 1  # a clear forgot how the reply was cut: at least its ending
                 batch = self._events[n:]
                 if batch:
                     yield batch
@@ -192,6 +194,8 @@ class Turn:
                 self._waiters.remove(waiter)
 
     def _append(self, event: TurnEvent) -> None:
+        if self._events and self.ending is not None:
+            return  # nothing comes after an ending
         self._events.append(Numbered(self.row.attempt, len(self._events), event, encode(event)))
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
