@@ -125,7 +125,8 @@ def test_what_dies_is_started_again(setup: Setup) -> None:
         return all(part["restarts"] == 1 and part["state"] == "ready" for part in parts.values())
 
     wait_until(all_back, 30, "the parts' return")
-    assert httpx.get(f"http://localhost:{setup.port}/health/ready").status_code == 200
+    ready = f"http://localhost:{setup.port}/health/ready"
+    wait_until(lambda: httpx.get(ready).status_code == 200, what="readiness")
 
 
 def test_a_supervisor_that_was_killed_leaves_nothing_in_the_way(setup: Setup) -> None:
