@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ the connection; a result that is no error is better returned than raised."""
 READERS = 4
 LARGEST_GROUP = 256
 LOCK_TIMEOUT_S = 2
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 
 UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
 """What SQLAlchemy raises when a database is locked, full, or away."""
@@ -211,6 +212,20 @@ def _begin_sqlite(connection: Connection) -> None:
     # waiting; taking the write lock at the beginning waits for its turn.
     in_writer = threading.current_thread().name == "db-writer"
     connection.exec_driver_sql("BEGIN IMMEDIATE" if in_writer else "BEGIN")
+
+
+async def insist(call: Callable[[], Awaitable[T]], *, unless: Callable[[], bool] = bool) -> T:
+    """Repeats what the database cannot take or give now, with growing pauses. Raises
+    `StorageUnavailable` only once `unless()` is true."""
+    pause = RETRY_FIRST_S
+    while True:
+        try:
+            return await call()
+        except StorageUnavailable:
+            if unless():
+                raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RETRY_MOST_S)
 
 
 # --- migrations ----------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from app import __version__
 from app.config import Settings
+from app.database import insist
 from app.errors import Internal, NotFound, PortalError, StorageUnavailable, Unauthenticated
 from app.events import ReplyTarget, TurnRequest, is_id, new_id
 from app.logs import get_logger
@@ -27,12 +28,9 @@ from app.services.session_manager import SessionManager
 from app.services.store import Delivery, Store
 from app.services.turns import Turn, recall
 
-T = TypeVar("T")
-
 LEASE_S = 10.0
 RENEW_S = 3.0
 STATUS_S = 1.0
-RETRY_S = 0.5
 OUTBOX_S = 2.0
 
 log = get_logger(__name__)
@@ -255,7 +253,7 @@ class ProjectDoor:
 
     async def _owner(self, token: str | None) -> str:
         if token:
-            return (await _insist(lambda: self._accounts.identify(token))).owner
+            return (await insist(lambda: self._accounts.identify(token))).owner
         if not self._settings.anonymous_mqtt:
             raise Unauthenticated("token: messages without one are not answered here.")
         return f"anon:{self._project}"
@@ -274,7 +272,7 @@ class ProjectDoor:
             reply_to=request.target,
         )
         try:
-            await _insist(lambda: self._sessions.submit(turn))
+            await insist(lambda: self._sessions.submit(turn))
         except PortalError as error:
             await self._refuse(request.target, error, body.request_id)
         except Exception:
@@ -286,7 +284,7 @@ class ProjectDoor:
         target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
         try:
             owner = await self._owner(None)
-            await _insist(lambda: self._sessions.clear(owner, session_id))
+            await insist(lambda: self._sessions.clear(owner, session_id))
         except NotFound:
             pass  # it is as empty as it should be
         except PortalError as error:
@@ -319,7 +317,7 @@ class ProjectDoor:
                 target.format, turn.ending, turn.session.session_id, turn.row.request_id
             )
             await self._connection.publish(target.topic, payload)
-            await _insist(lambda: self._store.delivered([delivery.id]))
+            await insist(lambda: self._store.delivered([delivery.id]))
         except PublishRefused as error:
             # It stays in the outbox, and is tried again when the portal is started again.
             log.error("the broker refused a reply", topic=target.topic, reason=str(error))
@@ -330,21 +328,11 @@ class ProjectDoor:
         """Publishes the replies that an earlier process left, and those to turns that another process
         has ended. Runs until cancelled."""
         while True:
-            for delivery in await _insist(lambda: self._store.ready_deliveries(self._project)):
-                found = await _insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
+            for delivery in await insist(lambda: self._store.ready_deliveries(self._project)):
+                found = await insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
                 if found is not None and found[0].ending is not None:
                     self.deliver(delivery, recall(*found))
             await asyncio.sleep(OUTBOX_S)
-
-
-async def _insist(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeats what the database cannot take now. Meanwhile nothing is acknowledged: the broker keeps
-    the message."""
-    while True:
-        try:
-            return await call()
-        except StorageUnavailable:
-            await asyncio.sleep(RETRY_S)
 
 
 async def _nothing() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from app.config import Settings
+from app.database import insist
 from app.errors import Expired, Internal, PortalError, StorageUnavailable
 from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
 from app.logs import get_logger
@@ -26,7 +27,6 @@ from app.services.turns import Interruption, Turn, recall
 T = TypeVar("T")
 
 ELSEWHERE_POLL_S = 0.25
-RETRY_FIRST_S, RETRY_MOST_S = 0.1, 5.0
 IDLE_SESSIONS = 1000
 """Sessions at rest whose history is kept in memory; of others it is read again when they speak."""
 
@@ -311,17 +311,8 @@ class Runner:
             self.on_delivery(delivery, turn)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeats a transaction for as long as the database cannot take it: locked, full, away. Raises
-        `StorageUnavailable` when this process ends meanwhile."""
-        pause = RETRY_FIRST_S
-        while True:
-            try:
-                return await call()
-            except StorageUnavailable:
-                if self._closing:
-                    raise
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, RETRY_MOST_S)
+        """Repeats a transaction until the database takes it, or until this process ends."""
+        return await insist(call, unless=lambda: self._closing)
 
     # --- turns of other instances ---
 

@@ -680,32 +680,37 @@ def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: floa
 def _clear(
     connection: Connection, owner: str, session_id: str, partial: dict[str, str]
 ) -> tuple[str, list[Ended]] | NotFound:
-    session = _session(connection, owner, session_id)
-    if session is None:
-        return NotFound("There is no such session.")
-    session, _ = _locked_session(connection, session.id)
-    ended = _cancel_active(connection, session, partial)
-    connection.execute(delete(messages).where(messages.c.session == session.id))
-    changes = {
-        "leaf_id": None,
-        "window_start": None,
-        "version": session.version + 1,
-        "updated_at": time.time(),
-    }
-    connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
-    return session.id, ended
+    cut = _cut_off(connection, owner, session_id, partial)
+    if isinstance(cut, NotFound):
+        return cut
+    session, ended = cut
+    connection.execute(delete(messages).where(messages.c.session == session))
+    changes = {"leaf_id": None, "window_start": None, "updated_at": time.time()}
+    connection.execute(update(sessions).where(sessions.c.id == session).values(changes))
+    return session, ended
 
 
 def _delete_session(
     connection: Connection, owner: str, session_id: str, partial: dict[str, str]
 ) -> tuple[str, list[Ended]] | NotFound:
-    session = _session(connection, owner, session_id)
-    if session is None:
+    cut = _cut_off(connection, owner, session_id, partial)
+    if not isinstance(cut, NotFound):
+        deleted = update(sessions).where(sessions.c.id == cut[0]).values(deleted_at=time.time())
+        connection.execute(deleted)
+    return cut
+
+
+def _cut_off(
+    connection: Connection, owner: str, session_id: str, partial: dict[str, str]
+) -> tuple[str, list[Ended]] | NotFound:
+    """Ends the active turns of a session, whose history is then another one."""
+    found = _session(connection, owner, session_id)
+    if found is None:
         return NotFound("There is no such session.")
-    session, _ = _locked_session(connection, session.id)
+    session, _ = _locked_session(connection, found.id)
     ended = _cancel_active(connection, session, partial)
-    changes = {"version": session.version + 1, "deleted_at": time.time()}
-    connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
+    bumped = update(sessions).where(sessions.c.id == session.id).values(version=session.version + 1)
+    connection.execute(bumped)
     return session.id, ended
 
 
