@@ -108,7 +108,12 @@ class Settings(BaseSettings):
     registration: Literal["open", "closed"] = Field(
         "open", description="Who may make an account. The first account is always welcome: it is the admin's."
     )
-    access_token_minutes: int = Field(720, ge=1, description="How long a sign-in lasts, in minutes.")
+    access_token_minutes: int = Field(
+        30, ge=1, description="How long an access token is good for, in minutes; refresh tokens get new ones."
+    )
+    refresh_token_days: int = Field(
+        30, ge=1, description="How long a sign-in lasts that nobody uses, in days."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins of other web pages that may call the portal, separated by commas."
     )

@@ -64,6 +64,20 @@ users = Table(
     Column("created_at", Float, nullable=False),
 )
 
+sign_ins = Table(
+    "sign_ins",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("user", ForeignKey("users.id"), nullable=False),
+    Column("generation", Integer, nullable=False, comment="of the refresh token that is good now"),
+    Column("user_agent", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("renewed_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("ended_at", Float, comment="signed out, or its refresh token was used twice"),
+    Index(None, "user"),
+)
+
 templates = Table(
     "templates",
     metadata,
