@@ -16,6 +16,10 @@ from tests.fake_llm import FakeLLM, FakeThread, serve
 from tests.support import SECRET, LlamaServer, Mosquitto, Portal, postgres
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="DIR", help="keep pictures of the page there")
+
+
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """The starter model, fetched if it is not there yet."""

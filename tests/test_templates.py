@@ -60,7 +60,10 @@ def test_rendering(client: httpx.Client) -> None:
     )
     assert error(client.post(path, json={"variables": {"name": "Ada"}})) == (422, "variables: missing place")
     preview = {"content": "Hi {{ x }}", "variables": {"x": 1}}
-    assert client.post("/api/templates/preview", json=preview).json() == {"prompt": "Hi 1"}
+    shown = client.post("/api/templates/preview", json=preview).json()
+    assert shown == {"variables": ["x"], "missing": [], "prompt": "Hi 1"}
+    shown = client.post("/api/templates/preview", json={"content": "{{ b }} {{ a }}", "variables": {"b": ""}})
+    assert shown.json() == {"variables": ["a", "b"], "missing": ["a"], "prompt": None}
     refused = client.post("/api/templates/preview", json={"content": "a\n{{ broken"})
     assert error(refused)[0] == 422
     assert error(refused)[1].startswith("content: line 2:")
@@ -118,7 +121,12 @@ def test_a_session_from_a_template_remembers_its_version(client: httpx.Client) -
     client.put(f"/api/templates/{template['id']}", json={"title": "New", "content": "Something else."})
     assert client.post("/api/llm/chat/session", json=ask).status_code == 200, "it counts only at first"
     session = client.get("/api/sessions/made").json()
-    assert session["template_version"] == template["version_id"]
+    assert session["template"] == {
+        "id": template["id"],
+        "version": template["version"],
+        "version_id": template["version_id"],
+        "title": template["title"],
+    }
     assert session["system_prompt"] == "You guide Ada through the maze."
     both = {**ask, "system_prompt": "x"}
     assert error(client.post("/api/llm/chat/session", json=both))[1].startswith("template_id:")

@@ -255,9 +255,13 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def child_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child process: this one's, with `settings` above it."""
-    return {**os.environ, "PYTHONPATH": str(BACKEND_DIR), "PYTHONUNBUFFERED": "1", **settings}
+def child_environment(settings: Mapping[str, str], *, first_on_path: Path | None = None) -> dict[str, str]:
+    """The environment for a child process: this one's, with `settings` above it. Programs are looked for
+    in `first_on_path` before all other places."""
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND_DIR), "PYTHONUNBUFFERED": "1", **settings}
+    if first_on_path is not None:
+        environment["PATH"] = os.pathsep.join([str(first_on_path), environment.get("PATH", "")])
+    return environment
 
 
 # --- .env.example --------------------------------------------------------------------------------

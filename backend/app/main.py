@@ -23,7 +23,7 @@ from app.container import open_container
 from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
 from app.events import TurnEvent, is_id, new_id
 from app.logs import get_logger
-from app.routers import auth, health, llm, sessions, templates
+from app.routers import auth, health, llm, page, sessions, templates
 
 log = get_logger(__name__)
 
@@ -68,8 +68,9 @@ def create_app(settings: Settings) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "An error"}},
         generate_unique_id_function=_operation_id,
     )
-    for router in (auth.router, llm.router, sessions.router, templates.router, health.router):
-        app.include_router(router)
+    # The page comes last: it answers every address that nobody else does.
+    for part in (auth, llm, sessions, templates, health, page):
+        app.include_router(part.router)
     _add_error_handlers(app)
     if settings.cors_origins:
         app.add_middleware(

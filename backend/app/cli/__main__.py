@@ -12,7 +12,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from app.cli import install, up
+from app.cli import install, page, up
 from app.cli.checks import run_checks
 from app.cli.console import Failure, Step, console, done, failures_shown
 from app.cli.stack import DEFAULT_STATE, Stack
@@ -216,7 +216,8 @@ def test(context: typer.Context, state: State = DEFAULT_STATE) -> None:
         install.install_packages(stack, "requirements-dev.txt", "what the tests need")
         install.test_programs(stack)
         install.starter_model(stack)
-        sys.exit(run_checks(context.args))
+        page.build_page(stack)
+        sys.exit(run_checks(stack, context.args))
 
 
 def main() -> None:

@@ -9,31 +9,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.cli.console import console, done
-from app.cli.stack import ROOT
-from app.config import BACKEND_DIR, child_environment
+from app.cli.page import npm, npm_environment
+from app.cli.stack import ROOT, Stack
+from app.config import BACKEND_DIR
 
-CHECKS: tuple[tuple[str, Path, tuple[str, ...]], ...] = (
-    ("Style", ROOT, ("ruff", "check", ".")),
-    ("Format", ROOT, ("ruff", "format", "--check", ".")),
-    ("Types", ROOT, ("mypy",)),
-    ("Imports", BACKEND_DIR, ("lint-imports", "--config", "../pyproject.toml")),
-)
+Check = tuple[str, Path, list[str]]
 
 
-def run_checks(pytest_arguments: Sequence[str]) -> int:
+def _checks(stack: Stack) -> list[Check]:
+    """The title, the directory and the command of everything that is run before pytest."""
+    return [
+        ("Style", ROOT, [_tool("ruff"), "check", "."]),
+        ("Format", ROOT, [_tool("ruff"), "format", "--check", "."]),
+        ("Types", ROOT, [_tool("mypy")]),
+        ("Imports", BACKEND_DIR, [_tool("lint-imports"), "--config", "../pyproject.toml"]),
+        ("The page's style and types", ROOT, npm(stack, "run", "check")),
+        ("The page's tests", ROOT, npm(stack, "test")),
+    ]
+
+
+def _tool(name: str) -> str:
+    return shutil.which(name, path=Path(sys.executable).parent) or name
+
+
+def run_checks(stack: Stack, pytest_arguments: Sequence[str]) -> int:
     """Runs the checks, then pytest; returns the exit code of the first that fails. With arguments for
     pytest only the tests they name are run."""
-    if not pytest_arguments:
-        for title, directory, command in CHECKS:
-            tool = shutil.which(command[0], path=Path(sys.executable).parent)
-            code = _run(Path(tool or command[0]), *command[1:], directory=directory)
-            if code:
-                console.print(f"[red]✗[/red] {title}")
-                return code
-            done(title)
-    return _run(Path(sys.executable), "-m", "pytest", *pytest_arguments, directory=ROOT)
+    for title, directory, command in [] if pytest_arguments else _checks(stack):
+        code = _run(command, directory)
+        if code:
+            console.print(f"[red]✗[/red] {title}")
+            return code
+        done(title)
+    return _run([sys.executable, "-m", "pytest", *pytest_arguments], ROOT)
 
 
-def _run(program: Path, *arguments: str, directory: Path) -> int:
-    environment = child_environment({})
-    return subprocess.run([program, *arguments], check=False, cwd=directory, env=environment).returncode
+def _run(command: list[str], directory: Path) -> int:
+    return subprocess.run(command, check=False, cwd=directory, env=npm_environment()).returncode

@@ -179,7 +179,11 @@ def mosquitto(stack: Stack) -> str | None:
 
 def test_programs(stack: Stack) -> None:
     """Installs the servers that the tests talk to. Raises `Failure` where that cannot be done."""
-    wanted = {"mosquitto": find_program("mosquitto"), "postgresql": _postgres()}
+    wanted = {
+        "mosquitto": find_program("mosquitto"),
+        "postgresql": _postgres(),
+        "chromium": find_program("chromium"),
+    }
     missing = [name for name, found in wanted.items() if not found]
     if missing and not install_system(stack, *missing):
         raise Failure(

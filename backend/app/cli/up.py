@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.cli import install
+from app.cli import install, page
 from app.cli.console import Failure, Step, console, done, note
 from app.cli.parts import Part, in_checkout, parts_of
 from app.cli.proof import prove
@@ -35,6 +35,7 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
         if broker is None:
             note("Without an MQTT broker the portal serves HTTP alone. To use one elsewhere: --broker URL.")
             stack = stack.without_broker()
+    page.build_page_if_possible(stack)
     return stack, model, broker
 
 
@@ -125,7 +126,8 @@ def _gone(log: Path) -> Failure:
 def where_to_go(stack: Stack) -> None:
     """Prints the addresses."""
     console.print()
-    console.print(f"  Portal      [bold]{stack.url}/docs[/bold]")
+    console.print(f"  Portal      [bold]{stack.url}[/bold]")
+    console.print(f"  API         {stack.url}/docs")
     console.print(f"  LLM server  {stack.llm_address}")
     console.print(f"  MQTT        {stack.broker_address or 'none'}")
     console.print(f"  Settings    {in_checkout(stack.env_file)}")

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from app.dependencies import CurrentUser, SessionsDep
+from app.dependencies import CurrentUser, SessionsDep, TemplatesDep
 from app.services.store import SessionRow
+from app.services.templates import Templates, TemplateVersion
 
 router = APIRouter(prefix="/api/sessions", tags=["sessions"])
 
 
+class SessionTemplate(BaseModel):
+    """The version of a template that a session was made from. `id` names the template, which may have
+    newer versions, or be deleted."""
+
+    id: str
+    version: int
+    version_id: str
+    title: str
+
+    @classmethod
+    def of(cls, version: TemplateVersion) -> SessionTemplate:
+        """The template of a version."""
+        return cls(id=version.template_id, version=version.number, version_id=version.id, title=version.title)
+
+
 class Session(BaseModel):
-    """A session. `template_version` is the version of a template that its system prompt came from."""
+    """A session. Its system prompt came from `template`, where there is one."""
 
     session_id: str
     title: str
     project: str
     system_prompt: str
-    template_version: str | None
+    template: SessionTemplate | None
     created_at: datetime
     updated_at: datetime
-
-    @classmethod
-    def of(cls, row: SessionRow) -> Session:
-        """The session of a row."""
-        return cls(
-            session_id=row.session_id,
-            title=row.title,
-            project=row.project,
-            system_prompt=row.system_prompt,
-            template_version=row.template_version,
-            created_at=datetime.fromtimestamp(row.created_at, UTC),
-            updated_at=datetime.fromtimestamp(row.updated_at, UTC),
-        )
 
 
 class SessionPage(BaseModel):
@@ -56,27 +60,30 @@ class SessionChange(BaseModel):
 async def list_sessions(
     user: CurrentUser,
     sessions: SessionsDep,
+    templates: TemplatesDep,
     search: Annotated[str, Query(max_length=200, description="Only titles with this text")] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> SessionPage:
     """My sessions, those used last first."""
     found, total = await sessions.search(user.owner, search, limit=limit, offset=offset)
-    return SessionPage(sessions=[Session.of(row) for row in found], total=total)
+    return SessionPage(sessions=await _shown(found, templates), total=total)
 
 
 @router.get("/{session_id}")
-async def get_session(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Session:
+async def get_session(
+    session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
+) -> Session:
     """One session."""
-    return Session.of(await sessions.session(user.owner, session_id))
+    return await _one(await sessions.session(user.owner, session_id), templates)
 
 
 @router.patch("/{session_id}")
 async def change_session(
-    session_id: str, body: SessionChange, user: CurrentUser, sessions: SessionsDep
+    session_id: str, body: SessionChange, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
 ) -> Session:
     """Gives a session another title."""
-    return Session.of(await sessions.rename(user.owner, session_id, body.title))
+    return await _one(await sessions.rename(user.owner, session_id, body.title), templates)
 
 
 @router.delete("/{session_id}", status_code=204)
@@ -86,6 +93,30 @@ async def delete_session(session_id: str, user: CurrentUser, sessions: SessionsD
 
 
 @router.post("/{session_id}/restore")
-async def restore_session(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Session:
+async def restore_session(
+    session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
+) -> Session:
     """Brings a deleted session back, unless its id is in use again."""
-    return Session.of(await sessions.restore(user.owner, session_id))
+    return await _one(await sessions.restore(user.owner, session_id), templates)
+
+
+async def _one(row: SessionRow, templates: Templates) -> Session:
+    (session,) = await _shown([row], templates)
+    return session
+
+
+async def _shown(rows: Sequence[SessionRow], templates: Templates) -> list[Session]:
+    versions = await templates.named(row.template_version for row in rows if row.template_version)
+    return [_session(row, versions.get(row.template_version or "")) for row in rows]
+
+
+def _session(row: SessionRow, version: TemplateVersion | None) -> Session:
+    return Session(
+        session_id=row.session_id,
+        title=row.title,
+        project=row.project,
+        system_prompt=row.system_prompt,
+        template=None if version is None else SessionTemplate.of(version),
+        created_at=datetime.fromtimestamp(row.created_at, UTC),
+        updated_at=datetime.fromtimestamp(row.updated_at, UTC),
+    )

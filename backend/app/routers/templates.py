@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from app.dependencies import CurrentUser, TemplatesDep
 from app.services.templates import Draft, TemplateVersion
-from app.services.templating import LONGEST_TEMPLATE, render
+from app.services.templating import LONGEST_TEMPLATE, render, variables_of
 
 router = APIRouter(prefix="/api/templates", tags=["templates"])
 
@@ -99,6 +99,14 @@ class Rendered(BaseModel):
     prompt: str
 
 
+class Preview(BaseModel):
+    """What a template would make. `prompt` is null while variables are `missing`."""
+
+    variables: list[str]
+    missing: list[str]
+    prompt: str | None
+
+
 @router.get("")
 async def list_templates(
     user: CurrentUser,
@@ -119,9 +127,12 @@ async def create_template(body: TemplateBody, user: CurrentUser, templates: Temp
 
 
 @router.post("/preview")
-async def preview_template(body: PreviewBody, user: CurrentUser) -> Rendered:  # noqa: ARG001 - signed in
-    """Renders a template that need not be saved."""
-    return Rendered(prompt=render(body.content, body.variables))
+async def preview_template(body: PreviewBody, user: CurrentUser) -> Preview:  # noqa: ARG001 - signed in
+    """The prompt of a template that need not be saved, and the variables that it needs."""
+    variables = variables_of(body.content)
+    missing = [name for name in variables if name not in body.variables]
+    prompt = None if missing else render(body.content, body.variables)
+    return Preview(variables=variables, missing=missing, prompt=prompt)
 
 
 @router.get("/{template_id}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,15 @@ class Templates:
         )
         rows = await self._database.read(lambda c: c.execute(statement).all())
         return [TemplateVersion(*row) for row in rows]
+
+    async def named(self, version_ids: Iterable[str]) -> dict[str, TemplateVersion]:
+        """The versions with these ids, also those of deleted templates."""
+        wanted = set(version_ids)
+        if not wanted:
+            return {}
+        statement = select(*COLUMNS).where(template_versions.c.id.in_(wanted))
+        rows = await self._database.read(lambda c: c.execute(statement).all())
+        return {row.id: TemplateVersion(*row) for row in rows}
 
     async def delete(self, owner: str, template_id: str) -> None:
         """Takes a template away; sessions made from it keep their prompt. Raises `NotFound`."""

@@ -1,0 +1,35 @@
+import { Center, Loader } from "@mantine/core";
+import { useQueryClient } from "@tanstack/react-query";
+import { type ReactNode, useEffect, useState, useSyncExternalStore } from "react";
+import { Navigate, useLocation } from "react-router";
+import { authStore, renew } from "../client/auth";
+import { PortalError } from "../client/errors";
+import { ErrorNotice } from "./error-notice";
+
+/** Shows its children to whoever is signed in, and sends all others to the sign-in and back. */
+export function RequireSignIn({ children }: { children: ReactNode }) {
+  const status = useSyncExternalStore(authStore.subscribe, authStore.snapshot);
+  const [error, setError] = useState<PortalError>();
+  const location = useLocation();
+  const queries = useQueryClient();
+
+  useEffect(() => {
+    if (status === "unknown" && error === undefined) {
+      renew().catch((thrown: unknown) => setError(PortalError.from(thrown)));
+    }
+    // What belonged to one person must not be shown to the next.
+    if (status === "out") queries.clear();
+  }, [status, error, queries]);
+
+  if (status === "in") return children;
+  if (status === "out") return <Navigate to="/sign-in" replace state={{ from: location }} />;
+  return (
+    <Center h="100dvh" p="md">
+      {error ? (
+        <ErrorNotice error={error} onRetry={() => setError(undefined)} />
+      ) : (
+        <Loader aria-label="Signing in" />
+      )}
+    </Center>
+  );
+}

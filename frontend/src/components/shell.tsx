@@ -1,0 +1,94 @@
+import { AppShell, Burger, Group, NavLink, ScrollArea, Text } from "@mantine/core";
+import { useDisclosure } from "@mantine/hooks";
+import { IconMessagePlus, IconTemplate } from "@tabler/icons-react";
+import { type MouseEvent, type ReactNode, useEffect } from "react";
+import { Link, Outlet, useLocation } from "react-router";
+import { AccountMenu } from "./account-menu";
+import { ModelStatus } from "./model-status";
+import classes from "./shell.module.css";
+
+const PAGES = [
+  { to: "/chat", label: "New chat", icon: IconMessagePlus, isActive: (path: string) => path === "/chat" },
+  {
+    to: "/templates",
+    label: "Templates",
+    icon: IconTemplate,
+    isActive: (path: string) => path.startsWith("/templates"),
+  },
+];
+
+/** The frame of every page: where one can go, and how the model is. `sidebar` is below the pages. */
+export function Shell({ sidebar }: { sidebar: ReactNode }) {
+  const [opened, { toggle, close }] = useDisclosure();
+  const { pathname } = useLocation();
+
+  // On a phone the menu covers the page that was chosen in it.
+  // biome-ignore lint/correctness/useExhaustiveDependencies: it closes whenever the address changes
+  useEffect(close, [pathname]);
+
+  return (
+    <AppShell
+      layout="alt"
+      header={{ height: { base: 52, sm: 0 } }}
+      navbar={{ width: 272, breakpoint: "sm", collapsed: { mobile: !opened } }}
+    >
+      <a href="#main" className={classes["skip"]} onClick={skip}>
+        Skip to the content
+      </a>
+      <AppShell.Header hiddenFrom="sm">
+        <Group h="100%" px="sm" gap="xs">
+          <Burger opened={opened} onClick={toggle} size="sm" aria-label="Menu" aria-expanded={opened} />
+          <Brand />
+        </Group>
+      </AppShell.Header>
+      <AppShell.Navbar className={classes["navbar"]} aria-label="Portal">
+        <AppShell.Section p="sm" pb={4}>
+          <Group justify="space-between">
+            <Brand />
+            <Burger opened={opened} onClick={toggle} hiddenFrom="sm" size="sm" aria-label="Close the menu" />
+          </Group>
+        </AppShell.Section>
+        <AppShell.Section px="xs">
+          {PAGES.map(({ to, label, icon: Icon, isActive }) => (
+            <NavLink
+              key={to}
+              component={Link}
+              to={to}
+              label={label}
+              active={isActive(pathname)}
+              aria-current={isActive(pathname) ? "page" : undefined}
+              leftSection={<Icon size={18} aria-hidden />}
+              className={classes["link"] ?? ""}
+              onClick={close}
+            />
+          ))}
+        </AppShell.Section>
+        <AppShell.Section grow component={ScrollArea} type="auto" px="xs" pt="xs">
+          {sidebar}
+        </AppShell.Section>
+        <AppShell.Section p="xs" className={classes["foot"]}>
+          <ModelStatus />
+          <AccountMenu />
+        </AppShell.Section>
+      </AppShell.Navbar>
+      <AppShell.Main id="main" tabIndex={-1} className={classes["main"]}>
+        <Outlet />
+      </AppShell.Main>
+    </AppShell>
+  );
+}
+
+// Chromium moves the focus only at its next frame when it follows the address by itself.
+function skip(event: MouseEvent) {
+  event.preventDefault();
+  document.getElementById("main")?.focus();
+}
+
+function Brand() {
+  return (
+    <Group gap={8} wrap="nowrap">
+      <img src="/icon.svg" alt="" width={24} height={24} />
+      <Text fw={650}>Prompt Portal</Text>
+    </Group>
+  );
+}

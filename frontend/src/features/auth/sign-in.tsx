@@ -1,0 +1,138 @@
+import { Anchor, Button, Center, Paper, PasswordInput, Stack, Text, TextInput, Title } from "@mantine/core";
+import { useForm } from "@mantine/form";
+import { type ReactNode, useState, useSyncExternalStore } from "react";
+import { Link, Navigate, useLocation } from "react-router";
+import { authStore, signIn } from "../../client/auth";
+import { PortalError } from "../../client/errors";
+import { body, http } from "../../client/http";
+import { ErrorNotice } from "../../components/error-notice";
+
+const SHORTEST_PASSWORD = 8;
+
+export function SignInPage() {
+  const form = useForm({ initialValues: { username: "", password: "" } });
+  return (
+    <AccountForm
+      title="Sign in"
+      submit="Sign in"
+      onSubmit={(run) => form.onSubmit((values) => run(() => signIn(values)))}
+      other={<>New here? </>}
+      otherLink={{ to: "/register", label: "Make an account" }}
+    >
+      <TextInput
+        label="Username or email"
+        autoComplete="username"
+        required
+        autoFocus
+        {...form.getInputProps("username")}
+      />
+      <PasswordInput
+        label="Password"
+        autoComplete="current-password"
+        required
+        {...form.getInputProps("password")}
+      />
+    </AccountForm>
+  );
+}
+
+export function RegisterPage() {
+  const form = useForm({
+    initialValues: { username: "", email: "", password: "" },
+    validate: {
+      username: (value) =>
+        /^[A-Za-z0-9_.-]{2,64}$/.test(value) ? null : "2 to 64 letters, digits, dots, dashes or underscores",
+      password: (value) =>
+        value.length < SHORTEST_PASSWORD ? `At least ${SHORTEST_PASSWORD} characters` : null,
+    },
+  });
+  const register = async (values: typeof form.values) => {
+    await body(http.POST("/api/auth/register", { body: values }));
+    await signIn({ username: values.username, password: values.password });
+  };
+  return (
+    <AccountForm
+      title="Make an account"
+      submit="Make the account"
+      onSubmit={(run) => form.onSubmit((values) => run(() => register(values)))}
+      other="You have one? "
+      otherLink={{ to: "/sign-in", label: "Sign in" }}
+    >
+      <TextInput
+        label="Username"
+        autoComplete="username"
+        required
+        autoFocus
+        {...form.getInputProps("username")}
+      />
+      <TextInput label="Email" type="email" autoComplete="email" required {...form.getInputProps("email")} />
+      <PasswordInput
+        label="Password"
+        description={`At least ${SHORTEST_PASSWORD} characters`}
+        autoComplete="new-password"
+        required
+        {...form.getInputProps("password")}
+      />
+    </AccountForm>
+  );
+}
+
+interface Props {
+  title: string;
+  submit: string;
+  onSubmit: (
+    run: (action: () => Promise<void>) => Promise<void>,
+  ) => (event?: React.FormEvent<HTMLFormElement>) => void;
+  other: ReactNode;
+  otherLink: { to: string; label: string };
+  children: ReactNode;
+}
+
+/** The frame of both forms. Signed in, it goes on to where the person was going. */
+function AccountForm({ title, submit, onSubmit, other, otherLink, children }: Props) {
+  const status = useSyncExternalStore(authStore.subscribe, authStore.snapshot);
+  const location = useLocation();
+  const [error, setError] = useState<PortalError>();
+  const [busy, setBusy] = useState(false);
+
+  if (status === "in") {
+    const from = (location.state as { from?: { pathname: string; search: string } } | null)?.from;
+    return <Navigate to={from ?? "/chat"} replace />;
+  }
+  const run = async (action: () => Promise<void>) => {
+    setBusy(true);
+    setError(undefined);
+    await action().catch((thrown: unknown) => setError(PortalError.from(thrown)));
+    setBusy(false);
+  };
+  return (
+    <Center component="main" mih="100dvh" p="md">
+      <Paper w="100%" maw={400} p={{ base: "md", xs: "xl" }} withBorder radius="lg">
+        <form onSubmit={onSubmit(run)} noValidate={false}>
+          <Stack>
+            <Stack gap={4} align="center">
+              <img src="/icon.svg" alt="" width={40} height={40} />
+              <Title order={1} size="h3">
+                {title}
+              </Title>
+              <Text size="sm" c="dimmed">
+                Prompt Portal
+              </Text>
+            </Stack>
+            {error && <ErrorNotice error={error} />}
+            {children}
+            <Button type="submit" loading={busy}>
+              {submit}
+            </Button>
+            <Text size="sm" ta="center">
+              {other}
+              <Anchor component={Link} to={otherLink.to} state={location.state} inherit underline="always">
+                {otherLink.label}
+              </Anchor>
+            </Text>
+          </Stack>
+        </form>
+      </Paper>
+    </Center>
+  );
+}

@@ -1,0 +1,165 @@
+import { ActionIcon, Affix, Badge, Center, Group, Loader, Menu, Stack, Text, Title } from "@mantine/core";
+import { modals } from "@mantine/modals";
+import { IconArrowDown, IconDots, IconEraser, IconPencil, IconTrash } from "@tabler/icons-react";
+import { Fragment } from "react";
+import { Link, useNavigate, useParams } from "react-router";
+import { llmAPI } from "../../api";
+import { PortalError } from "../../client/errors";
+import type { HistoryMessage, Session } from "../../client/schema";
+import { ErrorNotice } from "../../components/error-notice";
+import { notifyError } from "../../components/notify";
+import { useClearSession, useHistory, useSession } from "../../queries/sessions";
+import { Composer } from "./composer";
+import classes from "./conversation.module.css";
+import { Answer, LiveAnswer, Question, Stopped, SystemPrompt } from "./message";
+import { useSessionActions } from "./session-actions";
+import { useLiveTurns } from "./use-live-turns";
+import { useStickToEnd } from "./use-stick-to-end";
+
+export function ConversationPage() {
+  const { sessionId = "" } = useParams();
+  // Another session is another page: nothing of the one before may linger in it.
+  return <Conversation key={sessionId} sessionId={sessionId} />;
+}
+
+function Conversation({ sessionId }: { sessionId: string }) {
+  const session = useSession(sessionId);
+  const history = useHistory(sessionId);
+  const turns = useLiveTurns();
+  const messages = history.data?.messages ?? [];
+  const running = messages.some((message) => message.status === "pending");
+  const { end, atEnd, scrollToEnd } = useStickToEnd(history.isSuccess);
+
+  const send = async (message: string) => {
+    await turns.send(sessionId, message, {});
+    scrollToEnd();
+  };
+  const stop = async () => {
+    await llmAPI.stopSession(sessionId);
+  };
+  const failure = session.error ?? history.error;
+  if (failure) {
+    return (
+      <Center mih="60dvh" p="md">
+        <ErrorNotice
+          error={PortalError.from(failure)}
+          onRetry={() => void Promise.all([session.refetch(), history.refetch()])}
+        />
+      </Center>
+    );
+  }
+  return (
+    <div className={classes["page"]}>
+      {session.data && <Header session={session.data} />}
+      <Stack className={classes["messages"] ?? ""} gap="lg" role="log" aria-label="Conversation">
+        {history.isPending && <Loader mx="auto" aria-label="Loading the conversation" />}
+        {messages.map((message) => (
+          <Entry
+            key={message.id}
+            message={message}
+            sessionId={sessionId}
+            hasAnswer={messages.some((other) => isAnswerTo(message, other))}
+            onAskAgain={() => send(message.content).catch(notifyError)}
+          />
+        ))}
+        {history.isSuccess && messages.every((message) => message.role === "system") && (
+          <Text c="dimmed" ta="center">
+            Nothing was said here yet.
+          </Text>
+        )}
+        <div ref={end} />
+      </Stack>
+      {!atEnd && (
+        <Affix position={{ bottom: 120, right: 24 }}>
+          <ActionIcon radius="xl" size="lg" variant="default" aria-label="To the end" onClick={scrollToEnd}>
+            <IconArrowDown size={18} />
+          </ActionIcon>
+        </Affix>
+      )}
+      <div className={classes["foot"]}>
+        <Composer draftKey={sessionId} onSend={send} onStop={running ? stop : undefined} />
+      </div>
+    </div>
+  );
+}
+
+function isAnswerTo(question: HistoryMessage, message: HistoryMessage): boolean {
+  return message.role === "assistant" && message.turn_id === question.turn_id;
+}
+
+function Entry({
+  message,
+  sessionId,
+  hasAnswer,
+  onAskAgain,
+}: {
+  message: HistoryMessage;
+  sessionId: string;
+  hasAnswer: boolean;
+  onAskAgain: () => void;
+}) {
+  if (message.role === "system") return <SystemPrompt content={message.content} />;
+  if (message.role === "assistant") return <Answer message={message} sessionId={sessionId} />;
+  const isOver = message.status === "complete" || message.status === "cancelled";
+  return (
+    <Fragment>
+      <Question content={message.content} />
+      {message.status === "cancelled" && !hasAnswer && <Stopped />}
+      {!isOver && message.turn_id !== null && (
+        <LiveAnswer turnId={message.turn_id} sessionId={sessionId} onAskAgain={onAskAgain} />
+      )}
+    </Fragment>
+  );
+}
+
+function Header({ session }: { session: Session }) {
+  const navigate = useNavigate();
+  const actions = useSessionActions(session, () => void navigate("/chat"));
+  const clear = useClearSession();
+  const confirmClear = () =>
+    modals.openConfirmModal({
+      title: "Clear the conversation?",
+      children: <Text size="sm">Its messages are deleted for good. The system prompt stays.</Text>,
+      labels: { confirm: "Clear it", cancel: "Keep it" },
+      confirmProps: { color: "red" },
+      onConfirm: () => clear.mutate(session.session_id, { onError: notifyError }),
+    });
+  return (
+    <Group className={classes["header"] ?? ""} justify="space-between" wrap="nowrap" gap="xs">
+      <Group gap="xs" wrap="nowrap" miw={0}>
+        <Title order={1} size="h5" lineClamp={1}>
+          {session.title}
+        </Title>
+        {session.template && (
+          <Badge
+            component={Link}
+            to={`/templates/${session.template.id}?version=${session.template.version}`}
+            variant="light"
+            tt="none"
+            className={classes["template"] ?? ""}
+          >
+            {session.template.title} v{session.template.version}
+          </Badge>
+        )}
+      </Group>
+      <Menu position="bottom-end" shadow="md">
+        <Menu.Target>
+          <ActionIcon variant="subtle" color="gray" aria-label="What to do with this chat">
+            <IconDots size={18} />
+          </ActionIcon>
+        </Menu.Target>
+        <Menu.Dropdown>
+          <Menu.Item leftSection={<IconPencil size={16} aria-hidden />} onClick={actions.rename}>
+            Rename
+          </Menu.Item>
+          <Menu.Item leftSection={<IconEraser size={16} aria-hidden />} onClick={confirmClear}>
+            Clear
+          </Menu.Item>
+          <Menu.Item leftSection={<IconTrash size={16} aria-hidden />} onClick={actions.remove}>
+            Delete
+          </Menu.Item>
+        </Menu.Dropdown>
+      </Menu>
+    </Group>
+  );
+}

@@ -1,0 +1,68 @@
+import { useMutation, useQuery, useQueryClient } from "@tanstack/react-query";
+import { llmAPI } from "../api";
+import { body, http } from "../client/http";
+
+export const sessionKeys = {
+  all: ["sessions"] as const,
+  list: (search: string) => ["sessions", "list", search] as const,
+  one: (id: string) => ["sessions", "one", id] as const,
+  history: (id: string) => ["history", id] as const,
+};
+
+const LIST_LIMIT = 100;
+
+export function useSessions(search: string) {
+  return useQuery({
+    queryKey: sessionKeys.list(search),
+    queryFn: () => body(http.GET("/api/sessions", { params: { query: { search, limit: LIST_LIMIT } } })),
+    placeholderData: (before) => before,
+  });
+}
+
+export function useSession(id: string) {
+  return useQuery({
+    queryKey: sessionKeys.one(id),
+    queryFn: () => body(http.GET("/api/sessions/{session_id}", { params: { path: { session_id: id } } })),
+  });
+}
+
+export function useHistory(id: string) {
+  return useQuery({
+    queryKey: sessionKeys.history(id),
+    queryFn: async () => (await llmAPI.getSessionHistory(id)).data,
+  });
+}
+
+function useSessionMutation<T, R>(mutationFn: (variables: T) => Promise<R>) {
+  const queries = useQueryClient();
+  return useMutation({
+    mutationFn,
+    onSuccess: () => queries.invalidateQueries({ queryKey: sessionKeys.all }),
+  });
+}
+
+export function useRenameSession() {
+  return useSessionMutation(({ id, title }: { id: string; title: string }) =>
+    body(http.PATCH("/api/sessions/{session_id}", { params: { path: { session_id: id } }, body: { title } })),
+  );
+}
+
+export function useDeleteSession() {
+  return useSessionMutation((id: string) =>
+    body(http.DELETE("/api/sessions/{session_id}", { params: { path: { session_id: id } } })),
+  );
+}
+
+export function useRestoreSession() {
+  return useSessionMutation((id: string) =>
+    body(http.POST("/api/sessions/{session_id}/restore", { params: { path: { session_id: id } } })),
+  );
+}
+
+export function useClearSession() {
+  const queries = useQueryClient();
+  return useMutation({
+    mutationFn: llmAPI.clearSession,
+    onSuccess: (_, id) => queries.invalidateQueries({ queryKey: sessionKeys.history(id) }),
+  });
+}

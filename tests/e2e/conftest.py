@@ -1,0 +1,85 @@
+"""The page in a real browser: Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from app.cli.page import build_page
+from app.cli.stack import Stack
+from tests.e2e.support import sign_up
+from tests.support import LlamaServer, Portal, program
+
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_page() -> None:
+    """The page as it is served: built, from the sources as they are."""
+    build_page(Stack())
+
+
+@pytest.fixture(scope="session")
+def portal(llama: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
+    """The portal with a real model, for all tests: each has a person of its own."""
+    directory = tmp_path_factory.mktemp("portal")
+    running = Portal(directory, LLM_SERVER_URL=llama.url, LLM_MAX_TOKENS="256").start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program("chromium"), args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+@pytest.fixture(params=[1280, 360], ids=["desktop", "phone"])
+def context(request: pytest.FixtureRequest, browser: Browser) -> Iterator[BrowserContext]:
+    """A browser with a profile of its own, at a desktop's and a phone's width."""
+    height = 800 if request.param > 600 else 740
+    opened = browser.new_context(viewport={"width": request.param, "height": height}, locale="en-GB")
+    opened.set_default_timeout(10_000)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """A tab that fails the test when its scripts fail."""
+    tab = context.new_page()
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    yield tab
+    assert errors == []
+
+
+@pytest.fixture
+def ada(page: Page, portal: Portal, username: str) -> Page:
+    """A tab in which somebody has just signed up."""
+    sign_up(page, portal.url, username)
+    return page
+
+
+@pytest.fixture
+def username() -> str:
+    """Another person for each test."""
+    return f"p{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def shot(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Page, str], None]:
+    """Takes a picture of the page; `--screenshots DIR` keeps it."""
+    directory = Path(request.config.getoption("--screenshots") or tmp_path)
+
+    def take(page: Page, name: str) -> None:
+        page.screenshot(path=directory / f"{name}.png")
+
+    return take

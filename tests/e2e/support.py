@@ -1,0 +1,80 @@
+"""What tests do on the page, in the words that are on it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from playwright.sync_api import Locator, Page, expect
+
+from app.cli.page import FRONTEND
+
+PASSWORD = "correct horse"
+CHAT_URL = re.compile(r"/chat/[0-9a-f]{32}$")
+
+
+def sign_up(page: Page, url: str, username: str) -> None:
+    page.goto(url)
+    page.get_by_role("link", name="Make an account").click()
+    page.get_by_label("Username").fill(username)
+    page.get_by_label("Email").fill(f"{username}@example.org")
+    page.get_by_label(re.compile("^Password")).fill(PASSWORD)
+    page.get_by_role("button", name="Make the account").click()
+    expect(page.get_by_role("textbox", name="Message")).to_be_visible()
+
+
+def go(page: Page, link: str) -> None:
+    """Follows a link of the menu, which a phone hides behind a button."""
+    if page.viewport_size is not None and page.viewport_size["width"] < 600:
+        page.get_by_role("button", name="Menu", exact=True).click()
+    page.get_by_role("navigation").get_by_role("link", name=link, exact=True).click()
+
+
+def ask(page: Page, message: str) -> None:
+    box = page.get_by_role("textbox", name="Message")
+    box.fill(message)
+    box.press("Enter")
+
+
+def answers(page: Page) -> Locator:
+    return page.get_by_role("article", name="The model")
+
+
+def begun(page: Page) -> None:
+    """Waits until the newest answer has some words."""
+    expect(answers(page).last).to_contain_text(re.compile(r"^(?!Waiting|Thinking|Number).*\w+ \w+"))
+
+
+def answered(page: Page, number: int = 1) -> None:
+    """Waits until there are so many answers, all of them whole."""
+    expect(page.get_by_role("button", name="Copy the answer")).to_have_count(number, timeout=60_000)
+    expect(page.get_by_role("button", name="Stop the answer")).to_have_count(0, timeout=60_000)
+
+
+def write_template(page: Page, title: str, text: str) -> None:
+    """Saves a new template, and stays on its page."""
+    go(page, "Templates")
+    page.get_by_role("link", name="New template").click()
+    page.get_by_label("Title").fill(title)
+    page.get_by_label("Text").fill(text)
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+
+
+def scrolls_sideways(page: Page) -> bool:
+    """Whether the page is wider than the window."""
+    wider = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+    return bool(wider)
+
+
+def serious_findings(page: Page) -> list[str]:
+    """What axe finds that keeps people out."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate((FRONTEND / "node_modules" / "axe-core" / "axe.min.js").read_text())
+    result: dict[str, Any] = page.evaluate("axe.run()")
+    return [
+        f"{found['id']}: {node['html'][:160]} {node['failureSummary'][:300]}"
+        for found in result["violations"]
+        if found["impact"] in {"serious", "critical"}
+        for node in found["nodes"]
+    ]

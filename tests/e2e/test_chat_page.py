@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.e2e.support import CHAT_URL, PASSWORD, answered, answers, ask, begun, go, sign_up, write_template
+from tests.fake_llm import FakeLLM, text
+from tests.proxy import Proxy
+from tests.support import LlamaServer, MakePortal, Portal, wait_until
+
+LONG = "Tell me a very long story about a maze, with many people in it."
+
+
+def history(portal: Portal, page: Page, username: str) -> list[dict[str, str]]:
+    """What is stored of the chat that is open."""
+    session = page.url.rsplit("/", 1)[1]
+    with httpx.Client(base_url=portal.url) as client:
+        body = {"username": username, "password": PASSWORD}
+        token = client.post("/api/auth/login", json=body).json()["access_token"]
+        path = f"/api/llm/chat/session/{session}/history"
+        answer = client.get(path, headers={"Authorization": f"Bearer {token}"}).json()
+    messages: list[dict[str, str]] = answer["messages"]
+    return messages
+
+
+def test_a_template_is_written_and_chatted_with(ada: Page, portal: Portal, username: str) -> None:
+    write_template(ada, "Guide", "You are {{ name }}, a guide. Be brief.")
+    ada.get_by_role("link", name="Try in a chat").click()
+    ask(ada, "Who are you?")
+    expect(ada.get_by_role("alert")).to_contain_text("Fill in name first")
+    ada.get_by_label("name", exact=True).fill("Theseus")
+    ada.get_by_role("textbox", name="Message").press("Enter")
+    expect(ada).to_have_url(CHAT_URL)
+    answered(ada)
+    expect(ada.get_by_text("Guide v1")).to_be_visible()
+    ada.get_by_role("button", name="System prompt").click()
+    expect(ada.get_by_text("You are Theseus, a guide. Be brief.")).to_be_visible()
+    ask(ada, "And what do you do?")
+    answered(ada, 2)
+    stored = history(portal, ada, username)
+    assert [message["role"] for message in stored] == ["system", *["user", "assistant"] * 2]
+    assert [message["status"] for message in stored] == ["complete"] * 5
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_came(ada: Page, portal: Portal, username: str) -> None:
+    ask(ada, LONG)
+    begun(ada)
+    ada.get_by_role("textbox", name="Message").press("Escape")
+    expect(ada.get_by_text("Stopped")).to_be_visible()
+    expect(ada.get_by_role("button", name="Stop the answer")).to_have_count(0)
+    assert history(portal, ada, username)[-1]["status"] == "cancelled"
+
+
+def test_an_answer_is_stopped_before_it_begins(
+    ada: Page, portal: Portal, username: str, llama: LlamaServer
+) -> None:
+    llama.pause()
+    try:
+        ask(ada, LONG)
+        expect(ada.get_by_text("Waiting for the model")).to_be_visible()
+        ada.get_by_role("button", name="Stop the answer").click()
+        expect(ada.get_by_text("Stopped")).to_be_visible()
+    finally:
+        llama.resume()
+    assert [message["status"] for message in history(portal, ada, username)] == ["cancelled"]
+
+
+def test_an_answer_goes_on_after_a_reload_in_its_middle(ada: Page, portal: Portal, username: str) -> None:
+    ask(ada, LONG)
+    begun(ada)
+    ada.reload()
+    begun(ada)
+    answered(ada)
+    stored = history(portal, ada, username)
+    assert [message["role"] for message in stored] == ["user", "assistant"], "it was not asked twice"
+    expect(answers(ada)).to_have_count(1)
+    words = re.findall(r"\w+", stored[-1]["content"])
+    assert re.findall(r"\w+", answers(ada).inner_text())[-5:] == words[-5:]
+
+
+def test_an_answer_survives_lost_connections(page: Page, portal: Portal, username: str) -> None:
+    proxy = Proxy(portal.port)
+    sign_up(page, proxy.url, username)
+    ask(page, LONG)
+    for _ in range(3):
+        begun(page)
+        wait_until(proxy.cut, what="a connection to cut")
+    answered(page)
+    stored = history(portal, page, username)
+    assert [message["status"] for message in stored] == ["complete", "complete"]
+    words = re.findall(r"\w+", stored[-1]["content"])
+    assert re.findall(r"\w+", answers(page).inner_text())[-5:] == words[-5:]
+    proxy.close()
+
+
+def test_chats_are_found_renamed_deleted_and_brought_back(ada: Page) -> None:
+    ask(ada, "Say one word about tea.")
+    expect(ada).to_have_url(CHAT_URL)
+    answered(ada)
+    ada.get_by_role("button", name="What to do with this chat").click()
+    ada.get_by_role("menuitem", name="Rename").click()
+    ada.get_by_role("textbox", name="Title").fill("About tea")
+    ada.keyboard.press("Enter")
+    expect(ada.get_by_role("heading", name="About tea")).to_be_visible()
+    ada.get_by_role("button", name="What to do with this chat").click()
+    ada.get_by_role("menuitem", name="Delete").click()
+    expect(ada).to_have_url(re.compile(r"/chat$"))
+    ada.get_by_role("button", name="Undo").click()
+    go(ada, "About tea")
+    expect(answers(ada)).to_have_count(1)
+
+
+def test_a_reload_stays_signed_in_and_signing_out_does_not(ada: Page) -> None:
+    ada.reload()
+    expect(ada.get_by_role("textbox", name="Message")).to_be_visible()
+    assert ada.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])").count("eyJ") == 0
+    if ada.get_by_role("button", name="Menu", exact=True).is_visible():
+        ada.get_by_role("button", name="Menu", exact=True).click()
+    ada.get_by_role("button", name="Account of").click()
+    ada.get_by_role("menuitem", name="Sign out").click()
+    expect(ada.get_by_role("heading", name="Sign in")).to_be_visible()
+    ada.reload()
+    expect(ada.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+def test_what_was_written_is_not_lost_by_a_reload(ada: Page) -> None:
+    ada.get_by_role("textbox", name="Message").fill("half a thought")
+    ada.reload()
+    expect(ada.get_by_role("textbox", name="Message")).to_have_value("half a thought")
+
+
+class TestWithAnLLMThatDoesAsItIsTold:
+    """The starter model cannot think, and does not fail when it is told to."""
+
+    @pytest.fixture
+    def portal(
+        self, fake_thread: FakeLLM, make_portal: MakePortal, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Portal]:
+        yield make_portal(
+            tmp_path_factory.mktemp("portal"), LLM_SERVER_URL=fake_thread.url, LLM_SKIP_THINKING="false"
+        ).start()
+
+    def test_thinking_is_folded_also_later(self, ada: Page, fake_thread: FakeLLM) -> None:
+        fake_thread.script.pieces = [{"reasoning_content": "Hmm, a greeting."}, *text("Hello", " there")]
+        fake_thread.script.usage = {
+            "prompt_tokens": 5,
+            "completion_tokens": 9,
+            "completion_tokens_details": {"reasoning_tokens": 4},
+        }
+        ask(ada, "Hi")
+        answered(ada)
+        for _ in range(2):
+            expect(answers(ada)).to_contain_text("Hello there")
+            expect(ada.get_by_text("Hmm, a greeting.")).to_have_count(0)
+            ada.get_by_role("button", name="Reasoning").click()
+            expect(ada.get_by_text("Hmm, a greeting.")).to_be_visible()
+            ada.reload()
+
+    def test_an_error_says_what_to_do_and_asks_again(self, ada: Page, fake_thread: FakeLLM) -> None:
+        fake_thread.script.status = 500
+        ask(ada, "Hi")
+        alert = ada.get_by_role("alert")
+        expect(alert).to_contain_text("whoever runs the portal")
+        ada.reload()
+        expect(alert).to_contain_text("whoever runs the portal")
+        fake_thread.script.status = 200
+        alert.get_by_role("button", name="Ask again").click()
+        expect(answers(ada)).to_contain_text("Hello there")
+
+    def test_a_message_that_cannot_be_sent_stays_in_the_box(self, ada: Page, portal: Portal) -> None:
+        ask(ada, "First")
+        answered(ada)
+        assert portal.process is not None
+        portal.process.stop()
+        ask(ada, "Second")
+        expect(ada.get_by_role("alert")).to_contain_text("cannot be reached")
+        expect(ada.get_by_role("textbox", name="Message")).to_have_value("Second")
+        portal.start()
+        ada.get_by_role("alert").get_by_role("button", name="Try again").click()
+        answered(ada, 2)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import re
+
+import httpx
+from playwright.sync_api import Page, expect
+
+from tests.e2e.support import PASSWORD, go, write_template
+from tests.support import Portal
+
+
+def test_the_preview_shows_the_prompt_as_it_is_written(ada: Page) -> None:
+    go(ada, "Templates")
+    ada.get_by_role("link", name="New template").click()
+    ada.get_by_label("Text").fill("You guide {{ name }} through {{ place }}.")
+    prompt = ada.get_by_role("region", name="Prompt")
+    expect(prompt).to_have_text("You guide \u2039name\u203a through \u2039place\u203a.")
+    ada.get_by_label("name", exact=True).fill("Ada")
+    ada.get_by_label("place", exact=True).fill("the maze")
+    expect(prompt).to_have_text("You guide Ada through the maze.")
+    ada.get_by_label("Text").fill("You guide {{ name")
+    expect(ada.get_by_role("alert")).to_contain_text("content: line 1")
+
+
+def test_versions_are_compared_and_brought_back(ada: Page) -> None:
+    write_template(ada, "Guide", "Be brief.\nBe kind.\n")
+    ada.get_by_label("Text").fill("Be brief.\nBe strict.\n")
+    ada.keyboard.press("Control+s")
+    expect(ada.get_by_text("v2")).to_be_visible()
+    ada.get_by_role("tab", name="Versions").click()
+    ada.get_by_role("button", name="v1").click()
+    changes = ada.get_by_role("region", name="Changes")
+    expect(changes.locator("del")).to_have_text("Be kind.")
+    expect(changes.locator("ins")).to_have_text("Be strict.")
+    ada.get_by_role("button", name="Put version 1 into the editor").click()
+    ada.get_by_role("button", name="Save", exact=True).click()
+    expect(ada.get_by_role("button", name="v3")).to_be_visible()
+    expect(ada.get_by_label("Text")).to_have_value("Be brief.\nBe kind.\n")
+
+
+def test_a_save_by_somebody_else_meanwhile_loses_nothing(ada: Page, portal: Portal, username: str) -> None:
+    write_template(ada, "Guide", "one")
+    ada.get_by_label("Text").fill("mine")
+    with httpx.Client(base_url=portal.url) as client:
+        body = {"username": username, "password": PASSWORD}
+        token = client.post("/api/auth/login", json=body).json()["access_token"]
+        client.headers["Authorization"] = f"Bearer {token}"
+        path = f"/api/templates/{ada.url.rsplit('/', 1)[1]}"
+        client.put(path, json={"title": "Guide", "content": "theirs"})
+        ada.get_by_role("button", name="Save", exact=True).click()
+        expect(ada.get_by_text("Version 2 was saved meanwhile.")).to_be_visible()
+        ada.get_by_role("button", name="Save mine as version 3").click()
+        expect(ada.get_by_text("v3")).to_be_visible()
+        assert [v["content"] for v in client.get(f"{path}/versions").json()["versions"]] == [
+            "mine",
+            "theirs",
+            "one",
+        ]
+
+
+def test_unsaved_changes_are_asked_about_and_a_deletion_is_taken_back(ada: Page) -> None:
+    write_template(ada, "Guide", "one")
+    ada.get_by_label("Text").fill("two")
+    ada.get_by_role("link", name="Try in a chat").click()
+    ada.get_by_role("button", name="Stay").last.click()
+    expect(ada.get_by_label("Text")).to_have_value("two")
+    ada.get_by_role("link", name="Try in a chat").click()
+    ada.get_by_role("button", name="Leave").click()
+    expect(ada).to_have_url(re.compile(r"/chat\?template="))
+    go(ada, "Templates")
+    ada.get_by_role("link", name="Guide").click()
+    ada.get_by_role("button", name="What to do with this template").click()
+    ada.get_by_role("menuitem", name="Delete").click()
+    expect(ada.get_by_text("A template is a prompt that you use again")).to_be_visible()
+    ada.get_by_role("button", name="Undo").click()
+    expect(ada.get_by_role("link", name="Guide")).to_be_visible()
