@@ -1,0 +1,151 @@
+"""Puts load on a server and prints what was seen, as JSON: `python -m benchmarks.load '{"kind": …}'`.
+
+A process of its own, so that it can be kept on another core than what it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import suppress
+from itertools import pairwise
+from typing import Literal
+
+import msgspec
+import uvloop
+
+from benchmarks.wire import Connection, MqttConnection, Server, Shape, WrongAnswer
+
+WARM_UP_S = 0.7
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What to do: `lanes` clients, each with one request at a time, for so many seconds. `live` begins
+    each lane's one stream of `tokens` within the first second."""
+
+    kind: Literal["whole", "burst", "live", "mqtt"]
+    port: int
+    lanes: int
+    seconds: float
+    shape: Shape = "openai"
+    token: str = ""
+    tokens: int = 64
+
+    @property
+    def server(self) -> Server:
+        """Where it goes."""
+        return Server(self.port, self.shape, self.token)
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """`rate` in requests a second, the others in seconds. `gaps_p99` is between pieces of a stream."""
+
+    rate: float = 0.0
+    median: float = 0.0
+    p99: float = 0.0
+    gaps_p99: float = 0.0
+    error: str = ""
+
+
+def share(values: list[float], part: float) -> float:
+    """The value that so large a part of all values is not above."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * part))]
+
+
+async def carry_out(order: Order) -> Seen:
+    """Puts on the load."""
+    try:
+        return await (live(order) if order.kind == "live" else rate(order))
+    except (WrongAnswer, OSError) as error:
+        return Seen(error=str(error))
+
+
+async def rate(order: Order) -> Seen:
+    """Closed loops for some seconds, after a while that does not count."""
+    lane = mqtt_lane if order.kind == "mqtt" else http_lane
+    await first_answer(order)
+    begin = time.perf_counter() + WARM_UP_S
+    took: list[float] = []
+    async with asyncio.timeout(order.seconds + 60), asyncio.TaskGroup() as group:
+        for number in range(order.lanes):
+            group.create_task(lane(order, f"s{number}", begin, took))
+    if not took:
+        return Seen(error="no request was answered in time")
+    return Seen(rate=len(took) / order.seconds, median=share(took, 0.5), p99=share(took, 0.99))
+
+
+async def first_answer(order: Order) -> None:
+    """Waits until one request is answered: what a bridge does once at its first one is no part of a rate,
+    and an MQTT bridge may not have subscribed yet."""
+    if order.kind != "mqtt":
+        connection = await Connection.open(order.server)
+        await connection.ask(order.server.request("first", "hello", stream=False))
+        connection.close()
+        return None
+    reply = "maze/assistant_response/first"
+    game = await MqttConnection.open(order.port, reply)
+    for attempt in range(30):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                payload = b'{"message": "hello", "requestId": "first-%d"}' % attempt
+                return await game.ask("maze/user_input/first", payload, reply)
+    raise WrongAnswer("nothing came over MQTT within 30 s")
+
+
+async def http_lane(order: Order, session: str, begin: float, took: list[float]) -> None:
+    """One client over HTTP, in a session of its own."""
+    connection = await Connection.open(order.server)
+    stream = order.kind == "burst"
+    number = 0
+    while (asked := time.perf_counter()) < begin + order.seconds:
+        request = order.server.request(session, f"message {number}", stream=stream)
+        await connection.ask(request, order.tokens if stream else None)
+        if begin <= asked:
+            took.append(time.perf_counter() - asked)
+        number += 1
+    connection.close()
+
+
+async def mqtt_lane(order: Order, session: str, begin: float, took: list[float]) -> None:
+    """One game over MQTT, in a session of its own."""
+    reply = f"maze/assistant_response/{session}"
+    connection = await MqttConnection.open(order.port, reply)
+    number = 0
+    while (asked := time.perf_counter()) < begin + order.seconds:
+        payload = b'{"message": "message %d", "requestId": "%s-%d"}' % (number, session.encode(), number)
+        await connection.ask(f"maze/user_input/{session}", payload, reply)
+        if begin <= asked:
+            took.append(time.perf_counter() - asked)
+        number += 1
+    connection.close()
+
+
+async def live(order: Order) -> Seen:
+    """One long stream for each lane, all of them at once."""
+    connections = [await Connection.open(order.server) for _ in range(order.lanes)]
+
+    async def stream(number: int) -> list[float]:
+        await asyncio.sleep(number / order.lanes)
+        request = order.server.request(f"s{number}", "go on", stream=True)
+        await connections[number].ask(request, order.tokens)
+        arrivals = connections[number].arrivals
+        return [later - earlier for earlier, later in pairwise(arrivals)]
+
+    async with asyncio.timeout(order.seconds + 60):
+        gaps = await asyncio.gather(*(stream(number) for number in range(order.lanes)))
+    return Seen(gaps_p99=share([gap for lane in gaps for gap in lane], 0.99))
+
+
+def main() -> None:
+    """Carries out the order in the first argument."""
+    try:
+        seen = uvloop.run(carry_out(msgspec.json.decode(sys.argv[1], type=Order)))
+    except* (WrongAnswer, OSError, TimeoutError) as failed:
+        seen = Seen(error="; ".join(sorted({str(error) or "too slow" for error in failed.exceptions})))
+    print(msgspec.json.encode(seen).decode())
+
+
+if __name__ == "__main__":
+    main()
