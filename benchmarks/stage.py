@@ -17,12 +17,18 @@ import psutil
 
 from app.config import child_environment
 from benchmarks.load import Order, Seen
-from benchmarks.peers import PEERS
+from benchmarks.peers import KEY, PEERS
 from benchmarks.wire import Shape
 from tests.support import ROOT, Mosquitto, Portal, Process, free_port
 
 BRIDGE, LOAD = {0}, {1}
-ENVIRONMENT = child_environment({"PYTHONPATH": os.pathsep.join([str(ROOT / "backend"), str(ROOT)])})
+ENVIRONMENT = child_environment(
+    {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "backend"), str(ROOT)]),
+        # LiteLLM would fetch its list of prices from the internet at each start.
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
+)
 
 Kind = str
 """`portal`, `straight` for the upstream without a bridge, or the name of a peer."""
@@ -154,13 +160,13 @@ def _peer(kind: Kind, directory: Path, upstream_port: int, broker: Mosquitto | N
     port = free_port()
     with running(peer.command(port, upstream_port, directory), port, BRIDGE) as process:
         _wait_until_it_answers(port)
-        yield Bridge(port, "openai", psutil.Process(process.pid))
+        yield Bridge(port, "openai", psutil.Process(process.pid), KEY)
 
 
 def _wait_until_it_answers(port: int) -> None:
     body = {"model": "mock", "messages": [{"role": "user", "content": "hello"}]}
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    answer = httpx.post(url, json=body, headers={"Authorization": "Bearer none"}, timeout=60)
+    answer = httpx.post(url, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
     if answer.status_code != 200:
         raise Impossible(f"it answers with {answer.status_code}: {answer.text[:200]}")
 

@@ -12,7 +12,12 @@ from app.cli.stack import DEFAULT_STATE
 HERE = Path(__file__).parent
 ENVIRONMENTS = DEFAULT_STATE / "bench"
 
+KEY = "sk-7f3a9c52e8d14b06a7c1"
+"""What requests to peers carry; those that check keys know it."""
+
 LITELLM_CONFIG = """\
+general_settings:
+  master_key: {key}
 model_list:
   - model_name: mock
     litellm_params:
@@ -58,7 +63,7 @@ class Peer:
             program = HERE / f"{self.name.replace('-', '_')}.py"
             return [str(self.python), str(program), str(port), str(upstream)]
         config = directory / "litellm.yaml"
-        config.write_text(LITELLM_CONFIG.format(upstream=upstream))
+        config.write_text(LITELLM_CONFIG.format(upstream=upstream, key=KEY))
         litellm = str(self.python.with_name("litellm"))
         return [litellm, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
 

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from app.cli import install, page, up
-from app.cli.checks import run_checks
+from app.cli.checks import run_benchmarks, run_checks
 from app.cli.console import Failure, Step, console, done, failures_shown
 from app.cli.stack import DEFAULT_STATE, Stack
 from app.cli.supervisor import StackState, process, read_state, stop_leftovers
@@ -218,6 +218,19 @@ def test(context: typer.Context, state: State = DEFAULT_STATE) -> None:
         install.starter_model(stack)
         page.build_page(stack)
         sys.exit(run_checks(stack, context.args))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def bench(context: typer.Context) -> None:
+    """Measures what the portal costs, beside what it is compared with; `bench --help` tells its options."""
+    with failures_shown():
+        stack = Stack()
+        stack.state.mkdir(parents=True, exist_ok=True)
+        install.install_packages(stack, "requirements-dev.txt", "what the tests need")
+        install.test_programs(stack)
+        sys.exit(run_benchmarks(context.args))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from app.cli.console import console, done
 from app.cli.page import npm, npm_environment
 from app.cli.stack import ROOT, Stack
-from app.config import BACKEND_DIR
+from app.config import BACKEND_DIR, child_environment
 
 Check = tuple[str, Path, list[str]]
 
@@ -42,6 +43,13 @@ def run_checks(stack: Stack, pytest_arguments: Sequence[str]) -> int:
             return code
         done(title)
     return _run([sys.executable, "-m", "pytest", *pytest_arguments], ROOT)
+
+
+def run_benchmarks(arguments: Sequence[str]) -> int:
+    """Runs the benchmarks; returns their exit code."""
+    environment = child_environment({"PYTHONPATH": os.pathsep.join([str(BACKEND_DIR), str(ROOT)])})
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode
 
 
 def _run(command: list[str], directory: Path) -> int:
