@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import SubprocessError
+
+import httpx
 
 from app.cli.console import Failure, console
 from benchmarks.profiling import profile
@@ -12,6 +15,9 @@ from benchmarks.rows import ROWS
 from benchmarks.stage import Impossible, can_pin
 
 OWN = ("portal", "straight")
+
+PROBLEMS = (Impossible, Failure, AssertionError, OSError, RuntimeError, httpx.HTTPError, SubprocessError)
+"""What may go wrong with one cell without ending the others."""
 
 
 def run(names: Sequence[str], rounds: int, seconds: float, out: Path, *, peers: bool, profiled: bool) -> int:
@@ -28,6 +34,7 @@ def run(names: Sequence[str], rounds: int, seconds: float, out: Path, *, peers: 
         for row in chosen:
             results.append(Result(row))
             _measure(results[-1], rounds, seconds, peers=peers)
+            save(out, where, results)
     except KeyboardInterrupt:
         console.print("Stopped; this is what there is so far.")
     show(console, results)
@@ -41,14 +48,14 @@ def run(names: Sequence[str], rounds: int, seconds: float, out: Path, *, peers: 
 def _measure(result: Result, rounds: int, seconds: float, *, peers: bool) -> None:
     row = result.row
     columns = [column for column in row.columns if peers or column in OWN]
-    for number in range(1 if row.once else rounds):
+    for number in range(row.rounds or rounds):
         for column in columns:
             if column in result.problems:
                 continue
             try:
                 value = row.measure(column, seconds)
-            except (Impossible, Failure, AssertionError) as problem:
-                result.problems[column] = str(problem)[:300]
+            except PROBLEMS as problem:
+                result.problems[column] = f"{type(problem).__name__}: {problem}"[:300]
                 console.print(f"  {row.name} {column}: {result.problems[column]}", style="yellow")
                 continue
             result.samples.setdefault(column, []).append(value)

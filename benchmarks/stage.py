@@ -22,6 +22,10 @@ from benchmarks.wire import Shape
 from tests.support import ROOT, Mosquitto, Portal, Process, free_port
 
 BRIDGE, LOAD = {0}, {1}
+
+LOAD_MOST_S = 180.0
+"""How long putting load on may take beyond its own time."""
+
 ENVIRONMENT = child_environment(
     {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "backend"), str(ROOT)]),
@@ -135,16 +139,18 @@ def _portal(
         "MQTT_BROKER_URL": broker.url if broker else "",
         **settings,
     }
-    with on_cores(BRIDGE):
-        portal = Portal(directory, **values).start()
+    portal = Portal(directory, **values)
     try:
+        with on_cores(BRIDGE):
+            portal.start()
         with portal.client("bench") as client:
             token = client.headers["Authorization"].removeprefix("Bearer ")
         assert portal.process is not None
         process = psutil.Process(portal.process.pid)
         yield Bridge(portal.port, "portal", process, token, broker.port if broker else 0, portal)
     finally:
-        portal.kill()
+        if portal.process is not None:
+            portal.kill()
 
 
 @contextmanager
@@ -175,7 +181,10 @@ def load(order: Order) -> Seen:
     """Puts load on. Raises `Impossible` when it did not go well."""
     command = [sys.executable, "-m", "benchmarks.load", msgspec.json.encode(order).decode()]
     with on_cores(LOAD):
-        done = subprocess.run(command, capture_output=True, check=False, env=ENVIRONMENT, cwd=ROOT)
+        limit = order.seconds + LOAD_MOST_S
+        done = subprocess.run(
+            command, capture_output=True, check=False, env=ENVIRONMENT, cwd=ROOT, timeout=limit
+        )
     if done.returncode != 0:
         raise Impossible(done.stderr.decode(errors="replace").strip().rsplit("\n", 1)[-1][:300])
     seen = msgspec.json.decode(done.stdout, type=Seen)

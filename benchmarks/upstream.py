@@ -1,7 +1,8 @@
 """An OpenAI-compatible server far faster than any bridge: canned bytes from an `asyncio.Protocol`.
 
 `python -m benchmarks.upstream --port N [--chunks 64] [--rate 0]`: every streamed completion has `chunks`
-tokens, all at once, or `rate` of them a second.
+tokens, all at once, or `rate` of them a second. It counts a token for every four bytes of a request, so
+that histories reach their budget as they do with a real model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import cast
 import uvloop
 
 MODEL = "mock"
-USAGE = {"prompt_tokens": 20, "completion_tokens": 64, "total_tokens": 84}
+BYTES_A_TOKEN = 4
+PROMPT_TOKENS = b"%7d"
+"""Written into a canned answer: as wide for every number, so that lengths stay what they are."""
 
 
 def _response(content_type: str, body: bytes) -> bytes:
@@ -45,19 +48,25 @@ class Canned:
         text = "".join(f"word{n} " for n in range(chunks))
         model = {"id": MODEL, "object": "model", "owned_by": "mock"}
         self.models = _json({"object": "list", "data": [model]})
+        usage = {"prompt_tokens": 1234567, "completion_tokens": chunks}
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self.whole = _json({"id": "c", "object": "chat.completion", "created": 1, "model": MODEL,
-                            "choices": [choice], "usage": USAGE})  # fmt: skip
+                            "choices": [choice], "usage": usage})  # fmt: skip
         self.head = (
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
         self.tokens = [_event(_delta(f"word{n} ")) for n in range(chunks)]
-        usage = {**_delta(None), "choices": [], "usage": USAGE}
+        counted = {**_delta(None), "choices": [], "usage": usage}
         done = b"data: [DONE]\n\n"
-        self.end = _event(_delta(None, "stop")) + _event(usage)
+        self.end = _event(_delta(None, "stop")) + _event(counted)
         self.end += b"%x\r\n%b\r\n0\r\n\r\n" % (len(done), done)
         self.burst = self.head + b"".join(self.tokens) + self.end
+
+
+def _counted(answer: bytes, body: bytes) -> bytes:
+    """A canned answer with the prompt's length in it."""
+    return answer.replace(b"1234567", PROMPT_TOKENS % (len(body) // BYTES_A_TOKEN), 1)
 
 
 class Upstream(asyncio.Protocol):
@@ -92,16 +101,17 @@ class Upstream(asyncio.Protocol):
         if head.startswith(b"get"):
             self._transport.write(self._canned.models)
         elif b'"stream":true' not in body.replace(b'"stream": true', b'"stream":true'):
-            self._transport.write(self._canned.whole)
+            self._transport.write(_counted(self._canned.whole, body))
         elif not self._rate:
-            self._transport.write(self._canned.burst)
+            self._transport.write(_counted(self._canned.burst, body))
         else:
             self._transport.write(self._canned.head)
+            self._end = _counted(self._canned.end, body)
             self._token(0, asyncio.get_running_loop().time())
 
     def _token(self, number: int, began: float) -> None:
         if number == len(self._canned.tokens):
-            self._transport.write(self._canned.end)
+            self._transport.write(self._end)
             return
         self._transport.write(self._canned.tokens[number])
         loop = asyncio.get_running_loop()

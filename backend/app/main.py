@@ -68,9 +68,9 @@ def create_app(settings: Settings) -> FastAPI:
         responses={"default": {"model": ErrorBody, "description": "An error"}},
         generate_unique_id_function=_operation_id,
     )
-    # The page comes last: it answers every address that nobody else does.
-    for part in (auth, llm, sessions, templates, health, page):
+    for part in (auth, llm, sessions, templates, health):
         app.include_router(part.router)
+    app.router.default = page.serve_page
     _add_error_handlers(app)
     if settings.cors_origins:
         app.add_middleware(

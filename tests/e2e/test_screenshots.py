@@ -37,5 +37,6 @@ def test_the_pages_look_as_in_the_readme(
     shot(page, "chat")
     page.emulate_media(color_scheme="dark")
     page.set_viewport_size({"width": 360, "height": 740})
+    expect(page.get_by_role("navigation")).not_to_be_in_viewport()
     page.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
     shot(page, "phone")

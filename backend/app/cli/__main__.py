@@ -229,7 +229,7 @@ def bench(context: typer.Context) -> None:
         stack = Stack()
         stack.state.mkdir(parents=True, exist_ok=True)
         install.install_packages(stack, "requirements-dev.txt", "what the tests need")
-        install.test_programs(stack)
+        install.mosquitto(stack)
         sys.exit(run_benchmarks(context.args))
 
 

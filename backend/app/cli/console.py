@@ -136,6 +136,11 @@ def _advice(log: Path) -> list[str]:
         "Max retries",
         "Could not connect",
     )
+    if any(sign in text for sign in ("ECONNREFUSED", "ENOTFOUND", "EAI_AGAIN", "ETIMEDOUT")):
+        return [
+            "The npm registry cannot be reached. Check the network; behind a proxy or mirror set",
+            "https_proxy or npm_config_registry. Then run this again: what is there already is kept.",
+        ]
     if any(sign in text for sign in signs):
         return [
             "The package index cannot be reached. Check the network; behind a proxy or mirror set",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from app.config import BACKEND_DIR
 from app.errors import NotFound
-
-router = APIRouter(include_in_schema=False)
 
 PAGE_DIR = BACKEND_DIR.parent / "frontend" / "dist"
 
@@ -34,17 +33,21 @@ NOT_BUILT = """<!doctype html><html lang="en"><title>Prompt Portal</title>
 <code>frontend/</code>. Then load this again.</p></html>"""
 
 
-@router.get("/{path:path}")
-async def page(path: str, request: Request) -> Response:
-    """A file of the page; the page itself for every other address that a browser goes to."""
-    file = _file(path)
-    if file is not None:
-        cache_control = FOR_EVER if path.startswith("assets/") else "no-cache"
-        return FileResponse(
-            file, headers={"Cache-Control": cache_control, "X-Content-Type-Options": "nosniff"}
-        )
-    if "text/html" not in request.headers.get("accept", ""):
+async def serve_page(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers addresses that no route has (ASGI): with a file of the page, or, to a browser that goes
+    there, with the page itself. Raises `NotFound` for all else."""
+    if scope["type"] != "http" or scope["method"] not in {"GET", "HEAD"}:
         raise NotFound("There is no such address.")
+    request = Request(scope)
+    response = _file_response(scope["path"].removeprefix("/"))
+    if response is None:
+        if "text/html" not in request.headers.get("accept", ""):
+            raise NotFound("There is no such address.")
+        response = _page()
+    await response(scope, receive, send)
+
+
+def _page() -> Response:
     index = PAGE_DIR / "index.html"
     if not index.is_file():
         return HTMLResponse(NOT_BUILT, 503)
@@ -56,6 +59,14 @@ async def page(path: str, request: Request) -> Response:
         "X-Content-Type-Options": "nosniff",
     }
     return HTMLResponse(index.read_text().replace(NONCE_MARK, nonce), headers=headers)
+
+
+def _file_response(path: str) -> Response | None:
+    file = _file(path)
+    if file is None:
+        return None
+    kept = FOR_EVER if path.startswith("assets/") else "no-cache"
+    return FileResponse(file, headers={"Cache-Control": kept, "X-Content-Type-Options": "nosniff"})
 
 
 def _file(path: str) -> Path | None:

@@ -26,10 +26,12 @@ export function useSession(id: string) {
   });
 }
 
-export function useHistory(id: string) {
+/** The newest messages of a session, so many at most. */
+export function useHistory(id: string, limit: number) {
   return useQuery({
-    queryKey: sessionKeys.history(id),
-    queryFn: async () => (await llmAPI.getSessionHistory(id)).data,
+    queryKey: [...sessionKeys.history(id), limit],
+    queryFn: async () => (await llmAPI.getSessionHistory(id, { limit })).data,
+    placeholderData: (before) => before,
   });
 }
 

@@ -107,8 +107,9 @@ function AccountForm({ title, submit, onSubmit, other, otherLink, children }: Pr
   };
   return (
     <Center component="main" mih="100dvh" p="md">
+      <title>{`${title} · Prompt Portal`}</title>
       <Paper w="100%" maw={400} p={{ base: "md", xs: "xl" }} withBorder radius="lg">
-        <form onSubmit={onSubmit(run)} noValidate={false}>
+        <form onSubmit={onSubmit(run)}>
           <Stack>
             <Stack gap={4} align="center">
               <img src="/icon.svg" alt="" width={40} height={40} />

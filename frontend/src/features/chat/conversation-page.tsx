@@ -1,7 +1,19 @@
-import { ActionIcon, Affix, Badge, Center, Group, Loader, Menu, Stack, Text, Title } from "@mantine/core";
+import {
+  ActionIcon,
+  Affix,
+  Badge,
+  Button,
+  Center,
+  Group,
+  Loader,
+  Menu,
+  Stack,
+  Text,
+  Title,
+} from "@mantine/core";
 import { modals } from "@mantine/modals";
 import { IconArrowDown, IconDots, IconEraser, IconPencil, IconTrash } from "@tabler/icons-react";
-import { Fragment } from "react";
+import { Fragment, useState } from "react";
 import { Link, useNavigate, useParams } from "react-router";
 import { llmAPI } from "../../api";
 import { PortalError } from "../../client/errors";
@@ -16,6 +28,9 @@ import { useSessionActions } from "./session-actions";
 import { useLiveTurns } from "./use-live-turns";
 import { useStickToEnd } from "./use-stick-to-end";
 
+const FIRST_SHOWN = 100;
+const MORE_SHOWN = 400;
+
 export function ConversationPage() {
   const { sessionId = "" } = useParams();
   // Another session is another page: nothing of the one before may linger in it.
@@ -24,7 +39,8 @@ export function ConversationPage() {
 
 function Conversation({ sessionId }: { sessionId: string }) {
   const session = useSession(sessionId);
-  const history = useHistory(sessionId);
+  const [limit, setLimit] = useState(FIRST_SHOWN);
+  const history = useHistory(sessionId, limit);
   const turns = useLiveTurns();
   const messages = history.data?.messages ?? [];
   const running = messages.some((message) => message.status === "pending");
@@ -50,8 +66,19 @@ function Conversation({ sessionId }: { sessionId: string }) {
   }
   return (
     <div className={classes["page"]}>
+      <title>{`${session.data?.title ?? "Chat"} · Prompt Portal`}</title>
       {session.data && <Header session={session.data} />}
       <Stack className={classes["messages"] ?? ""} gap="lg" role="log" aria-label="Conversation">
+        {messages[0]?.parent_id && (
+          <Button
+            variant="subtle"
+            mx="auto"
+            loading={history.isPlaceholderData}
+            onClick={() => setLimit(limit + MORE_SHOWN)}
+          >
+            Show earlier messages
+          </Button>
+        )}
         {history.isPending && <Loader mx="auto" aria-label="Loading the conversation" />}
         {messages.map((message) => (
           <Entry

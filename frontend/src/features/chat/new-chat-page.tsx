@@ -5,7 +5,7 @@ import { Link, useNavigate, useSearchParams } from "react-router";
 import { newId } from "../../api";
 import { PortalError } from "../../client/errors";
 import { VariableInputs } from "../../components/variable-inputs";
-import { useTemplates, type Variables } from "../../queries/templates";
+import { useTemplate, useTemplates, type Variables } from "../../queries/templates";
 import { Composer } from "./composer";
 import classes from "./conversation.module.css";
 import { useLiveTurns } from "./use-live-turns";
@@ -15,7 +15,13 @@ export function NewChatPage() {
   const [query, setQuery] = useSearchParams();
   const templateId = query.get("template");
   const { data } = useTemplates();
-  const template = data?.templates.find(({ id }) => id === templateId);
+  // The chosen one may be beyond the end of the list.
+  const { data: template } = useTemplate(templateId ?? "", templateId !== null);
+  const listed = data?.templates.filter(({ id }) => id !== template?.id) ?? [];
+  const choices = (template ? [template, ...listed] : listed).map(({ id, title }) => ({
+    value: id,
+    label: title,
+  }));
   const [variables, setVariables] = useState<Variables>({});
   const [systemPrompt, setSystemPrompt] = useState("");
   const [opened, { toggle }] = useDisclosure();
@@ -36,6 +42,7 @@ export function NewChatPage() {
 
   return (
     <div className={classes["page"]}>
+      <title>New chat · Prompt Portal</title>
       <Stack className={classes["messages"] ?? ""} gap="md" justify="center">
         <Title order={1} size="h2" ta="center">
           What is it about?
@@ -58,7 +65,7 @@ export function NewChatPage() {
           searchable
           clearable
           nothingFoundMessage="No template is called that"
-          data={data?.templates.map(({ id, title }) => ({ value: id, label: title })) ?? []}
+          data={choices}
           value={template?.id ?? null}
           onChange={(id) => setQuery(id === null ? {} : { template: id }, { replace: true })}
         />

@@ -16,6 +16,7 @@ import {
 import { useHotkeys } from "@mantine/hooks";
 import { IconDots, IconMessagePlus, IconTrash } from "@tabler/icons-react";
 import { useState } from "react";
+import { flushSync } from "react-dom";
 import { Link, useNavigate, useSearchParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import type { Template } from "../../client/schema";
@@ -59,6 +60,7 @@ export function TemplateEditor({ saved, initial }: Props) {
   const pick = ({ title, description, content }: Draft) => setDraft({ title, description, content });
   return (
     <Stack className={classes["page"] ?? ""} gap="md">
+      <title>{`${base?.title ?? "New template"} · Prompt Portal`}</title>
       <LeaveGuard when={isDirty && !saving.isDone} />
       <Group justify="space-between">
         <Group gap="xs">
@@ -160,8 +162,8 @@ function useSaving(draft: Draft, base: Template | undefined, setBase: (saved: Te
     try {
       if (base === undefined) {
         const made = await create.mutateAsync(draft);
-        setDone(true); // the guard must let this very change of page pass
-        setTimeout(() => void navigate(`/templates/${made.id}`, { replace: true }));
+        flushSync(() => setDone(true)); // the guard must let this very change of page pass
+        void navigate(`/templates/${made.id}`, { replace: true });
       } else {
         const next = await update.mutateAsync({ ...draft, based_on: basedOn ?? base.version });
         setBase(next);

@@ -19,6 +19,7 @@ export function TemplatesPage() {
   const isEmpty = data?.total === 0 && wanted === "";
   return (
     <Stack className={classes["page"] ?? ""} gap="md">
+      <title>Templates · Prompt Portal</title>
       <Group justify="space-between">
         <Title order={1} size="h2">
           Templates
