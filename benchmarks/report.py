@@ -149,7 +149,8 @@ def bars(results: list[Result]) -> str:
         y += 10
     bar = LABEL + scale
     line = f'<line x1="{bar:.0f}" x2="{bar:.0f}" y1="24" y2="{y}" stroke="#c33" stroke-dasharray="4 3"/>'
-    head = f'<text x="{bar:.0f}" y="18" text-anchor="middle" fill="#c33">the bar (drawn to 2.5 times it)</text>'
+    label = "the bar (drawn to 2.5 times it)"
+    head = f'<text x="{bar:.0f}" y="18" text-anchor="middle" fill="#c33">{label}</text>'
     return _svg(y + 10, [head, *parts, line])
 
 
