@@ -21,13 +21,13 @@ const FINAL: TurnEvent = {
   message_id: "m",
 };
 
-function after(...events: TurnEvent[]) {
+function turnAfter(...events: TurnEvent[]) {
   return events.reduce(advance, begin("t", "s"));
 }
 
 describe("a turn as its events come", () => {
   it("grows by pieces, and ends with the whole reply", () => {
-    const started = after(
+    const started = turnAfter(
       { type: "queued", turn_id: "t", position: 2, eta_s: 3 },
       { type: "thinking", turn_id: "t", content: "Hm" },
       { type: "token", turn_id: "t", content: "Hel" },
@@ -37,7 +37,7 @@ describe("a turn as its events come", () => {
   });
 
   it("forgets what came before a restart", () => {
-    const turn = after(
+    const turn = turnAfter(
       { type: "thinking", turn_id: "t", content: "Hm" },
       { type: "token", turn_id: "t", content: "void" },
       { type: "restarted", turn_id: "t", attempt: 2 },
@@ -47,14 +47,14 @@ describe("a turn as its events come", () => {
   });
 
   it("keeps what there was when it is stopped", () => {
-    const turn = after({ type: "cancelled", turn_id: "t", response: "Hel", message_id: null });
+    const turn = turnAfter({ type: "cancelled", turn_id: "t", response: "Hel", message_id: null });
     expect(turn).toMatchObject({ state: "ended", response: "Hel" });
   });
 
   it("has an error when it failed, and when it never ran", () => {
     const error = { code: "llm_timeout", message: "Too slow.", retryable: true };
-    expect(after({ type: "error", turn_id: "t", error }).error).toMatchObject({ code: "llm_timeout" });
-    expect(after({ type: "expired", turn_id: "t" }).error?.code).toBe("expired");
-    expect(after({ type: "superseded", turn_id: "t", by: "r" }).error?.code).toBe("superseded");
+    expect(turnAfter({ type: "error", turn_id: "t", error }).error).toMatchObject({ code: "llm_timeout" });
+    expect(turnAfter({ type: "expired", turn_id: "t" }).error?.code).toBe("expired");
+    expect(turnAfter({ type: "superseded", turn_id: "t", by: "r" }).error?.code).toBe("superseded");
   });
 });
