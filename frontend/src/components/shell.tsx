@@ -32,6 +32,7 @@ export function Shell({ sidebar }: { sidebar: ReactNode }) {
       header={{ height: { base: 52, sm: 0 } }}
       navbar={{ width: 272, breakpoint: "sm", collapsed: { mobile: !opened } }}
     >
+      {/* biome-ignore lint/a11y/useValidAnchor: it does lead there; the handler only hastens the focus */}
       <a href="#main" className={classes["skip"]} onClick={skip}>
         Skip to the content
       </a>
