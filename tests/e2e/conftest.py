@@ -33,8 +33,9 @@ def portal(llama: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium, for one module: while Playwright is there, no other event loop can run."""
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=program("chromium"), args=ARGUMENTS)
         yield running
