@@ -241,7 +241,7 @@ def test_a_page_that_cannot_be_built_is_told_and_stops_nothing(
     monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
     monkeypatch.setenv("npm_config_fetch_retries", "0")
     page.build_page_if_possible(Stack(tmp_path))
-    told = " ".join(capsys.readouterr().out.split())
+    told = " ".join(" ".join(capsys.readouterr()).split())
     assert "The npm registry cannot be reached" in told
     assert "Without the page the portal serves its API alone" in told
 
