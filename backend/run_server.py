@@ -12,6 +12,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from app.config import DEFAULT_ENV_FILE, Settings, host_name, is_loopback, load_settings
+from app.container import check_files
+from app.errors import InvalidRequest
 from app.logs import configure_logging, get_logger
 from app.main import create_app
 
@@ -26,8 +28,11 @@ def main() -> int:
         settings = load_settings(arguments.env_file).with_instance(
             f"{host_name()}:{arguments.host}:{arguments.port}"
         )
+        check_files(settings)
     except ValidationError as error:
         return _complain("The settings are wrong:", *_problems(error))
+    except InvalidRequest as error:
+        return _complain("A file of the settings is wrong:", f"  {error.message}")
     configure_logging(settings.log_level)
     if not settings.secret_key.get_secret_value():
         if not is_loopback(arguments.host):
@@ -53,6 +58,8 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         timeout_graceful_shutdown=DRAIN_S,
     )
     server = uvicorn.Server(config)

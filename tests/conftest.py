@@ -6,14 +6,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
 from app.cli import install
 from app.cli.stack import Stack
 from app.config import Settings
+from app.events import new_id
 from tests.fake_llm import FakeLLM, FakeThread, serve
-from tests.support import SECRET, LlamaServer, Mosquitto, Portal, postgres
+from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Redis, postgres
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +66,51 @@ def portal(
     running.stop()
 
 
+@pytest.fixture(scope="module")
+def module_fake() -> Iterator[FakeLLM]:
+    """An LLM server that does as it is told, for one module."""
+    running = FakeThread()
+    yield running.fake
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def fake_portal(
+    module_fake: FakeLLM, mosquitto: Mosquitto, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Portal]:
+    """The portal with such an LLM server and a real broker, for one module."""
+    running = Portal(
+        tmp_path_factory.mktemp("portal"),
+        LLM_SERVER_URL=module_fake.url,
+        MQTT_BROKER_URL=mosquitto.url,
+        MQTT_PROJECTS="maze general",
+    ).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def admin(fake_portal: Portal) -> Iterator[httpx.Client]:
+    """An admin at `fake_portal`."""
+    with fake_portal.client(f"admin-{new_id()[-6:]}", role="admin") as signed_in:
+        yield signed_in
+
+
+@pytest.fixture
+def client(fake_portal: Portal) -> Iterator[httpx.Client]:
+    """Somebody new at `fake_portal`."""
+    with fake_portal.client(f"ada-{new_id()[-6:]}") as signed_in:
+        yield signed_in
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Redis, for the whole run."""
+    server = Redis(tmp_path_factory.mktemp("redis"))
+    yield server.url
+    server.stop()
+
+
 @pytest.fixture
 def make_portal() -> Iterator[Callable[..., Portal]]:
     """Makes portals, for tests that stop and kill them; what is left at the end is stopped."""
@@ -103,6 +150,7 @@ def settings_for(tmp_path: Path) -> Callable[..., Settings]:
             "llm_server_url": llm_url,
             "database_url": f"sqlite:///{tmp_path / 'portal.db'}",
             "secret_key": SecretStr(SECRET),
+            **UNLIMITED,
             **changes,
         }
         return Settings(_env_file=None, **values)

@@ -32,6 +32,8 @@ class Script:
     )
     echo: bool = False
     random: bool = False
+    lengths: tuple[int, int] = (20, 20)
+    """Fewest and most pieces of a random text."""
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,7 +105,8 @@ class FakeLLM:
             return response
         pieces = text("echo: ", body["messages"][-1]["content"]) if script.echo else script.pieces
         if script.random:  # another text each time it is asked
-            pieces = text(*(f"{random.getrandbits(32):08x} " for _ in range(20)))
+            length = random.randint(*script.lengths)
+            pieces = text(*(f"{random.getrandbits(32):08x} " for _ in range(length)))
         for number, delta in enumerate(pieces):
             if script.cut_after == number:
                 assert request.transport is not None

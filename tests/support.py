@@ -1,4 +1,4 @@
-"""Starts the real parts that tests need: the portal, llama.cpp, Mosquitto, PostgreSQL."""
+"""Starts the real parts that tests need: the portal, llama.cpp, Mosquitto, PostgreSQL, Redis."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,29 @@ import httpx
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+from app.access import ALL_RIGHTS, Identity, Role
 from app.cli.install import find_program
+from app.cli.people import invite
 from app.config import child_environment
+from app.events import new_id
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "kT9vQ2mX7pLw4ZrN8sBd3HfYc6JgUeA1oRiV5tKy"
+
+
+PASSWORD = "correct horse"
+
+UNLIMITED = {
+    "RATE_LIMIT_PER_HOUR": "0",
+    "RATE_LIMIT_SESSION_PER_MINUTE": "0",
+    "MAX_TURNS_PER_USER": "0",
+}
+"""Settings for tests that are not about limits."""
+
+
+def person(name: str = "1", role: Role = ALL_RIGHTS, **changes: Any) -> Identity:
+    """Somebody with an account."""
+    return Identity(**{"owner": f"user:{name}", "role_name": "tester", "role": role, **changes})
 
 
 def free_port() -> int:
@@ -151,6 +170,20 @@ class Mosquitto:
         self._process.stop()
 
 
+class Redis:
+    """A Redis that keeps nothing on the disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        command = [program("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1"]
+        self._process = Process([*command, "--save", "", "--appendonly", "no"], directory / "redis.log")
+        self._process.ready(self.port)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+
 class Portal:
     """The backend as users run it: `run_server.py` in a process of its own."""
 
@@ -159,7 +192,7 @@ class Portal:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.env_file = directory / ".env"
-        values = {"SECRET_KEY": SECRET, "LOG_LEVEL": "info", **settings}
+        values = {"SECRET_KEY": SECRET, "LOG_LEVEL": "info", **UNLIMITED, **settings}
         self.env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.log = directory / "portal.log"
         self.process: Process | None = None
@@ -191,9 +224,13 @@ class Portal:
         return self.process.stop()
 
     @contextmanager
-    def client(self, username: str = "ada") -> Iterator[httpx.Client]:
-        """An HTTP client that is signed in; the account is made when it is new."""
-        account = {"username": username, "email": f"{username}@example.org", "password": "correct horse"}
+    def client(self, username: str = "ada", role: str | None = None) -> Iterator[httpx.Client]:
+        """An HTTP client that is signed in; the account is made when it is new, with the role."""
+        account = {"username": username, "email": f"{username}@example.org", "password": PASSWORD}
+        if role is not None:
+            # On a thread of its own: it runs an event loop, and the caller may be within one.
+            with ThreadPoolExecutor(1) as pool:
+                account["invitation"] = pool.submit(invite, self.env_file, role).result().secret
         with httpx.Client(base_url=self.url, timeout=60) as client:
             registered = client.post("/api/auth/register", json=account)
             assert registered.status_code in {201, 409}, registered.text
@@ -204,6 +241,17 @@ class Portal:
 
 MakePortal = Callable[..., Portal]
 """The fixture `make_portal`."""
+
+
+def owner_of(client: httpx.Client) -> str:
+    """The owner of what the client makes."""
+    return f"user:{client.get('/api/auth/me').json()['id']}"
+
+
+def ask(client: httpx.Client, session: str | None = None, **body: Any) -> httpx.Response:
+    """Sends a message, in a new session where none is named."""
+    asked = {"session_id": session or new_id(), "message": "hi", **body}
+    return client.post("/api/llm/chat/session", json=asked)
 
 
 def token_of(client: httpx.Client) -> str:

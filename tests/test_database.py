@@ -4,11 +4,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from app.database import Database, create_portal_engine, head_revision, migrate
+from app.database import MIGRATIONS, Database, create_portal_engine, head_revision, migrate
 from app.models.tables import metadata
 
 
@@ -28,6 +30,33 @@ def test_the_migrations_make_the_tables(url: str) -> None:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
         assert version == head_revision()
+    engine.dispose()
+
+
+def test_who_was_an_admin_is_one_after_the_upgrade(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = url
+    command.upgrade(config, "0002")
+    engine = create_portal_engine(url)
+    with engine.begin() as connection:
+        for name, is_admin in (("ada", True), ("bo", False)):
+            values = {"id": name, "email": f"{name}@example.org", "is_admin": is_admin}
+            user = text("INSERT INTO users VALUES (:id, :id, :email, 'hash', :is_admin, 1)")
+            connection.execute(user, values)
+            connection.execute(
+                text("INSERT INTO sign_ins VALUES (:id, :id, 1, '', 1, 1, 2, NULL)"), {"id": name}
+            )
+    migrate(url)
+    with engine.connect() as connection:
+        roles = connection.execute(text("SELECT id, role, closed_at FROM users ORDER BY id")).all()
+        assert [tuple(row) for row in roles] == [("ada", "admin", None), ("bo", "author", None)]
+        assert connection.execute(text("SELECT count(*) FROM sign_ins")).scalar() == 2
+    command.downgrade(config, "0002")
+    with engine.connect() as connection:
+        admins = connection.execute(text("SELECT id FROM users WHERE is_admin")).scalars().all()
+        assert admins == ["ada"]
     engine.dispose()
 
 

@@ -35,10 +35,11 @@ def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path, make_po
     shutil.copy(EXAMPLE_FILE, portal.env_file)
     portal.start(ready=False)
     with portal.client() as web:
-        assert web.get("/api/auth/me").json()["is_admin"] is True
+        assert web.get("/api/auth/me").json()["role"] == "author"
     assert httpx.get(f"{portal.url}/health/ready").json()["database"] == "ok"
     assert portal.stop() == -signal.SIGTERM, "it ends by the signal, after it has closed everything"
     assert "SECRET_KEY is empty" in portal.log.read_text()
+    assert "invite --role admin" in portal.log.read_text()
     assert (tmp_path / "portal.db").exists()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from app.access import LOCAL
 from app.config import Settings, child_environment
 from app.container import Container, open_container
 from app.errors import Conflict, Expired, InvalidRequest, LLMUnavailable, NotFound, Overloaded
@@ -32,9 +33,11 @@ from app.loop import BackgroundLoop
 from app.services.session_manager import SessionManager
 from app.services.turns import Numbered, Position, Turn, answer_of
 from tests.fake_llm import FakeLLM, Script, serve, text
-from tests.support import free_port
+from tests.support import free_port, person
 
 SettingsFor = Callable[..., Settings]
+
+ADA, BO = person("1"), person("2")
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def sessions(portal: Container) -> SessionManager:
 
 
 def request(message: str = "hi", **changes: Any) -> TurnRequest:
-    return TurnRequest(**{"owner": "user:1", "session_id": "s", "message": message, **changes})
+    return TurnRequest(**{"who": ADA, "session_id": "s", "message": message, **changes})
 
 
 async def events(turn: Turn, after: Position | None = None) -> list[Numbered]:
@@ -59,7 +62,7 @@ async def events(turn: Turn, after: Position | None = None) -> list[Numbered]:
 
 
 async def told(sessions: SessionManager, session_id: str = "s") -> list[tuple[str, str]]:
-    page = await sessions.page("user:1", session_id)
+    page = await sessions.page(ADA, session_id)
     return [(message.content, message.status) for message in page.messages]
 
 
@@ -127,7 +130,7 @@ async def test_sixty_four_threads_and_sixty_four_tasks_share_sixteen_sessions(
     assert replies == expected
 
     for session in range(16):
-        page = await asyncio.to_thread(on_portal_loop, manager.page("local", f"s{session}"))
+        page = await asyncio.to_thread(on_portal_loop, manager.page(LOCAL, f"s{session}"))
         said = [message.content for message in page.messages]
         assert len(said) == 2 * 8 * 3
         assert all(answer == f"echo: {asked}" for asked, answer in zip(said[::2], said[1::2], strict=True))
@@ -195,7 +198,7 @@ async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: Se
         async for batch in batches:
             if isinstance(batch[-1].event, Token):
                 break
-    assert await sessions.stop("user:1", "s") == turn.id
+    assert await sessions.stop(ADA, "s") == turn.id
     ending = await turn.ended()
     assert isinstance(ending, Cancelled)
     assert ending.response.startswith("One")
@@ -204,7 +207,7 @@ async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: Se
     await (await sessions.submit(request("go on"))).ended()
     assert sent(fake) == ["hi", ending.response, "go on"]
     assert (await told(sessions))[1] == (ending.response, "cancelled")
-    assert await sessions.stop("user:1", "s") is None
+    assert await sessions.stop(ADA, "s") is None
 
 
 async def test_a_turn_that_is_not_detached_ends_with_its_last_follower(
@@ -222,7 +225,7 @@ async def test_a_turn_that_is_not_detached_ends_with_its_last_follower(
     followers[1].cancel()
     await fake.until(lambda: fake.dropped == 1, 1.0)
     assert staying.ending is None
-    await sessions.stop("user:1", "t")
+    await sessions.stop(ADA, "t")
 
 
 async def test_clear_stops_drops_and_forgets(fake: FakeLLM, sessions: SessionManager) -> None:
@@ -230,7 +233,7 @@ async def test_clear_stops_drops_and_forgets(fake: FakeLLM, sessions: SessionMan
     fake.script = Script(pieces=text(*["more "] * 500), between=0.02)
     turns = [await sessions.submit(request(f"{n}")) for n in range(3)]
     await fake.until(lambda: fake.running == 1)
-    await sessions.clear("user:1", "s")
+    await sessions.clear(ADA, "s")
     assert [type(await turn.ended()) for turn in turns] == [Cancelled] * 3
     await fake.until(lambda: fake.dropped == 1, 1.0)
     assert await told(sessions) == []
@@ -271,7 +274,7 @@ async def test_who_waits_for_a_place_is_told_where(fake: FakeLLM, settings_for: 
         seen = await events(turns[2])
         positions = [event.event.position for event in seen if isinstance(event.event, Queued)]
         assert positions == [2, 1]
-        recalled = await portal.sessions.find("user:1", turns[2].id)
+        recalled = await portal.sessions.find(ADA, turns[2].id)
         assert [event.json for event in await events(recalled)] == [event.json for event in seen]
 
 
@@ -282,7 +285,7 @@ async def test_thinking_is_streamed_apart_when_it_is_wanted(fake: FakeLLM, setti
         seen = [event.event for event in await events(turn)]
         thoughts = "".join(event.content for event in seen if isinstance(event, Thinking))
         assert (thoughts, answer_of(await turn.ended()).response) == ("hmso", "Yes")
-        recalled = await portal.sessions.find("user:1", turn.id)
+        recalled = await portal.sessions.find(ADA, turn.id)
         assert [event.event for event in await events(recalled)] == seen
 
 
@@ -291,7 +294,7 @@ async def test_a_follower_can_come_back_at_any_event(fake: FakeLLM, sessions: Se
     turn = await sessions.submit(request())
     live = await events(turn)
     for after in range(len(live)):
-        for source in (turn, await sessions.find("user:1", turn.id)):
+        for source in (turn, await sessions.find(ADA, turn.id)):
             assert [event.json for event in await events(source, (1, after))] == [
                 event.json for event in live[after + 1 :]
             ]
@@ -301,10 +304,10 @@ async def test_another_owners_things_are_not_found(sessions: SessionManager) -> 
     turn = await sessions.submit(request())
     await turn.ended()
     for call in (
-        sessions.find("user:2", turn.id),
-        sessions.page("user:2", "s"),
-        sessions.clear("user:2", "s"),
-        sessions.stop("user:2", "s"),
+        sessions.find(BO, turn.id),
+        sessions.page(BO, "s"),
+        sessions.clear(BO, "s"),
+        sessions.stop(BO, "s"),
     ):
         with pytest.raises(NotFound):
             await call
@@ -343,10 +346,10 @@ async def test_turns_of_a_process_that_died_are_taken_up(fake: FakeLLM, settings
         seen = await events(again, (1, 3))
         assert (again.id, seen[0].id) == (turn.id, "2.1")
         assert answer_of(await again.ended()).response == "echo: hi"
-        then = await portal.sessions.find("user:1", waiting.id)
+        then = await portal.sessions.find(ADA, waiting.id)
         assert (await events(then))[0].id == "1.0", "it had not begun"
         assert answer_of(await then.ended()).response == "echo: next"
-        left = await portal.sessions.find("user:1", alone.id)
+        left = await portal.sessions.find(ADA, alone.id)
         assert isinstance(await left.ended(), Cancelled), "nobody follows it any more"
         assert sent(fake) == ["hi", "echo: hi", "next"]
 
@@ -362,7 +365,7 @@ async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: Setting
         assert [content for content, _ in await told(one.sessions)][::2] == [f"{n}" for n in range(6)]
         assert sent(fake) == [*[said for n in range(5) for said in (f"{n}", f"echo: {n}")], "5"]
         elsewhere = await two.sessions.submit(request("6"))
-        followed = await one.sessions.find("user:1", elsewhere.id)
+        followed = await one.sessions.find(ADA, elsewhere.id)
         assert answer_of(await followed.ended()).response == "echo: 6"
 
 
@@ -396,7 +399,7 @@ async def test_a_clear_is_in_order_with_the_messages_beside_it(
     fake.script = Script(echo=True)
     for _ in range(10):
         await (await sessions.submit(request("before"))).ended()
-        clearing = asyncio.create_task(sessions.clear("user:1", "s"))
+        clearing = asyncio.create_task(sessions.clear(ADA, "s"))
         asking = asyncio.create_task(sessions.submit(request("after")))
         await clearing
         assert answer_of(await (await asking).ended()).response == "echo: after"
@@ -410,16 +413,17 @@ async def test_who_resumes_after_a_clear_hears_the_ending(fake: FakeLLM, session
         async for batch in batches:
             if batch[-1].n > 5:
                 break
-    await sessions.clear("user:1", "s")
-    resumed = await events(await sessions.find("user:1", turn.id), (1, 5))
+    await sessions.clear(ADA, "s")
+    resumed = await events(await sessions.find(ADA, turn.id), (1, 5))
     assert isinstance(resumed[-1].event, Cancelled)
 
 
 async def test_a_retry_has_a_deadline_of_its_own(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(status=500)
-    failed = await sessions.submit(request(request_id="r", deadline=time.time() + 0.2))
+    deadline = time.time() + 1
+    failed = await sessions.submit(request(request_id="r", deadline=deadline))
     assert isinstance(await failed.ended(), Failed)
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(deadline - time.time())
     fake.script = Script()
     again = await sessions.submit(request(request_id="r", deadline=time.time() + 60))
     assert isinstance(await again.ended(), Final)
@@ -434,17 +438,17 @@ async def test_a_deadline_that_passed_while_nobody_looked(fake: FakeLLM, setting
     await asyncio.sleep(0.3)
     fake.script = Script()
     async with open_container(settings) as portal:
-        turn = await portal.sessions.find("user:1", waiting.id)
+        turn = await portal.sessions.find(ADA, waiting.id)
         assert isinstance(await turn.ended(), ExpiredEvent)
 
 
 async def test_a_chat_without_a_session_is_not_stored(fake: FakeLLM, sessions: SessionManager) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    turn = sessions.chat("user:1", messages, GenerationOptions(temperature=0))
+    turn = await sessions.chat(ADA, messages, GenerationOptions(temperature=0))
     assert answer_of(await turn.ended()).message_id is None
     assert fake.requests[-1]["temperature"] == 0
     with pytest.raises(NotFound):
-        await sessions.find("user:1", turn.id)
+        await sessions.find(ADA, turn.id)
 
 
 def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: SettingsFor) -> None:

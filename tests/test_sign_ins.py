@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from jose import jwt
 
 from app.config import Settings
-from app.database import Database, migrate
+from app.container import open_container
 from app.errors import Unauthenticated
-from app.services import accounts as accounts_module
-from app.services.accounts import Accounts
-from tests.support import SECRET, Portal
+from app.services import sign_ins as sign_ins_module
+from tests.support import SECRET, MakePortal, Portal, token_of
 
 ACCOUNT = {"username": "ada", "email": "ada@example.org", "password": "correct horse"}
 COOKIE = "portal_refresh"
@@ -105,22 +105,102 @@ def test_a_token_of_no_sign_in_is_refused(browser: httpx.Client) -> None:
     assert _me(browser, jwt.encode(claims, SECRET, algorithm="HS256")) == 401
 
 
+def test_sign_ins_are_listed_and_ended_one_by_one(browser: httpx.Client) -> None:
+    first = _sign_in(browser)
+    browser.headers["User-Agent"] = "Netscape 4"
+    mine = {"Authorization": f"Bearer {_sign_in(browser)}"}
+    listed = browser.get("/api/auth/sign-ins", headers=mine).json()["sign_ins"]
+    assert [one["current"] for one in listed][:2] == [True, False]
+    assert listed[0]["user_agent"] == "Netscape 4"
+    other = f"/api/auth/sign-ins/{listed[1]['id']}"
+    assert browser.delete(other, headers=mine).status_code == 204
+    assert _me(browser, first) == 401
+    assert browser.delete(other, headers=mine).status_code == 404
+    assert browser.delete("/api/auth/sign-ins", headers=mine).status_code == 204
+    assert browser.get("/api/auth/me", headers=mine).status_code == 401
+    assert browser.post("/api/auth/refresh").status_code == 401
+
+
+def test_nobody_ends_somebody_elses_sign_in(browser: httpx.Client, portal: Portal) -> None:
+    token = _sign_in(browser)
+    listed = browser.get("/api/auth/sign-ins", headers={"Authorization": f"Bearer {token}"}).json()
+    with portal.client("eve") as eve:
+        assert eve.delete(f"/api/auth/sign-ins/{listed['sign_ins'][0]['id']}").status_code == 404
+        eve.delete("/api/auth/sign-ins")
+    assert _me(browser, token) == 200
+
+
+def test_another_password_ends_all_other_sign_ins(portal: Portal) -> None:
+    account = {"username": "bo", "email": "bo@example.org", "password": "correct horse"}
+    with httpx.Client(base_url=portal.url) as client:
+        client.post("/api/auth/register", json=account)
+        elsewhere = client.post("/api/auth/login", json=account).json()["access_token"]
+        here = client.post("/api/auth/login", json=account).json()["access_token"]
+        mine = {"Authorization": f"Bearer {here}"}
+        change = {"current_password": "wrong", "new_password": "battery staple"}
+        refused = client.put("/api/auth/password", json=change, headers=mine)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_request")
+        change["current_password"] = "correct horse"
+        assert client.put("/api/auth/password", json=change, headers=mine).status_code == 204
+        assert _me(client, elsewhere) == 401
+        assert _me(client, here) == 200
+        assert client.post("/api/auth/login", json=account).status_code == 401
+        account["password"] = "battery staple"
+        assert client.post("/api/auth/login", json=account).status_code == 200
+
+
+def test_guessing_is_slowed_by_name_however_it_is_written_and_from_wherever(
+    make_portal: MakePortal, tmp_path: Path
+) -> None:
+    portal = make_portal(tmp_path).start(ready=False)
+    with httpx.Client(base_url=portal.url) as client:
+        client.post("/api/auth/register", json=ACCOUNT)
+
+        def guess(name: str, address: str, password: str = "wrong horse") -> httpx.Response:
+            body = {"username": name, "password": password}
+            return client.post("/api/auth/login", json=body, headers={"X-Forwarded-For": address})
+
+        names = ["ada", "ada@example.org", "ADA@example.org"]
+        statuses = [guess(names[n % 3], f"10.0.0.{n}").status_code for n in range(8)]
+        assert statuses == [401] * 5 + [429] * 3
+        refused = guess("ada", "10.0.0.9", "correct horse")
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json()["error"]["code"] == "rate_limited"
+        assert guess("somebody", "10.0.0.1").status_code == 401, "others are not slowed"
+
+
+def test_right_passwords_are_not_counted(browser: httpx.Client) -> None:
+    assert {browser.post("/api/auth/login", json=ACCOUNT).status_code for _ in range(8)} == {200}
+
+
+def test_tokens_of_an_earlier_key_are_good_as_long_as_it_is_named(
+    make_portal: MakePortal, tmp_path: Path
+) -> None:
+    other = "Zp4xW8sQ1nC6vB3mK9jH5gF2dT7rY0uE"
+    portal = make_portal(tmp_path).start(ready=False)
+    with portal.client() as client:
+        token = token_of(client)
+    for settings, status in ((f"SECRET_KEY_PREVIOUS={SECRET}", 200), ("", 401)):
+        portal.stop()
+        portal.env_file.write_text(f"SECRET_KEY={other}\n{settings}\n")
+        portal.start(ready=False)
+        with httpx.Client(base_url=portal.url) as client:
+            assert _me(client, token) == status
+
+
 async def test_two_tabs_may_renew_at_once_but_not_later(
     settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_for()
-    migrate(settings.sqlalchemy_url)
-    database = Database(settings.sqlalchemy_url)
-    await database.open()
-    accounts = Accounts(settings, database)
-    await accounts.register(**ACCOUNT)
-    first = (await accounts.sign_in("ada", "correct horse")).refresh_token
-    one, two = (await accounts.renew(first)).refresh_token, (await accounts.renew(first)).refresh_token
-    await accounts.renew(one)
-    newest = (await accounts.renew(two)).refresh_token
-    monkeypatch.setattr(accounts_module, "RENEWAL_GRACE_S", -1.0)
-    with pytest.raises(Unauthenticated):
-        await accounts.renew(two)
-    with pytest.raises(Unauthenticated):
-        await accounts.renew(newest)
-    await database.close()
+    async with open_container(settings_for()) as portal:
+        sign_ins = portal.sign_ins
+        ada = await portal.accounts.register(**ACCOUNT)
+        first = (await sign_ins.begin(ada, "", {})).refresh_token
+        one, two = (await sign_ins.renew(first)).refresh_token, (await sign_ins.renew(first)).refresh_token
+        await sign_ins.renew(one)
+        newest = (await sign_ins.renew(two)).refresh_token
+        monkeypatch.setattr(sign_ins_module, "RENEWAL_GRACE_S", -1.0)
+        with pytest.raises(Unauthenticated):
+            await sign_ins.renew(two)
+        with pytest.raises(Unauthenticated):
+            await sign_ins.renew(newest)

@@ -15,6 +15,9 @@ from app.errors import Conflict, ErrorInfo, Overloaded
 from app.events import Cancelled, Failed, Final, GenerationOptions, ReplyTarget, TurnRequest, Usage, new_id
 from app.services import store as store_module
 from app.services.store import Acceptance, Reply, StaleAttempt, Store
+from tests.support import person
+
+ADA, BO = person("1"), person("2")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -42,7 +45,7 @@ def store(database: Database) -> Store:
 
 
 def request(message: str = "hi", **changes: Any) -> TurnRequest:
-    return TurnRequest(**{"owner": "user:1", "session_id": "s", "message": message, **changes})
+    return TurnRequest(**{"who": ADA, "session_id": "s", "message": message, **changes})
 
 
 async def accept(store: Store, asked: TurnRequest, instance: str = "a") -> Acceptance:
@@ -98,7 +101,7 @@ async def test_a_request_id_makes_one_turn(store: Store) -> None:
         await accept(store, request(request_id="r", options=GenerationOptions(temperature=1)))
     elsewhere = await accept(store, request(request_id="r", session_id="t"))
     assert elsewhere.kind == "new"
-    somebody = await accept(store, request(request_id="r", owner="user:2"))
+    somebody = await accept(store, request(request_id="r", who=BO))
     assert somebody.kind == "new"
 
 
@@ -170,7 +173,7 @@ async def test_one_failing_operation_does_not_take_its_group_with_it(
     results = await asyncio.gather(*asked[:3], database.write(fail), *asked[3:], return_exceptions=True)
     assert [type(result) for result in results].count(ValueError) == 1
     stored = [await store.session("user:1", f"g{n}") for n in range(5)]
-    assert [session.project for session in stored if session] == ["prompt_portal"] * 5
+    assert [session.project for session in stored if session] == [""] * 5
 
 
 async def test_a_waiting_turn_that_ends_stays_in_the_history_out_of_the_way(store: Store) -> None:

@@ -7,11 +7,12 @@ Values come from the environment first, then from the `.env` file, then from the
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import textwrap
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -26,6 +27,7 @@ EXAMPLE_FILE = BACKEND_DIR / ".env.example"
 
 DEFAULT_LLM_SERVER_URL = "http://localhost:8080"
 MIN_SECRET_CHARS = 32
+HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 KNOWN_SECRETS = (
     "change",
     "secret",
@@ -105,8 +107,23 @@ class Settings(BaseSettings):
         "Left empty, a server on loopback makes one for the time it runs.",
         json_schema_extra=_heading("Accounts"),
     )
-    registration: Literal["open", "closed"] = Field(
-        "open", description="Who may make an account. The first account is always welcome: it is the admin's."
+    secret_key_previous: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="Earlier values of SECRET_KEY, separated by commas: what they signed is good until it "
+        "runs out. Put the old one here when you change it, and take it out a month later.",
+    )
+    registration: Literal["open", "invite", "closed"] = Field(
+        "open",
+        description="Who may make an account: everybody, whoever was invited, or nobody but with a link that "
+        "`./setup_llm.sh invite` makes on this host.",
+    )
+    default_role: str = Field(
+        "author", description="The role of accounts that are made without an invitation."
+    )
+    roles_file: str = Field(
+        "roles.toml",
+        description="A file with roles of your own (docs/operations.md); relative to this .env file. It need "
+        "not exist.",
     )
     access_token_minutes: int = Field(
         30, ge=1, description="How long an access token is good for, in minutes; refresh tokens get new ones."
@@ -114,8 +131,59 @@ class Settings(BaseSettings):
     refresh_token_days: int = Field(
         30, ge=1, description="How long a sign-in lasts that nobody uses, in days."
     )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses of reverse proxies in front of the portal, separated by commas. Only what "
+        "comes from them is believed when it names another client's address.",
+    )
+    max_request_bytes: int = Field(
+        8_000_000, ge=1024, description="Largest body of a request over HTTP, in bytes."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins of other web pages that may call the portal, separated by commas."
+    )
+
+    outbound_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts and networks that are not public and may all the same be sent to, where somebody "
+        "gives the portal a URL; separated by commas: hooks.internal, 10.1.0.0/16.",
+    )
+
+    rate_limit_per_hour: int = Field(
+        100,
+        ge=0,
+        description="Messages of one person in any 60 minutes, over all doors, keys and sessions; 0 is no "
+        "limit. Roles, and limits set for somebody, go before it.",
+        json_schema_extra=_heading("Limits"),
+    )
+    rate_limit_session_per_minute: int = Field(
+        20, ge=0, description="Messages in any minute of one session, not over MQTT; 0 is no limit."
+    )
+    daily_token_budget: int = Field(
+        0, ge=0, description="Tokens that one person may use a day (UTC); 0 is no limit."
+    )
+    max_turns_per_user: int = Field(
+        100,
+        ge=0,
+        description="Turns of one owner that wait or run at once; further ones are refused. 0 is no limit.",
+    )
+    alert_percent: Annotated[tuple[int, ...], NoDecode] = Field(
+        (80, 100), description="Parts of a budget, in percent, at which an alert is raised."
+    )
+    alert_webhook_url: SecretStr = Field(
+        SecretStr(""),
+        description="Where alerts are posted as JSON (docs/operations.md): an http or https URL. Empty: "
+        "nowhere.",
+    )
+    models_file: str = Field(
+        "models.toml",
+        description="A file with the prices of models (docs/operations.md); relative to this .env file. It "
+        "need not exist.",
+    )
+    redis_url: str = Field(
+        "",
+        description="redis://host:port/number, where several processes count limits and budgets together. "
+        "Empty: each process counts for itself.",
     )
 
     mqtt_broker_url: str = Field(
@@ -145,10 +213,29 @@ class Settings(BaseSettings):
 
     _base: Path = PrivateAttr(default=BACKEND_DIR)
 
-    @field_validator("cors_origins", "mqtt_projects", mode="before")
+    @field_validator(
+        "cors_origins",
+        "mqtt_projects",
+        "trusted_proxies",
+        "secret_key_previous",
+        "outbound_allow",
+        mode="before",
+    )
     @classmethod
     def _words(cls, value: object) -> object:
         return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+    @field_validator("alert_percent", mode="before")
+    @classmethod
+    def _percents(cls, value: object) -> object:
+        return tuple(map(int, value.replace(",", " ").split())) if isinstance(value, str) else value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: str) -> str:
+        if value and (urlsplit(value).scheme not in {"redis", "rediss"} or not urlsplit(value).hostname):
+            raise ValueError("give a URL such as redis://localhost:6379/0, or nothing")
+        return value
 
     @field_validator("llm_server_url")
     @classmethod
@@ -185,6 +272,27 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("outbound_allow")
+    @classmethod
+    def _trusted(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not _is_network(entry) and not HOST.fullmatch(entry):
+                raise ValueError(f"{entry!r} is neither a host nor a network such as 10.1.0.0/16")
+        return value
+
+    @field_validator("alert_webhook_url")
+    @classmethod
+    def _hook(cls, value: SecretStr) -> SecretStr:
+        parts = urlsplit(value.get_secret_value())
+        if value.get_secret_value() and (parts.scheme not in {"http", "https"} or not parts.hostname):
+            raise ValueError("give a URL such as https://example.org/hook, or nothing")
+        return value
+
+    @field_validator("secret_key_previous")
+    @classmethod
+    def _all_strong(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        return tuple(cls._strong(secret) for secret in value)
+
     @field_validator("secret_key")
     @classmethod
     def _strong(cls, value: SecretStr) -> SecretStr:
@@ -211,6 +319,10 @@ class Settings(BaseSettings):
             if url.startswith(scheme):
                 return f"postgresql+psycopg://{url.removeprefix(scheme)}"
         return url
+
+    def path(self, name: str) -> Path:
+        """A file that a setting names, relative to the .env file."""
+        return self._base / name
 
     @property
     def anonymous_mqtt(self) -> bool:
@@ -250,6 +362,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
 def host_name() -> str:
     """This machine's name."""
     return socket.gethostname()
@@ -286,5 +406,5 @@ def _shown(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(map(str, value))
     return "" if value is None else str(value)

@@ -15,11 +15,26 @@ from app.database import Database, migrate
 from app.logs import get_logger, quiet_unless_configured
 from app.loop import BackgroundLoop
 from app.mqtt.bridge import MqttBridge
+from app.services.accounting import Accounting
 from app.services.accounts import Accounts
+from app.services.admission import Admission
+from app.services.alerts import Alerts
+from app.services.api_keys import ApiKeys
+from app.services.audit import Audit, seal
+from app.services.authorizer import Authorizer
+from app.services.ledger import Ledger, MemoryLedger
+from app.services.links import Links
 from app.services.llm_client import LLMClient
+from app.services.outbound import Outbound
+from app.services.people import People
+from app.services.policies import Policies, read_roles
+from app.services.prices import Prices
 from app.services.session_manager import SessionManager
+from app.services.sign_ins import SignIns
 from app.services.store import Store
 from app.services.templates import Templates
+from app.services.usage import UsageBook
+from app.services.webhooks import Webhook
 
 log = get_logger(__name__)
 
@@ -30,7 +45,17 @@ class Container:
 
     settings: Settings
     store: Store
+    audit: Audit
+    authorizer: Authorizer
+    policies: Policies
     accounts: Accounts
+    sign_ins: SignIns
+    keys: ApiKeys
+    people: People
+    links: Links
+    admission: Admission
+    book: UsageBook
+    alerts: Alerts
     llm: LLMClient
     templates: Templates
     sessions: SessionManager
@@ -49,19 +74,39 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
     async with AsyncExitStack() as stack:
         if settings.database_auto_migrate:
             await asyncio.to_thread(migrate, settings.sqlalchemy_url)
-        database = Database(settings.sqlalchemy_url)
+        database = Database(settings.sqlalchemy_url, before_commit=seal)
         await database.open()
         stack.push_async_callback(database.close)
         store = Store(database)
-        accounts = Accounts(settings, database)
+
+        audit = Audit(database)
+        authorizer = Authorizer(audit)
+        policies = Policies(database, authorizer, settings.path(settings.roles_file))
+        await policies.open()
+        await stack.enter_async_context(_background(policies.watch(), "policies"))
+        ledger = _ledger(settings)
+        stack.push_async_callback(ledger.close)
+        sign_ins = SignIns(settings, database, authorizer)
+        keys = ApiKeys(database, authorizer, policies)
+        accounts = Accounts(settings, database, sign_ins, keys, policies, authorizer, ledger)
 
         llm = LLMClient(settings)
         await llm.open()
         stack.push_async_callback(llm.close)
         await stack.enter_async_context(_background(llm.watch(), "llm watch"))
 
-        templates = Templates(database)
-        sessions = SessionManager(settings, store, llm, templates)
+        book = UsageBook(database)
+        webhook = _webhook(settings)
+        if webhook is not None:
+            await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
+        alerts = Alerts(database, authorizer, settings.alert_percent, webhook)
+        prices = Prices(settings.path(settings.models_file))
+        admission = Admission(settings, policies, ledger, book, prices, alerts)
+        accounting = Accounting(database, admission)
+        templates = Templates(database, authorizer)
+        sessions = SessionManager(
+            settings, store, llm, templates, authorizer, policies, admission, accounting
+        )
         await sessions.open()
         stack.push_async_callback(sessions.close)
         await stack.enter_async_context(_background(sessions.heartbeat(), "heartbeat"))
@@ -69,15 +114,52 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 
         mqtt = None
         if settings.mqtt_broker_url:
-            mqtt = MqttBridge(settings, sessions, accounts, llm, store)
+            mqtt = MqttBridge(settings, sessions, accounts, authorizer, llm, store)
             await mqtt.open()
             stack.push_async_callback(mqtt.close)
-        container = Container(settings, store, accounts, llm, templates, sessions, mqtt)
+        container = Container(
+            settings=settings,
+            store=store,
+            audit=audit,
+            authorizer=authorizer,
+            policies=policies,
+            accounts=accounts,
+            sign_ins=sign_ins,
+            keys=keys,
+            people=People(database, authorizer, policies, sign_ins),
+            links=Links(database, authorizer, policies),
+            admission=admission,
+            book=book,
+            alerts=alerts,
+            llm=llm,
+            templates=templates,
+            sessions=sessions,
+            mqtt=mqtt,
+        )
         previous, _current = _current, container
         try:
             yield container
         finally:
             _current = previous
+
+
+def check_files(settings: Settings) -> None:
+    """Reads the files that settings name. Raises `InvalidRequest`, which says what is wrong in them."""
+    read_roles(settings.path(settings.roles_file))
+    Prices(settings.path(settings.models_file))
+
+
+def _webhook(settings: Settings) -> Webhook | None:
+    url = settings.alert_webhook_url.get_secret_value()
+    return Webhook(url, Outbound(settings.outbound_allow)) if url else None
+
+
+def _ledger(settings: Settings) -> Ledger:
+    if not settings.redis_url:
+        return MemoryLedger()
+    from app.services.redis_ledger import RedisLedger
+
+    return RedisLedger(settings.redis_url)
 
 
 def current() -> Container:

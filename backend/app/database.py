@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
 
 from app.errors import Internal, InvalidRequest, StorageUnavailable
@@ -29,6 +31,9 @@ T = TypeVar("T")
 Operation = Callable[[Connection], T]
 """Statements of one transaction. It may be run again after a rollback, so it must touch nothing but
 the connection; a result that is no error is better returned than raised."""
+
+BeforeCommit = Callable[[Connection, list[Any]], None]
+"""What is done with the deferred items of a transaction, at its end."""
 
 READERS = 4
 LARGEST_GROUP = 256
@@ -73,9 +78,11 @@ class _Write:
 
 
 class Database:
-    """Runs operations against `url` (SQLAlchemy's form) for one event loop."""
+    """Runs operations against `url` (SQLAlchemy's form) for one event loop. `before_commit` gets what
+    the operations of a transaction have deferred, and writes it with one stroke."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, before_commit: BeforeCommit | None = None) -> None:
+        self._before_commit = before_commit
         self._engine = create_portal_engine(url)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="db-reader")
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
@@ -127,7 +134,7 @@ class Database:
         while (group := self._next_group()) is not None:
             try:
                 connection = connection or self._engine.connect()
-                _commit_group(connection, group)
+                _commit_group(connection, group, self._before_commit)
             except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
                 for write in group:
                     write.error = write.error or error
@@ -161,10 +168,30 @@ def _settle(group: list[_Write]) -> None:
         write.settle()
 
 
-def _commit_group(connection: Connection, group: list[_Write]) -> None:
+_DEFERRED = "deferred"
+
+
+def defer(connection: Connection, item: Any) -> None:
+    """Leaves an item to the end of the transaction, where all of them are written together."""
+    connection.info[_DEFERRED].append(item)
+
+
+@contextmanager
+def _transaction(connection: Connection, before_commit: BeforeCommit | None) -> Iterator[None]:
+    items: list[Any] = []
+    connection.info[_DEFERRED] = items
+    with connection.begin():
+        yield
+        if items and before_commit is not None:
+            before_commit(connection, items)
+
+
+def _commit_group(
+    connection: Connection, group: list[_Write], before_commit: BeforeCommit | None = None
+) -> None:
     """All in one transaction; when one of several fails, each in its own, so that only it fails."""
     try:
-        with connection.begin():
+        with _transaction(connection, before_commit):
             for write in group:
                 write.result = write.operation(connection)
         return
@@ -176,10 +203,21 @@ def _commit_group(connection: Connection, group: list[_Write]) -> None:
             return
     for write in group:
         try:
-            with connection.begin():
+            with _transaction(connection, before_commit):
                 write.result = write.operation(connection)
         except Exception as error:  # noqa: BLE001 - it is handed to the caller
             write.error = error
+
+
+def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
+    """Inserts a row unless there is such a one already; tells whether it did."""
+    statement = insert_of(connection.dialect.name, table).values(values).on_conflict_do_nothing()
+    return connection.execute(statement.returning(*table.primary_key)).first() is not None
+
+
+def insert_of(dialect: str, table: Table) -> Any:
+    """An INSERT of `postgresql` or `sqlite`, for what standard SQL cannot say: ON CONFLICT."""
+    return (postgresql if dialect == "postgresql" else sqlite).insert(table)
 
 
 def create_portal_engine(url: str) -> Engine:

@@ -7,19 +7,80 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.access import Identity
 from app.errors import Unauthenticated
-from app.services.accounts import Accounts, Identity
+from app.services.accounts import Accounts
+from app.services.admission import Admission
+from app.services.alerts import Alerts
+from app.services.api_keys import ApiKeys
+from app.services.audit import Audit
+from app.services.authorizer import Authorizer
+from app.services.links import Links
 from app.services.llm_client import LLMClient
+from app.services.people import People
+from app.services.policies import Policies
 from app.services.session_manager import SessionManager
+from app.services.sign_ins import SignIns
 from app.services.store import Store
 from app.services.templates import Templates
+from app.services.usage import UsageBook
 
-_bearer = HTTPBearer(auto_error=False, description="The access token of /api/auth/login")
+_bearer = HTTPBearer(auto_error=False, description="The access token of /api/auth/login, or an API key")
 
 
 async def _accounts(request: Request) -> Accounts:
     accounts: Accounts = request.app.state.container.accounts
     return accounts
+
+
+async def _sign_ins(request: Request) -> SignIns:
+    sign_ins: SignIns = request.app.state.container.sign_ins
+    return sign_ins
+
+
+async def _keys(request: Request) -> ApiKeys:
+    keys: ApiKeys = request.app.state.container.keys
+    return keys
+
+
+async def _people(request: Request) -> People:
+    people: People = request.app.state.container.people
+    return people
+
+
+async def _links(request: Request) -> Links:
+    links: Links = request.app.state.container.links
+    return links
+
+
+async def _policies(request: Request) -> Policies:
+    policies: Policies = request.app.state.container.policies
+    return policies
+
+
+async def _authorizer(request: Request) -> Authorizer:
+    authorizer: Authorizer = request.app.state.container.authorizer
+    return authorizer
+
+
+async def _admission(request: Request) -> Admission:
+    admission: Admission = request.app.state.container.admission
+    return admission
+
+
+async def _book(request: Request) -> UsageBook:
+    book: UsageBook = request.app.state.container.book
+    return book
+
+
+async def _alerts(request: Request) -> Alerts:
+    alerts: Alerts = request.app.state.container.alerts
+    return alerts
+
+
+async def _audit(request: Request) -> Audit:
+    audit: Audit = request.app.state.container.audit
+    return audit
 
 
 async def _sessions(request: Request) -> SessionManager:
@@ -56,6 +117,16 @@ async def _mqtt(request: Request) -> MqttDoor | None:
 
 
 AccountsDep = Annotated[Accounts, Depends(_accounts)]
+SignInsDep = Annotated[SignIns, Depends(_sign_ins)]
+ApiKeysDep = Annotated[ApiKeys, Depends(_keys)]
+PeopleDep = Annotated[People, Depends(_people)]
+LinksDep = Annotated[Links, Depends(_links)]
+PoliciesDep = Annotated[Policies, Depends(_policies)]
+AuthorizerDep = Annotated[Authorizer, Depends(_authorizer)]
+AdmissionDep = Annotated[Admission, Depends(_admission)]
+UsageDep = Annotated[UsageBook, Depends(_book)]
+AlertsDep = Annotated[Alerts, Depends(_alerts)]
+AuditDep = Annotated[Audit, Depends(_audit)]
 SessionsDep = Annotated[SessionManager, Depends(_sessions)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
@@ -67,7 +138,9 @@ async def _identity(
     accounts: AccountsDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Identity:
     if credentials is None:
-        raise Unauthenticated("Sign in first: send `Authorization: Bearer` with an access token.")
+        raise Unauthenticated(
+            "Sign in first: send `Authorization: Bearer` with an access token or an API key."
+        )
     return await accounts.identify(credentials.credentials)
 
 

@@ -24,6 +24,8 @@ hold a path, a key, an address of an upstream server, or a prompt.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -39,11 +41,22 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     retry_after: float | UnsetType = UNSET
 
 
+class QuotaInfo(msgspec.Struct, frozen=True):
+    """How a rate limit stands: `remaining` of `amount` in `seconds`; `resets_in` seconds one more is free."""
+
+    name: str
+    amount: int
+    seconds: float
+    remaining: int
+    resets_in: float
+
+
 class PortalError(Exception):
     """A failure with a code of the contract.
 
     `retryable` says whether the same request may succeed later; `retry_after` (seconds) when;
-    `details` is a JSON value for programs, such as the list of fields that were wrong.
+    `details` is a JSON value for programs, such as the list of fields that were wrong; `quotas` are the
+    rate limits that were looked at.
     """
 
     code: ClassVar[str] = "internal"
@@ -58,11 +71,13 @@ class PortalError(Exception):
         retry_after: float | None = None,
         retryable: bool | None = None,
         status: int | None = None,
+        quotas: Sequence[QuotaInfo] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.details = details
         self.retry_after = retry_after
+        self.quotas = quotas
         if retryable is not None:
             self.retryable = retryable
         if status is not None:
@@ -208,3 +223,12 @@ def http_body(error: PortalError, request_id: str) -> dict[str, Any]:
     if error.details is not None:
         inner["details"] = error.details
     return {"error": inner, "detail": error.message}
+
+
+def quota_headers(quotas: Sequence[QuotaInfo]) -> Mapping[str, str]:
+    """How the rate limits stand, as HTTP headers (draft-ietf-httpapi-ratelimit-headers-10)."""
+    if not quotas:
+        return {}
+    policies = [f'"{quota.name}";q={quota.amount};w={quota.seconds:.0f}' for quota in quotas]
+    left = [f'"{quota.name}";r={quota.remaining};t={math.ceil(quota.resets_in)}' for quota in quotas]
+    return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(left)}

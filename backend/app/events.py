@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from app.access import Identity
 from app.errors import ErrorInfo
 
 ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
@@ -96,11 +97,11 @@ class TurnRequest:
 
     `deadline` is a Unix time in seconds that bounds the wait for a place at the LLM server.
     `detached` turns run on when their last follower leaves. `system_prompt`, or the template with its
-    `variables`, and `project` count only when the session is new; `template_version` is the version
-    that the prompt was rendered from.
+    `variables`, and `project` (empty: the default one) count only when the session is new;
+    `template_version` is the version that the prompt was rendered from.
     """
 
-    owner: str
+    who: Identity
     session_id: str
     message: str
     request_id: str | None = None
@@ -108,7 +109,7 @@ class TurnRequest:
     template_id: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     template_version: str | None = None
-    project: str = "prompt_portal"
+    project: str = ""
     options: GenerationOptions = field(default_factory=GenerationOptions)
     deadline: float | None = None
     detached: bool = True

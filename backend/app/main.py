@@ -16,22 +16,24 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from app import __version__
 from app.config import Settings
 from app.container import open_container
-from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
+from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body, quota_headers
 from app.events import TurnEvent, is_id, new_id
+from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
-from app.routers import auth, health, llm, page, sessions, templates
+from app.routers import admin, auth, health, keys, llm, page, sessions, stats, templates
 
 log = get_logger(__name__)
 
 DESCRIPTION = """
 One session-based chat with a local LLM, the same over HTTP and MQTT.
 
-Sign in with `POST /api/auth/login` and send the token as `Authorization: Bearer`. Every error has the
-body `{"error": {"code", "message", "request_id", "details"?}, "detail": message}`.
+Sign in with `POST /api/auth/login` and send the token, or an API key, as `Authorization: Bearer`. Every
+error has the body `{"error": {"code", "message", "request_id", "details"?}, "detail": message}`.
 """
 
 
@@ -51,6 +53,13 @@ class ErrorBody(BaseModel):
     detail: str
 
 
+class _App(FastAPI):
+    """FastAPI, with security headers also on what its own error handling answers."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return SecurityHeaders(super().build_middleware_stack())
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The portal as an ASGI app. Its lifespan opens and closes everything else."""
 
@@ -58,27 +67,34 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_container(settings) as container:
             app.state.container = container
+            if not await container.people.has_admin():
+                log.warning(
+                    "nobody is an admin yet: `./setup_llm.sh invite --role admin` makes a link for one"
+                )
             yield
 
-    app = FastAPI(
+    app = _App(
         title="Prompt Portal",
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
         responses={"default": {"model": ErrorBody, "description": "An error"}},
         generate_unique_id_function=_operation_id,
+        docs_url=None,  # a page of its own, like the portal's, instead of scripts from elsewhere
+        redoc_url=None,
     )
-    for part in (auth, llm, sessions, templates, health):
+    for part in (auth, llm, sessions, templates, keys, stats, admin, health):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)
+    app.add_middleware(BoundedBodies, most=settings.max_request_bytes, render=render)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -106,7 +122,7 @@ def render(request: Request, error: PortalError) -> JSONResponse:
     it too."""
     given = request.headers.get("x-request-id", "")
     request_id = given if is_id(given) else new_id()
-    headers = {"X-Request-ID": request_id}
+    headers = {"X-Request-ID": request_id, **quota_headers(error.quotas)}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     elif error.status in {429, 503}:

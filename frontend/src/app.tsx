@@ -9,7 +9,14 @@ import { PortalError } from "./client/errors";
 import { NotFoundPage, RouteError } from "./components/error-pages";
 import { RequireSignIn } from "./components/require-sign-in";
 import { Shell } from "./components/shell";
-import { RegisterPage, SignInPage } from "./features/auth/sign-in";
+import { AccountPage } from "./features/account/account-page";
+import { AdminPage, FirstAdminPage } from "./features/admin/admin-page";
+import { AuditPage } from "./features/admin/audit-page";
+import { LimitsPage } from "./features/admin/limits-page";
+import { RolesPage } from "./features/admin/roles-page";
+import { UsagePage } from "./features/admin/usage-page";
+import { UsersPage } from "./features/admin/users-page";
+import { JoinPage, NewPasswordPage, RegisterPage, SignInPage } from "./features/auth/sign-in";
 import { ConversationPage } from "./features/chat/conversation-page";
 import { NewChatPage } from "./features/chat/new-chat-page";
 import { SessionList } from "./features/chat/session-list";
@@ -32,6 +39,8 @@ const queries = new QueryClient({
 const router = createBrowserRouter([
   { path: "/sign-in", element: <SignInPage />, errorElement: <RouteError /> },
   { path: "/register", element: <RegisterPage />, errorElement: <RouteError /> },
+  { path: "/join", element: <JoinPage />, errorElement: <RouteError /> },
+  { path: "/new-password", element: <NewPasswordPage />, errorElement: <RouteError /> },
   {
     element: (
       <RequireSignIn>
@@ -45,6 +54,19 @@ const router = createBrowserRouter([
       { path: "/chat/:sessionId", element: <ConversationPage /> },
       { path: "/templates", element: <TemplatesPage /> },
       { path: "/templates/:templateId", element: <TemplatePage /> },
+      { path: "/account", element: <AccountPage /> },
+      {
+        path: "/admin",
+        element: <AdminPage />,
+        children: [
+          { index: true, element: <FirstAdminPage /> },
+          { path: "users", element: <UsersPage /> },
+          { path: "roles", element: <RolesPage /> },
+          { path: "limits", element: <LimitsPage /> },
+          { path: "usage", element: <UsagePage /> },
+          { path: "audit", element: <AuditPage /> },
+        ],
+      },
       { path: "*", element: <NotFoundPage /> },
     ],
   },

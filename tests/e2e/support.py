@@ -78,3 +78,11 @@ def serious_findings(page: Page) -> list[str]:
         if found["impact"] in {"serious", "critical"}
         for node in found["nodes"]
     ]
+
+
+def sign_in(page: Page, url: str, username: str, password: str = PASSWORD) -> None:
+    page.goto(f"{url}/sign-in")
+    page.get_by_label("Username or email").fill(username)
+    page.get_by_label(re.compile("^Password")).fill(password)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("textbox", name="Message")).to_be_visible()

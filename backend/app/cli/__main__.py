@@ -12,11 +12,12 @@ import msgspec
 import typer
 from rich.table import Table
 
-from app.cli import install, page, up
+from app.cli import install, page, people, up
 from app.cli.checks import run_benchmarks, run_checks
 from app.cli.console import Failure, Step, console, done, failures_shown
 from app.cli.stack import DEFAULT_STATE, Stack
 from app.cli.supervisor import StackState, process, read_state, stop_leftovers
+from app.config import DEFAULT_ENV_FILE
 
 NOT_RUNNING = 3
 """Exit code of `status` when nothing runs, as service managers have it."""
@@ -30,6 +31,9 @@ app = typer.Typer(
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+audit_app = typer.Typer(help="The audit log.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
 
 Port = Annotated[int, typer.Option("--port", help="Port of the portal", min=1, max=65535)]
 LlmPort = Annotated[
@@ -231,6 +235,41 @@ def bench(context: typer.Context) -> None:
         install.install_packages(stack, "requirements-dev.txt", "what the tests need")
         install.mosquitto(stack)
         sys.exit(run_benchmarks(context.args))
+
+
+EnvFile = Annotated[
+    Path, typer.Option("--env-file", help="The portal's settings", metavar="FILE", show_default=False)
+]
+
+
+@app.command()
+def invite(
+    role: Annotated[str, typer.Option("--role", help="The role of the new account")] = "author",
+    days: Annotated[float, typer.Option("--days", help="How long the link is good", min=0.01, max=365)] = 7,
+    url: Annotated[str, typer.Option("--url", help="Where the portal is")] = "http://127.0.0.1:8000",
+    env_file: EnvFile = DEFAULT_ENV_FILE,
+) -> None:
+    """Prints a link with which one account can be made, such as the first admin's (--role admin)."""
+    with failures_shown():
+        print(url.rstrip("/") + people.invite(env_file, role, days).path)
+
+
+@audit_app.command()
+def verify(
+    head: Annotated[
+        str | None, typer.Option("--head", help="A head (seq:hash) that was noted before", metavar="HEAD")
+    ] = None,
+    env_file: EnvFile = DEFAULT_ENV_FILE,
+) -> None:
+    """Checks that no row of the audit log was changed, taken out or put in. The exit code is 1 if so."""
+    with failures_shown():
+        verdict = people.verify_audit(env_file, head)
+        if verdict.problem is not None:
+            raise Failure(
+                f"The audit log is broken: {verdict.problem}.", f"{verdict.rows} rows before it fit."
+            )
+        done(f"The audit log is whole: {verdict.rows} rows")
+        print(verdict.head)
 
 
 def main() -> None:

@@ -183,6 +183,7 @@ def test_programs(stack: Stack) -> None:
         "mosquitto": find_program("mosquitto"),
         "postgresql": _postgres(),
         "chromium": find_program("chromium"),
+        "redis-server": find_program("redis-server"),
     }
     missing = [name for name, found in wanted.items() if not found]
     if missing and not install_system(stack, *missing):

@@ -78,7 +78,14 @@ def _is_new_enough(node: str | None) -> bool:
 
 def _sources() -> Iterator[Path]:
     """Every file that the built page depends on."""
-    for name in ("package-lock.json", "package.json", "index.html", "vite.config.ts", "tsconfig.json"):
+    for name in (
+        "package-lock.json",
+        "package.json",
+        "index.html",
+        "docs.html",
+        "vite.config.ts",
+        "tsconfig.json",
+    ):
         yield FRONTEND / name
     for folder in ("src", "public"):
         yield from sorted(path for path in (FRONTEND / folder).rglob("*") if path.is_file())

@@ -13,6 +13,7 @@ from pathlib import Path
 from app.cli import install, page
 from app.cli.console import Failure, Step, console, done, note
 from app.cli.parts import Part, in_checkout, parts_of
+from app.cli.people import invite_first_admin
 from app.cli.proof import prove
 from app.cli.stack import Stack
 from app.cli.supervisor import Supervisor, read_state
@@ -132,4 +133,8 @@ def where_to_go(stack: Stack) -> None:
     console.print(f"  MQTT        {stack.broker_address or 'none'}")
     console.print(f"  Settings    {in_checkout(stack.env_file)}")
     console.print(f"  Logs        {in_checkout(stack.logs)}")
+    link = invite_first_admin(stack.env_file)
+    if link is not None:
+        console.print(f"  First admin [bold]{stack.url}{link.path}[/bold]", soft_wrap=True)
+        console.print("              makes the admin's account, once, within a week.")
     console.print()

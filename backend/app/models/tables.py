@@ -60,8 +60,59 @@ users = Table(
     Column("username", String(64), nullable=False, unique=True),
     Column("email", String(254), nullable=False, unique=True),
     Column("password_hash", String(255), nullable=False),
-    Column("is_admin", Boolean, nullable=False),
+    Column("role", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("closed_at", Float, comment="may not sign in since then"),
+)
+
+roles = Table(
+    "roles",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("definition", JSON, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    comment="Roles as the API defined them, above those of files.",
+)
+
+links = Table(
+    "links",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("kind", String(16), nullable=False, comment="invitation or password"),
+    Column("secret_hash", String(64), nullable=False, unique=True),
+    Column("role", String(64), comment="that an invited account will have"),
+    Column("user", ForeignKey("users.id"), comment="whose password it sets"),
+    Column("made_by", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("used_at", Float),
+    comment="One-use links.",
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("user", ForeignKey("users.id"), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("prefix", String(16), nullable=False, comment="how it begins, to tell it from others"),
+    Column("secret_hash", String(64), nullable=False, unique=True),
+    Column("scopes", JSON, nullable=False),
+    Column("project", String(64), comment="the only one it is good for"),
+    Column("device", String(64), comment="good in MQTT payloads of this device only"),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("last_used_at", Float),
+    Column("revoked_at", Float),
+    Index(None, "user"),
+)
+
+limits = Table(
+    "limits",
+    metadata,
+    Column("subject", String(200), primary_key=True, comment="all, project:, key:, or an owner"),
+    Column("definition", JSON, nullable=False),
+    Column("updated_at", Float, nullable=False),
 )
 
 sign_ins = Table(
@@ -163,6 +214,9 @@ turns = Table(
     Column("state", String(16), nullable=False, comment="waiting, running, or the type of the ending"),
     Column("attempt", Integer, nullable=False),
     Column("instance", String(128), nullable=False, comment="who is in charge of it"),
+    Column("door", String(16), nullable=False),
+    Column("role", String(64), nullable=False, comment="of who asked"),
+    Column("api_key", String(28)),
     Column("created_at", Float, nullable=False),
     Column("ended_at", Float),
     Column("ending", LargeBinary, comment="the ending event, JSON"),
@@ -183,4 +237,90 @@ outbox = Table(
     UniqueConstraint("turn_id", "topic", "format"),
     Index(None, "project", "ready"),
     comment="Replies owed over MQTT; a row goes when the broker has confirmed the publish.",
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("turn_id", String(28), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False, comment="when it ended"),
+    Column("owner", String(200), nullable=False),
+    Column("api_key", String(28), nullable=False, comment="empty: none was used"),
+    Column("project", String(64), nullable=False),
+    Column("model", String(256), nullable=False, comment="empty: it came to no model"),
+    Column("door", String(16), nullable=False),
+    Column("outcome", String(16), nullable=False, comment="the type of the ending"),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),
+    Column("reasoning_tokens", Integer, nullable=False),
+    Column("estimated", Boolean, nullable=False, comment="the server did not count"),
+    Column("gpu_seconds", Float, nullable=False),
+    Column("cost", Float, nullable=False),
+    Column("ttft_ms", Integer),
+    Column("elapsed_ms", Integer, nullable=False),
+    Index(None, "owner", "at"),
+    Index(None, "at"),
+    comment="What each attempt at a turn used.",
+)
+
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("day", String(10), primary_key=True, comment="UTC, ISO 8601"),
+    Column("owner", String(200), primary_key=True),
+    Column("api_key", String(28), primary_key=True),
+    Column("project", String(64), primary_key=True),
+    Column("model", String(256), primary_key=True),
+    Column("door", String(16), primary_key=True),
+    Column("turns", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("cached_tokens", Integer, nullable=False),
+    Column("reasoning_tokens", Integer, nullable=False),
+    Column("gpu_seconds", Float, nullable=False),
+    Column("cost", Float, nullable=False),
+    comment="The sums of `usage`.",
+)
+
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("subject", String(200), nullable=False),
+    Column("budget", String(32), nullable=False),
+    Column("period", String(10), nullable=False, comment="the day or the month"),
+    Column("percent", Integer, nullable=False, comment="the threshold that was crossed"),
+    Column("spent", Float, nullable=False),
+    Column("amount", Float, nullable=False, comment="the whole budget"),
+    Column("at", Float, nullable=False),
+    UniqueConstraint("subject", "budget", "period", "percent"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False),
+    Column("actor", String(200), nullable=False, comment="an owner; empty: nobody who is known"),
+    Column("action", String(64), nullable=False),
+    Column("target", String(200), nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("door", String(16), nullable=False),
+    Column("personal_data", Boolean, nullable=False, comment="whether such was shown"),
+    Column("details", JSON, nullable=False),
+    Column("hash", String(64), nullable=False, comment="of this row and the hash of the one before"),
+    Index(None, "actor", "seq"),
+    Index(None, "action", "seq"),
+    comment="Who did what; rows are only ever added.",
+)
+
+audit_head = Table(
+    "audit_head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("seq", Integer, nullable=False),
+    Column("hash", String(64), nullable=False),
+    comment="One row: the end of the chain. Whoever adds to it locks it.",
 )

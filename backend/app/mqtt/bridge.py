@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app import __version__
+from app.access import Identity
 from app.config import Settings
 from app.database import insist
 from app.errors import Internal, NotFound, PortalError, StorageUnavailable, Unauthenticated
@@ -23,6 +24,7 @@ from app.logs import get_logger
 from app.mqtt import contract
 from app.mqtt.connection import Broker, Incoming, MqttConnection, PublishRefused
 from app.services.accounts import Accounts
+from app.services.authorizer import Authorizer
 from app.services.llm_client import LLMClient
 from app.services.session_manager import SessionManager
 from app.services.store import Delivery, Store
@@ -40,12 +42,19 @@ class MqttBridge:
     """Serves the projects of the settings."""
 
     def __init__(
-        self, settings: Settings, sessions: SessionManager, accounts: Accounts, llm: LLMClient, store: Store
+        self,
+        settings: Settings,
+        sessions: SessionManager,
+        accounts: Accounts,
+        authorizer: Authorizer,
+        llm: LLMClient,
+        store: Store,
     ) -> None:
         self._sessions = sessions
         self._store = store
         self._settings = settings
         self._accounts = accounts
+        self._authorizer = authorizer
         self._llm = llm
         self._projects: dict[str, ProjectDoor] = {}
 
@@ -55,7 +64,14 @@ class MqttBridge:
         database_id = await self._store.database_id()
         for name in self._settings.mqtt_projects:
             door = self._projects[name] = ProjectDoor(
-                name, database_id, self._settings, self._sessions, self._accounts, self._llm, self._store
+                name,
+                database_id,
+                self._settings,
+                self._sessions,
+                self._accounts,
+                self._authorizer,
+                self._llm,
+                self._store,
             )
             door.open()
 
@@ -84,6 +100,7 @@ class ProjectDoor:
         settings: Settings,
         sessions: SessionManager,
         accounts: Accounts,
+        authorizer: Authorizer,
         llm: LLMClient,
         store: Store,
     ) -> None:
@@ -91,6 +108,7 @@ class ProjectDoor:
         self._settings = settings
         self._sessions = sessions
         self._accounts = accounts
+        self._authorizer = authorizer
         self._llm = llm
         self._store = store
         self._lease = f"mqtt:{project}"
@@ -101,6 +119,8 @@ class ProjectDoor:
         self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
         self._unacked: deque[tuple[Incoming, asyncio.Task[None]]] = deque()
         self._delivering: set[str] = set()
+        self._delivered: set[str] = set()
+        """Since the outbox was read last: what was read then may be in it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
         self._connection = MqttConnection(
@@ -237,12 +257,14 @@ class ProjectDoor:
             return self._clear(topic_session)
         request = contract.read_request(self._project, message.topic, message.payload)
         if isinstance(request, contract.Refusal):
+            if isinstance(request.error, contract.ForeignReplyTopic):
+                await self._authorizer.deny(self._accounts.anonymous(self._project), "reply topic of another")
             return self._refuse(request.target, request.error, request.request_id)
         try:
-            owner = await self._owner(request.input.token)
+            who = await self._who(request.input.token)
         except PortalError as error:
             return self._refuse(request.target, error, request.input.request_id)
-        return self._submit(request, owner)
+        return self._submit(request, who)
 
     async def _fail(self, message: Incoming) -> None:
         """Answers a message that could not even be read for a fault of the portal's."""
@@ -251,17 +273,17 @@ class ProjectDoor:
             target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
             await self._refuse(target, Internal("The portal failed at this request."), None)
 
-    async def _owner(self, token: str | None) -> str:
+    async def _who(self, token: str | None) -> Identity:
         if token:
-            return (await insist(lambda: self._accounts.identify(token))).owner
+            return await insist(lambda: self._accounts.identify(token, door="mqtt"))
         if not self._settings.anonymous_mqtt:
             raise Unauthenticated("token: messages without one are not answered here.")
-        return f"anon:{self._project}"
+        return self._accounts.anonymous(self._project)
 
-    async def _submit(self, request: contract.Request, owner: str) -> None:
+    async def _submit(self, request: contract.Request, who: Identity) -> None:
         body = request.input
         turn = TurnRequest(
-            owner=owner,
+            who=who,
             session_id=request.session_id,
             message=body.message,
             request_id=body.request_id,
@@ -283,8 +305,8 @@ class ProjectDoor:
     async def _clear(self, session_id: str) -> None:
         target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
         try:
-            owner = await self._owner(None)
-            await insist(lambda: self._sessions.clear(owner, session_id))
+            who = await self._who(None)
+            await insist(lambda: self._sessions.clear(who, session_id))
         except NotFound:
             pass  # it is as empty as it should be
         except PortalError as error:
@@ -318,6 +340,7 @@ class ProjectDoor:
             )
             await self._connection.publish(target.topic, payload)
             await insist(lambda: self._store.delivered([delivery.id]))
+            self._delivered.add(delivery.id)
         except PublishRefused as error:
             # It stays in the outbox, and is tried again when the portal is started again.
             log.error("the broker refused a reply", topic=target.topic, reason=str(error))
@@ -328,8 +351,11 @@ class ProjectDoor:
         """Publishes the replies that an earlier process left, and those to turns that another process
         has ended. Runs until cancelled."""
         while True:
+            self._delivered.clear()
             for delivery in await insist(lambda: self._store.ready_deliveries(self._project)):
                 found = await insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
+                if delivery.id in self._delivered:
+                    continue
                 if found is not None and found[0].ending is not None:
                     self.deliver(delivery, recall(*found))
             await asyncio.sleep(OUTBOX_S)

@@ -41,6 +41,10 @@ def session_of_topic(topic: str) -> str | None:
     return levels[2] if len(levels) == 3 else None
 
 
+class ForeignReplyTopic(InvalidRequest):
+    """The answer was to go to a topic that is not the asker's."""
+
+
 class PromptTemplate(BaseModel):
     """A prompt as older clients send it."""
 
@@ -138,7 +142,7 @@ def _request(project: str, session_id: str, body: UserInput) -> Request:
         raise InvalidRequest("requestId: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
     # Anything else would let one client make the bridge write to another's topic.
     if topic != default and not topic.startswith(f"{default}/"):
-        raise InvalidRequest(f"replyTopic: it must be {default} or below it")
+        raise ForeignReplyTopic(f"replyTopic: it must be {default} or below it")
     if any(mark in topic for mark in "+#\0") or len(topic.encode()) > 1024:
         raise InvalidRequest("replyTopic: it cannot be published to")
     return Request(body, session_id, ReplyTarget(project, topic, body.format))

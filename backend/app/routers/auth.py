@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from datetime import UTC, datetime
+from typing import Annotated, Literal, TypedDict
 
 from fastapi import APIRouter, Cookie, Form, Request, Response
 from pydantic import BaseModel, EmailStr, Field, model_validator
 
-from app.dependencies import AccountsDep, CurrentUser
+from app.access import PERMISSIONS, Identity, Limits
+from app.dependencies import AccountsDep, AdmissionDep, CurrentUser, SignInsDep
 from app.errors import Unauthenticated
-from app.services.accounts import Identity, Tokens
+from app.hardening import StrictRoute
+from app.services.sign_ins import SignIn, Tokens
 
-router = APIRouter(prefix="/api/auth", tags=["auth"])
+router = APIRouter(prefix="/api/auth", tags=["auth"], route_class=StrictRoute)
 
 COOKIE = "portal_refresh"
 COOKIE_PATH = "/api/auth"
@@ -25,6 +28,9 @@ class Registration(BaseModel):
     username: Annotated[str, Field(min_length=2, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     email: EmailStr
     password: Annotated[str, Field(min_length=8, max_length=256)]
+    invitation: Annotated[str | None, Field(max_length=200, description="What an admin's link ends with")] = (
+        None
+    )
 
 
 class Login(BaseModel):
@@ -49,6 +55,20 @@ class TokenForm(BaseModel):
         if missing:
             raise ValueError(f"grant_type {self.grant_type} needs {' and '.join(missing)}")
         return self
+
+
+class PasswordChange(BaseModel):
+    """Another password for my account."""
+
+    current_password: Annotated[str, Field(min_length=1, max_length=256)]
+    new_password: Annotated[str, Field(min_length=8, max_length=256)]
+
+
+class PasswordReset(BaseModel):
+    """A new password, with an admin's link."""
+
+    link: Annotated[str, Field(min_length=1, max_length=200, description="What the link ends with")]
+    new_password: Annotated[str, Field(min_length=8, max_length=256)]
 
 
 class AccessToken(BaseModel):
@@ -76,44 +96,99 @@ class Account(BaseModel):
     id: str
     username: str
     email: str
-    is_admin: bool
+    role: str
     created_at: float
 
     @classmethod
     def of(cls, identity: Identity) -> Account:
         """The account of an identity."""
         return cls(
-            id=identity.owner.removeprefix("user:"),
+            id=identity.user or identity.owner,
             username=identity.username,
             email=identity.email,
-            is_admin=identity.is_admin,
+            role=identity.role_name,
             created_at=identity.created_at,
         )
 
 
+class PermissionBody(BaseModel):
+    """Something that can be allowed."""
+
+    name: str
+    description: str
+    allowed: bool
+
+
+class Permissions(BaseModel):
+    """What I may. `limits` are those that hold for me; null or 0 is none."""
+
+    role: str
+    description: str
+    permissions: list[PermissionBody]
+    models: list[str]
+    tools: list[str]
+    limits: Limits
+
+
+class SignInBody(BaseModel):
+    """A sign-in; `current` is the one that asks."""
+
+    id: str
+    user_agent: str
+    created_at: datetime
+    last_used_at: datetime
+    current: bool
+
+    @classmethod
+    def of(cls, sign_in: SignIn, who: Identity) -> SignInBody:
+        """The body of a sign-in."""
+        return cls(
+            id=sign_in.id,
+            user_agent=sign_in.user_agent,
+            created_at=datetime.fromtimestamp(sign_in.created_at, UTC),
+            last_used_at=datetime.fromtimestamp(sign_in.renewed_at, UTC),
+            current=sign_in.id == who.sign_in,
+        )
+
+
+class SignInList(BaseModel):
+    """Sign-ins."""
+
+    sign_ins: list[SignInBody]
+
+
 @router.post("/register", status_code=201)
-async def register(body: Registration, accounts: AccountsDep) -> Account:
-    """Makes an account. The first one made is an admin's."""
-    return Account.of(await accounts.register(body.username, body.email, body.password))
+async def register(body: Registration, request: Request, accounts: AccountsDep) -> Account:
+    """Makes an account, with an invitation where one is needed."""
+    identity = await accounts.register(
+        body.username,
+        body.email,
+        body.password,
+        invitation=body.invitation,
+        address=_caller(request)["address"],
+    )
+    return Account.of(identity)
 
 
 @router.post("/login")
 async def login(body: Login, request: Request, response: Response, accounts: AccountsDep) -> AccessToken:
     """Signs in with a username or an email address. The refresh token comes as a cookie that no script
     can read; programs without cookies sign in at `/api/auth/token`."""
-    tokens = await accounts.sign_in(body.username, body.password, _user_agent(request))
+    tokens = await accounts.sign_in(body.username, body.password, **_caller(request))
     _keep(request, response, tokens)
     return AccessToken.of(tokens)
 
 
 @router.post("/token")
-async def token(request: Request, form: Annotated[TokenForm, Form()], accounts: AccountsDep) -> OAuth2Token:
+async def token(
+    request: Request, form: Annotated[TokenForm, Form()], accounts: AccountsDep, sign_ins: SignInsDep
+) -> OAuth2Token:
     """OAuth2's token endpoint: with `username` and `password`, or with `grant_type=refresh_token` and
     `refresh_token`, which is used up by that."""
     if form.grant_type == "refresh_token":
-        tokens = await accounts.renew(form.refresh_token)
+        tokens = await sign_ins.renew(form.refresh_token)
     else:
-        tokens = await accounts.sign_in(form.username, form.password, _user_agent(request))
+        tokens = await accounts.sign_in(form.username, form.password, **_caller(request))
     return OAuth2Token(
         access_token=tokens.access_token, expires_in=tokens.expires_in, refresh_token=tokens.refresh_token
     )
@@ -121,20 +196,20 @@ async def token(request: Request, form: Annotated[TokenForm, Form()], accounts: 
 
 @router.post("/refresh")
 async def refresh(
-    request: Request, response: Response, accounts: AccountsDep, refresh_token: RefreshCookie = ""
+    request: Request, response: Response, sign_ins: SignInsDep, refresh_token: RefreshCookie = ""
 ) -> AccessToken:
     """A new access token for whoever has the cookie of a sign-in; the cookie is renewed."""
     if not refresh_token:
         raise Unauthenticated("Nobody is signed in here.")
-    tokens = await accounts.renew(refresh_token)
+    tokens = await sign_ins.renew(refresh_token)
     _keep(request, response, tokens)
     return AccessToken.of(tokens)
 
 
 @router.post("/logout", status_code=204)
-async def logout(response: Response, accounts: AccountsDep, refresh_token: RefreshCookie = "") -> None:
+async def logout(response: Response, sign_ins: SignInsDep, refresh_token: RefreshCookie = "") -> None:
     """Ends the sign-in of the cookie; its access tokens are no longer good."""
-    await accounts.sign_out(refresh_token)
+    await sign_ins.end_by_token(refresh_token)
     response.delete_cookie(COOKIE, path=COOKIE_PATH, httponly=True, samesite="strict")
 
 
@@ -142,6 +217,57 @@ async def logout(response: Response, accounts: AccountsDep, refresh_token: Refre
 async def me(identity: CurrentUser) -> Account:
     """Who I am."""
     return Account.of(identity)
+
+
+@router.put("/password", status_code=204)
+async def change_password(
+    body: PasswordChange, request: Request, identity: CurrentUser, accounts: AccountsDep
+) -> None:
+    """Changes my password, and ends all my sign-ins but this one."""
+    address = _caller(request)["address"]
+    await accounts.change_password(identity, body.current_password, body.new_password, address=address)
+
+
+@router.post("/password-reset", status_code=204)
+async def reset_password(body: PasswordReset, request: Request, accounts: AccountsDep) -> None:
+    """Sets a new password with the link that an admin has made; all sign-ins of the account end."""
+    await accounts.reset_password(body.link, body.new_password, address=_caller(request)["address"])
+
+
+@router.get("/permissions")
+async def permissions(identity: CurrentUser, admission: AdmissionDep) -> Permissions:
+    """What I may do here, and how much."""
+    role = identity.role
+    return Permissions(
+        role=identity.role_name,
+        description=role.description,
+        permissions=[
+            PermissionBody(name=name, description=text, allowed=identity.may(name))
+            for name, text in PERMISSIONS.items()
+        ],
+        models=list(role.models),
+        tools=list(role.tools),
+        limits=admission.limits_of(identity),
+    )
+
+
+@router.get("/sign-ins")
+async def list_sign_ins(identity: CurrentUser, sign_ins: SignInsDep) -> SignInList:
+    """Where I am signed in, the newest first."""
+    found = await sign_ins.open_ones(identity)
+    return SignInList(sign_ins=[SignInBody.of(one, identity) for one in found])
+
+
+@router.delete("/sign-ins", status_code=204)
+async def end_sign_ins(identity: CurrentUser, sign_ins: SignInsDep) -> None:
+    """Signs me out everywhere, here too."""
+    await sign_ins.end_all(identity)
+
+
+@router.delete("/sign-ins/{sign_in_id}", status_code=204)
+async def end_sign_in(sign_in_id: str, identity: CurrentUser, sign_ins: SignInsDep) -> None:
+    """Signs me out in one place."""
+    await sign_ins.end(identity, sign_in_id)
 
 
 def _keep(request: Request, response: Response, tokens: Tokens) -> None:
@@ -157,5 +283,12 @@ def _keep(request: Request, response: Response, tokens: Tokens) -> None:
     )
 
 
-def _user_agent(request: Request) -> str:
-    return request.headers.get("user-agent", "")
+class _Caller(TypedDict):
+    address: str
+    user_agent: str
+
+
+def _caller(request: Request) -> _Caller:
+    """Where a request comes from. Behind proxies the server has put their client's address there."""
+    address = request.client.host if request.client else ""
+    return {"address": address, "user_agent": request.headers.get("user-agent", "")}

@@ -9,8 +9,9 @@ from pydantic import BaseModel
 
 from app.dependencies import LLMDep, MqttDep, StoreDep
 from app.errors import StorageUnavailable
+from app.hardening import StrictRoute
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(prefix="/health", tags=["health"], route_class=StrictRoute)
 
 State = Literal["ok", "degraded", "down", "off"]
 

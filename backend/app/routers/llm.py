@@ -11,16 +11,17 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from app.access import Identity
 from app.dependencies import CurrentUser, LLMDep, SessionsDep
 from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, Objects, TurnRequest
+from app.hardening import StrictRoute
 from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
-from app.services.accounts import Identity
 from app.services.llm_client import Health
 from app.services.session_manager import HistoryPage, SessionManager
 from app.services.store import MessageRow
 from app.services.turns import Turn, answer_of, parse_position
 
-router = APIRouter(prefix="/api/llm", tags=["chat"])
+router = APIRouter(prefix="/api/llm", tags=["chat"], route_class=StrictRoute)
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 
@@ -45,7 +46,9 @@ class SessionChat(GenerationOptions):
         str | None, Field(description="A template of mine; its newest version is used")
     ] = None
     variables: Annotated[dict[str, Any], Field(default_factory=dict, description="What the template needs")]
-    project: Annotated[str, Field(min_length=1, max_length=64)] = "prompt_portal"
+    project: Annotated[
+        str, Field(max_length=64, description="`prompt_portal`, or that of the API key, when left out")
+    ] = ""
     request_id: Annotated[
         Id | None, Field(description="Makes the request safe to repeat, and lets it outlive the connection")
     ] = None
@@ -120,16 +123,20 @@ class Stopped(Done):
 
 
 @router.post("/chat", response_model_exclude_none=True)
-async def chat(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> ChatAnswer:
+async def chat(
+    body: Chat, request: Request, response: Response, user: CurrentUser, sessions: SessionsDep
+) -> ChatAnswer:
     """Answers messages; nothing of it is kept."""
-    answer = await _answer(request, sessions.chat(user.owner, body.messages, body))
+    turn = await sessions.chat(user, body.messages, body)
+    response.headers.update(turn.ticket.headers)
+    answer = await _answer(request, turn)
     return ChatAnswer(**_shown(answer))
 
 
 @router.post("/chat/stream", response_class=Response, responses=STREAM_RESPONSES)
 async def chat_stream(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> Response:
     """`/chat` as a stream of events: SSE, or NDJSON with `Accept: application/x-ndjson`."""
-    return TurnStream(request, sessions.chat(user.owner, body.messages, body))
+    return TurnStream(request, await sessions.chat(user, body.messages, body))
 
 
 # --- chat in a session ---------------------------------------------------------------------------
@@ -137,11 +144,12 @@ async def chat_stream(body: Chat, request: Request, user: CurrentUser, sessions:
 
 @router.post("/chat/session", response_model_exclude_none=True)
 async def session_chat(
-    body: SessionChat, request: Request, user: CurrentUser, sessions: SessionsDep
+    body: SessionChat, request: Request, response: Response, user: CurrentUser, sessions: SessionsDep
 ) -> SessionAnswer:
     """Answers a message with the session's history, which remembers both. Makes the session if it
     is new."""
     turn = await _submit(sessions, user, body)
+    response.headers.update(turn.ticket.headers)
     answer = await _answer(request, turn)
     return SessionAnswer(
         **_shown(answer),
@@ -170,7 +178,7 @@ async def follow_turn(
     last_event_id: Annotated[str | None, Header(description="The same, as browsers send it")] = None,
 ) -> Response:
     """Follows a running or ended turn, from the event after the last one seen."""
-    turn = await sessions.find(user.owner, turn_id)
+    turn = await sessions.find(user, turn_id)
     seen = after or last_event_id
     return TurnStream(request, turn, parse_position(seen) if seen else None)
 
@@ -184,21 +192,21 @@ async def history(
     before: Annotated[str | None, Query(description="Only messages older than this one")] = None,
 ) -> HistoryAnswer:
     """The messages of a session."""
-    page = await sessions.page(user.owner, session_id, limit=limit, before=before)
+    page = await sessions.page(user, session_id, limit=limit, before=before)
     return HistoryAnswer(session_id=session_id, messages=_messages(page))
 
 
 @router.delete("/chat/session/{session_id}")
 async def clear(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Done:
     """Deletes the messages of a session. Its system prompt stays."""
-    await sessions.clear(user.owner, session_id)
+    await sessions.clear(user, session_id)
     return Done(message="Session cleared")
 
 
 @router.post("/chat/session/{session_id}/stop")
 async def stop(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Stopped:
     """Stops the running turn; what there is of its reply is kept."""
-    turn_id = await sessions.stop(user.owner, session_id)
+    turn_id = await sessions.stop(user, session_id)
     return Stopped(message="Stopped" if turn_id else "Nothing was running", turn_id=turn_id)
 
 
@@ -214,7 +222,7 @@ async def health(llm: LLMDep) -> Health:
 async def _submit(sessions: SessionManager, user: Identity, body: SessionChat) -> Turn:
     return await sessions.submit(
         TurnRequest(
-            owner=user.owner,
+            who=user,
             session_id=body.session_id,
             message=body.message,
             request_id=body.request_id,

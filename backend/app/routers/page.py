@@ -28,7 +28,8 @@ FOR_EVER = "public, max-age=31536000, immutable"
 
 NOT_BUILT = """<!doctype html><html lang="en"><title>Prompt Portal</title>
 <h1>The page is not built</h1>
-<p>The portal runs, and its API is at <a href="/docs">/docs</a>. To build the page:
+<p>The portal runs, and its API is described at
+<a href="/openapi.json">/openapi.json</a>. To build the page:
 <code>./setup_llm.sh install</code>, or <code>npm ci</code> and <code>npm run build</code> in
 <code>frontend/</code>. Then load this again.</p></html>"""
 
@@ -39,16 +40,17 @@ async def serve_page(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http" or scope["method"] not in {"GET", "HEAD"}:
         raise NotFound("There is no such address.")
     request = Request(scope)
-    response = _file_response(scope["path"].removeprefix("/"))
+    path = scope["path"].removeprefix("/")
+    response = _page("docs.html") if path == "docs" else _file_response(path)
     if response is None:
         if "text/html" not in request.headers.get("accept", ""):
             raise NotFound("There is no such address.")
-        response = _page()
+        response = _page("index.html")
     await response(scope, receive, send)
 
 
-def _page() -> Response:
-    index = PAGE_DIR / "index.html"
+def _page(name: str) -> Response:
+    index = PAGE_DIR / name
     if not index.is_file():
         return HTMLResponse(NOT_BUILT, 503)
     nonce = secrets.token_urlsafe(18)
@@ -71,7 +73,7 @@ def _file_response(path: str) -> Response | None:
 
 def _file(path: str) -> Path | None:
     """The file of the built page that the path names, if it is one."""
-    if path in {"", "index.html"} or "\0" in path:
+    if path in {"", "index.html", "docs.html"} or "\0" in path:
         return None
     root = PAGE_DIR.resolve()
     file = (root / path).resolve()

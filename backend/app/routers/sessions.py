@@ -10,10 +10,11 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from app.dependencies import CurrentUser, SessionsDep, TemplatesDep
+from app.hardening import StrictRoute
 from app.services.store import SessionRow
 from app.services.templates import Templates, TemplateVersion
 
-router = APIRouter(prefix="/api/sessions", tags=["sessions"])
+router = APIRouter(prefix="/api/sessions", tags=["sessions"], route_class=StrictRoute)
 
 
 class SessionTemplate(BaseModel):
@@ -63,10 +64,10 @@ async def list_sessions(
     templates: TemplatesDep,
     search: Annotated[str, Query(max_length=200, description="Only titles with this text")] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, le=2**53)] = 0,
 ) -> SessionPage:
     """My sessions, those used last first."""
-    found, total = await sessions.search(user.owner, search, limit=limit, offset=offset)
+    found, total = await sessions.search(user, search, limit=limit, offset=offset)
     return SessionPage(sessions=await _shown(found, templates), total=total)
 
 
@@ -75,7 +76,7 @@ async def get_session(
     session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
 ) -> Session:
     """One session."""
-    return await _one(await sessions.session(user.owner, session_id), templates)
+    return await _one(await sessions.session(user, session_id), templates)
 
 
 @router.patch("/{session_id}")
@@ -83,13 +84,13 @@ async def change_session(
     session_id: str, body: SessionChange, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
 ) -> Session:
     """Gives a session another title."""
-    return await _one(await sessions.rename(user.owner, session_id, body.title), templates)
+    return await _one(await sessions.rename(user, session_id, body.title), templates)
 
 
 @router.delete("/{session_id}", status_code=204)
 async def delete_session(session_id: str, user: CurrentUser, sessions: SessionsDep) -> None:
     """Deletes a session; its turns are stopped. It can be restored."""
-    await sessions.delete(user.owner, session_id)
+    await sessions.delete(user, session_id)
 
 
 @router.post("/{session_id}/restore")
@@ -97,7 +98,7 @@ async def restore_session(
     session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
 ) -> Session:
     """Brings a deleted session back, unless its id is in use again."""
-    return await _one(await sessions.restore(user.owner, session_id), templates)
+    return await _one(await sessions.restore(user, session_id), templates)
 
 
 async def _one(row: SessionRow, templates: Templates) -> Session:

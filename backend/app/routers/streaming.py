@@ -22,12 +22,28 @@ NDJSON = "application/x-ndjson"
 KEEP_ALIVE_S = 15.0
 """Silence after which an event stream gets a comment line, so that proxies keep it open."""
 
+_EVENT = {"$ref": "#/components/schemas/TurnEvent"}
+
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The events of the turn, up to the one that ends it.",
         "content": {
-            SSE: {"schema": {"$ref": "#/components/schemas/TurnEvent"}},
-            NDJSON: {"schema": {"$ref": "#/components/schemas/TurnEvent"}},
+            SSE: {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "id": {"type": "string"},
+                        "event": {"type": "string"},
+                        "data": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "contentSchema": _EVENT,
+                        },
+                    },
+                    "required": ["id", "event", "data"],
+                }
+            },
+            NDJSON: {"schema": _EVENT},
         },
     }
 }
@@ -44,7 +60,7 @@ class TurnStream(Response):
         self.background = None
         self.status_code = 200
         self.media_type = NDJSON if self._ndjson else SSE
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **turn.ticket.headers})
 
     def init_headers(self, headers: dict[str, str] | None = None) -> None:  # type: ignore[override]
         """A stream has no length to announce."""

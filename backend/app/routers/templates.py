@@ -5,18 +5,22 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
-from app.dependencies import CurrentUser, TemplatesDep
+from app.dependencies import AuthorizerDep, CurrentUser, TemplatesDep
+from app.hardening import StrictRoute
 from app.services.templates import Draft, TemplateVersion
 from app.services.templating import LONGEST_TEMPLATE, render, variables_of
 
-router = APIRouter(prefix="/api/templates", tags=["templates"])
+router = APIRouter(prefix="/api/templates", tags=["templates"], route_class=StrictRoute)
 
 Content = Annotated[
     str, Field(min_length=1, max_length=LONGEST_TEMPLATE, description="Text with {{ variables }}")
 ]
+
+MOST_VERSIONS = 2**31 - 1
+"""What a database keeps as a number of a version."""
 
 
 class TemplateBody(BaseModel):
@@ -83,7 +87,7 @@ class RenderBody(BaseModel):
     """Values for the variables; `version` is the newest one when it is left out."""
 
     variables: Annotated[dict[str, Any], Field(default_factory=dict)]
-    version: Annotated[int | None, Field(ge=1)] = None
+    version: Annotated[int | None, Field(ge=1, le=MOST_VERSIONS)] = None
 
 
 class PreviewBody(BaseModel):
@@ -113,22 +117,23 @@ async def list_templates(
     templates: TemplatesDep,
     search: Annotated[str, Query(max_length=200, description="Only those with this text")] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    offset: Annotated[int, Query(ge=0, le=2**53)] = 0,
 ) -> TemplatePage:
     """My templates in their newest version, those saved last first."""
-    found, total = await templates.search(user.owner, search, limit=limit, offset=offset)
+    found, total = await templates.search(user, search, limit=limit, offset=offset)
     return TemplatePage(templates=[Template.of(version) for version in found], total=total)
 
 
 @router.post("", status_code=201)
 async def create_template(body: TemplateBody, user: CurrentUser, templates: TemplatesDep) -> Template:
     """Saves a new template."""
-    return Template.of(await templates.create(user.owner, body.draft))
+    return Template.of(await templates.create(user, body.draft))
 
 
 @router.post("/preview")
-async def preview_template(body: PreviewBody, user: CurrentUser) -> Preview:  # noqa: ARG001 - signed in
+async def preview_template(body: PreviewBody, user: CurrentUser, authorizer: AuthorizerDep) -> Preview:
     """The prompt of a template that need not be saved, and the variables that it needs."""
+    await authorizer.check(user, "templates:read")
     variables = variables_of(body.content)
     missing = [name for name in variables if name not in body.variables]
     prompt = None if missing else render(body.content, body.variables)
@@ -138,7 +143,7 @@ async def preview_template(body: PreviewBody, user: CurrentUser) -> Preview:  # 
 @router.get("/{template_id}")
 async def get_template(template_id: str, user: CurrentUser, templates: TemplatesDep) -> Template:
     """A template in its newest version."""
-    return Template.of(await templates.get(user.owner, template_id))
+    return Template.of(await templates.get(user, template_id))
 
 
 @router.put("/{template_id}")
@@ -146,32 +151,37 @@ async def save_template(
     template_id: str, body: TemplateSave, user: CurrentUser, templates: TemplatesDep
 ) -> Template:
     """Saves a new version, unless nothing has changed."""
-    return Template.of(await templates.save(user.owner, template_id, body.draft, body.based_on))
+    return Template.of(await templates.save(user, template_id, body.draft, body.based_on))
 
 
 @router.delete("/{template_id}", status_code=204)
 async def delete_template(template_id: str, user: CurrentUser, templates: TemplatesDep) -> None:
     """Deletes a template. Sessions made from it keep their prompt, and it can be restored."""
-    await templates.delete(user.owner, template_id)
+    await templates.delete(user, template_id)
 
 
 @router.post("/{template_id}/restore")
 async def restore_template(template_id: str, user: CurrentUser, templates: TemplatesDep) -> Template:
     """Brings a deleted template back."""
-    return Template.of(await templates.restore(user.owner, template_id))
+    return Template.of(await templates.restore(user, template_id))
 
 
 @router.get("/{template_id}/versions")
 async def list_versions(template_id: str, user: CurrentUser, templates: TemplatesDep) -> TemplateVersions:
     """All versions, the newest first."""
-    found = await templates.versions(user.owner, template_id)
+    found = await templates.versions(user, template_id)
     return TemplateVersions(versions=[Template.of(version) for version in found])
 
 
 @router.get("/{template_id}/versions/{version}")
-async def get_version(template_id: str, version: int, user: CurrentUser, templates: TemplatesDep) -> Template:
+async def get_version(
+    template_id: str,
+    version: Annotated[int, Path(ge=1, le=MOST_VERSIONS)],
+    user: CurrentUser,
+    templates: TemplatesDep,
+) -> Template:
     """One version."""
-    return Template.of(await templates.get(user.owner, template_id, version))
+    return Template.of(await templates.get(user, template_id, version))
 
 
 @router.post("/{template_id}/render")
@@ -179,5 +189,5 @@ async def render_template(
     template_id: str, body: RenderBody, user: CurrentUser, templates: TemplatesDep
 ) -> Rendered:
     """The prompt that a version makes with these variables."""
-    version = await templates.get(user.owner, template_id, body.version)
+    version = await templates.get(user, template_id, body.version)
     return Rendered(prompt=version.render(body.variables))

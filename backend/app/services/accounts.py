@@ -1,189 +1,222 @@
-"""Accounts, and the sign-ins of their people.
-
-A sign-in begins with a password and lasts as long as its refresh token is renewed. Each renewal gives a
-new generation of the token, and one of an older generation, used again, ends the sign-in: somebody else
-has it too. The generation before is good for some seconds more, because two tabs of a browser renew at
-the same time, and because an answer may be lost on its way.
-"""
+"""Accounts: making them, signing in, and telling who holds a token."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from pwdlib import PasswordHash
-from sqlalchemy import Connection, Row, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from app.access import LOCAL, Door, Identity
 from app.config import Settings
 from app.database import Database
-from app.errors import Conflict, Forbidden, Unauthenticated
+from app.errors import Conflict, Forbidden, InvalidRequest, PortalError, RateLimited, Unauthenticated
 from app.events import new_id
 from app.models.tables import sign_ins, users
+from app.services import links
+from app.services.api_keys import PREFIX, ApiKeys
+from app.services.audit import DENIED, note
+from app.services.authorizer import Authorizer
+from app.services.ledger import Ledger, Window
+from app.services.policies import ANONYMOUS, Policies
+from app.services.sign_ins import SignIns, Tokens
 from app.services.tokens import sign, verify
 
-OPERATOR = "local"
-"""The subject of tokens for whoever holds the server's secret: the setup's own check."""
-
 OPERATOR_TOKEN_S = 60
-
-RENEWAL_GRACE_S = 60.0
-"""How long the refresh token before the newest one is still good."""
-
-USER_AGENT_CHARS = 200
 
 _hasher = PasswordHash.recommended()
 _DECOY = _hasher.hash("no account has this password")
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who asks. `owner` is what sessions belong to."""
-
-    owner: str
-    username: str
-    email: str
-    is_admin: bool
-    created_at: float
+def _wrong_passwords(account: str, address: str) -> list[Window]:
+    """What guessing is slowed by, and then stopped by: the account first, since addresses are many."""
+    return [
+        Window("wrong passwords for this name", f"wrong|{account}|1m", 5, 60),
+        Window("wrong passwords for this name", f"wrong|{account}|1h", 20, 3600),
+        Window("wrong passwords from this address", f"wrong|{address}|15m", 60, 900),
+    ]
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What a sign-in gives. Times in seconds."""
-
-    access_token: str
-    expires_in: int
-    refresh_token: str
-    refresh_expires_in: int
+def _strangers(address: str) -> list[Window]:
+    """What nobody has to sign in for; a school class behind one address must fit in."""
+    return [Window("accounts made from this address", f"stranger|{address}|1h", 300, 3600)]
 
 
 class Accounts:
-    """Registers people, signs them in and out, and tells who holds a token."""
+    """Registers people, checks their passwords, and tells who holds a token."""
 
-    def __init__(self, settings: Settings, database: Database) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        sign_ins: SignIns,
+        keys: ApiKeys,
+        policies: Policies,
+        authorizer: Authorizer,
+        ledger: Ledger,
+    ) -> None:
         self._settings = settings
         self._database = database
-        self._access_s = settings.access_token_minutes * 60
-        self._refresh_s = settings.refresh_token_days * 86400
+        self._sign_ins = sign_ins
+        self._keys = keys
+        self._policies = policies
+        self._authorizer = authorizer
+        self._ledger = ledger
 
-    async def register(self, username: str, email: str, password: str) -> Identity:
-        """Makes an account; the first one is an admin's. Raises `Conflict` when the name or the
-        address is taken, `Forbidden` when registration is closed."""
+    async def register(
+        self, username: str, email: str, password: str, *, invitation: str | None = None, address: str = ""
+    ) -> Identity:
+        """Makes an account: with the role of the invitation, or with `DEFAULT_ROLE` where registration is
+        open. Raises `Conflict` when the name or the address is taken, `Forbidden` without an invitation
+        where one is needed, `InvalidRequest` when it is not good."""
+        await self._take(_strangers(address), f"{username} {address}")
         password_hash = await asyncio.to_thread(_hasher.hash, password)
-        closed = self._settings.registration == "closed"
+        values = {"id": new_id(), "username": username, "email": email.lower(), "created_at": time.time()}
 
-        def operation(connection: Connection) -> Row[tuple[str]] | None:
-            is_first = connection.execute(select(func.count()).select_from(users)).scalar_one() == 0
-            if closed and not is_first:
-                return None
-            values = {
-                "id": new_id(),
-                "username": username,
-                "email": email.lower(),
-                "password_hash": password_hash,
-                "is_admin": is_first,
-                "created_at": time.time(),
-            }
-            connection.execute(insert(users).values(values))
-            return connection.execute(select(users).where(users.c.id == values["id"])).one()
+        def operation(connection: Connection) -> Row[Any] | PortalError:
+            role = self._role_of_new(connection, invitation)
+            if isinstance(role, PortalError):
+                return role
+            connection.execute(insert(users).values(**values, role=role, password_hash=password_hash))
+            row = connection.execute(select(users).where(users.c.id == values["id"])).one()
+            details = {"role": role, "invited": invitation is not None}
+            note(
+                connection,
+                self._policies.identity(row),
+                "auth.register",
+                target=f"user:{row.id}",
+                details=details,
+            )
+            return row
 
         try:
             row = await self._database.write(operation)
         except IntegrityError:
             raise Conflict("This username or email already has an account.") from None
-        if row is None:
-            raise Forbidden("Registration is closed; ask an admin for an account.")
-        return _identity(row)
+        if isinstance(row, PortalError):
+            raise row
+        return self._policies.identity(row)
 
-    async def sign_in(self, name: str, password: str, user_agent: str = "") -> Tokens:
+    def _role_of_new(self, connection: Connection, invitation: str | None) -> str | PortalError:
+        if invitation is not None:
+            used = links.use(connection, "invitation", invitation)
+            if used is None or used.role is None:
+                return InvalidRequest("invitation: it was used, has run out, or is none; ask for another one")
+            if self._settings.registration != "closed" or used.made_by == LOCAL.owner:
+                return used.role
+        if self._settings.registration == "invite":
+            return Forbidden("Accounts are made by invitation here; ask an admin for one.")
+        if self._settings.registration == "closed":
+            return Forbidden("Registration is closed; ask an admin for an account.")
+        return self._settings.default_role
+
+    async def sign_in(self, name: str, password: str, *, address: str, user_agent: str = "") -> Tokens:
         """Begins a sign-in of the account with this username or email. Raises `Unauthenticated`,
-        without telling which of the two was wrong, in the same time."""
+        without telling which of the two was wrong, in the same time; `RateLimited` after too many wrong
+        ones for the name or from the address."""
         statement = select(users).where(or_(users.c.username == name, users.c.email == name.lower()))
         row = await self._database.read(lambda c: c.execute(statement).first())
+        # By the account where there is one: its name and its email are two ways to guess at one password.
+        account = f"user:{row.id}" if row else name.lower()
+        if not await self._is_right(row, password, account, address):
+            denied: dict[str, Any] = {"outcome": DENIED, "door": "http", "details": {"address": address}}
+            target = account if row else ""  # what was typed may be a password
+            await self._database.write(lambda c: note(c, None, "auth.sign_in", target=target, **denied))
+            raise Unauthenticated("The name or the password is wrong.")
+        assert row is not None
+        if row.closed_at is not None:
+            raise Forbidden("This account is closed; ask an admin.")
+        details = {"address": address}
+        return await self._sign_ins.begin(self._policies.identity(row), user_agent, details)
+
+    async def change_password(self, who: Identity, current: str, new: str, *, address: str) -> None:
+        """Gives an account another password, and ends all its sign-ins but the one that asks. Raises
+        `InvalidRequest` when `current` is wrong, `RateLimited` after too many such."""
+        await self._authorizer.check(who, "account:write")
+        statement = select(users).where(users.c.id == who.user)
+        row = await self._database.read(lambda c: c.execute(statement).first())
+        if not await self._is_right(row, current, who.owner, address):
+            raise InvalidRequest("current_password: it is wrong")
+        password_hash = await asyncio.to_thread(_hasher.hash, new)
+
+        def operation(connection: Connection) -> None:
+            _set_password(connection, who.user, password_hash)
+            self._sign_ins.end_in(connection, who.user or "", but=who.sign_in)
+            note(connection, who, "auth.password", target=who.owner)
+
+        await self._database.write(operation)
+
+    async def reset_password(self, link: str, new: str, *, address: str) -> None:
+        """Sets the password of the account that an admin's link is for, and ends all its sign-ins. Raises
+        `InvalidRequest` when the link is not, or no longer, good."""
+        await self._take(_strangers(address), address)
+        password_hash = await asyncio.to_thread(_hasher.hash, new)
+
+        def operation(connection: Connection) -> bool:
+            used = links.use(connection, "password", link)
+            if used is None or used.user is None:
+                return False
+            _set_password(connection, used.user, password_hash)
+            self._sign_ins.end_in(connection, used.user)
+            note(connection, None, "auth.password", target=f"user:{used.user}", door="http")
+            return True
+
+        if not await self._database.write(operation):
+            raise InvalidRequest("link: it was used, has run out, or is none; ask an admin for another one")
+
+    async def _is_right(self, row: Row[Any] | None, password: str, account: str, address: str) -> bool:
+        """Whether the password is the account's. Each try is counted before it is looked at, so that many
+        at once are no way around, and given back when it was right."""
+        windows, this_try = _wrong_passwords(account, address), new_id()
+        await self._take(windows, this_try)
         stored = row.password_hash if row is not None else _DECOY
         matches = await asyncio.to_thread(_hasher.verify, password, stored)
         if row is None or not matches:
-            raise Unauthenticated("The name or the password is wrong.")
-        now = time.time()
-        values = {
-            "id": new_id(),
-            "user": row.id,
-            "generation": 1,
-            "user_agent": user_agent[:USER_AGENT_CHARS],
-            "created_at": now,
-            "renewed_at": now,
-            "expires_at": now + self._refresh_s,
-        }
-        await self._database.write(lambda c: c.execute(insert(sign_ins).values(values)))
-        return self._tokens(row.id, values["id"], 1)
+            return False
+        await self._ledger.give_back(this_try, windows)
+        return True
 
-    async def renew(self, refresh_token: str) -> Tokens:
-        """New tokens for a refresh token, which is used up by that. Raises `Unauthenticated` when it is
-        wrong, has run out, or was used before; the last ends the sign-in."""
-        claims = verify(self._settings, "refresh", refresh_token)
-        generation = await self._database.write(
-            lambda connection: self._renew(connection, str(claims["sid"]), int(claims["gen"]))
-        )
-        if generation is None:
-            raise Unauthenticated("This sign-in has ended; sign in again.")
-        return self._tokens(claims["sub"], claims["sid"], generation)
+    async def _take(self, windows: list[Window], what: str) -> None:
+        for quota in await self._ledger.take(what, windows):
+            if quota.is_full:
+                raise RateLimited(
+                    f"Too many {quota.window.name}; try again later.", retry_after=quota.resets_in
+                )
 
-    def _renew(self, connection: Connection, sign_in: str, presented: int) -> int | None:
-        """The generation that is good from now on; None ends the sign-in, or finds it ended."""
-        this = sign_ins.c.id == sign_in
-        row = connection.execute(select(sign_ins).where(this).with_for_update()).first()
-        now = time.time()
-        if row is None or row.ended_at is not None:
-            return None
-        if presented == row.generation - 1 and now - row.renewed_at <= RENEWAL_GRACE_S:
-            return int(row.generation)
-        if presented != row.generation:
-            connection.execute(update(sign_ins).where(this).values(ended_at=now))
-            return None
-        values = {"generation": presented + 1, "renewed_at": now, "expires_at": now + self._refresh_s}
-        connection.execute(update(sign_ins).where(this).values(values))
-        return presented + 1
-
-    async def sign_out(self, refresh_token: str) -> None:
-        """Ends the sign-in of a refresh token, and with it its access tokens. Does nothing for a token
-        that is no longer good."""
-        try:
-            claims = verify(self._settings, "refresh", refresh_token)
-        except Unauthenticated:
-            return
-        is_open = (sign_ins.c.id == claims["sid"]) & sign_ins.c.ended_at.is_(None)
-        statement = update(sign_ins).where(is_open).values(ended_at=time.time())
-        await self._database.write(lambda c: c.execute(statement))
-
-    def _tokens(self, user: str, sign_in: str, generation: int) -> Tokens:
-        access = sign(self._settings, "access", user, self._access_s, sid=sign_in)
-        refresh = sign(self._settings, "refresh", user, self._refresh_s, sid=sign_in, gen=generation)
-        return Tokens(access, self._access_s, refresh, self._refresh_s)
-
-    async def identify(self, token: str) -> Identity:
-        """Who holds the access token. Raises `Unauthenticated` when it is forged, has run out, or its
-        account or its sign-in is gone."""
+    async def identify(self, token: str, *, door: Door = "http") -> Identity:
+        """Who holds the access token or API key that came in by `door`. Raises `Unauthenticated` when it
+        is forged, has run out, or its account or its sign-in is gone."""
+        if token.startswith(PREFIX):
+            return await self._keys.identify(token, in_payload=door == "mqtt")
         claims = verify(self._settings, "access", token)
-        if claims["sub"] == OPERATOR:
-            return Identity(OPERATOR, OPERATOR, "", False, 0.0)
+        if claims["sub"] == LOCAL.owner:
+            return replace(LOCAL, door=door)
+        sign_in = claims.get("sid")
         statement = (
             select(users)
             .join(sign_ins, sign_ins.c.user == users.c.id)
-            .where(users.c.id == claims["sub"], sign_ins.c.id == claims.get("sid"))
-            .where(sign_ins.c.ended_at.is_(None))
+            .where(users.c.id == claims["sub"], sign_ins.c.id == sign_in)
+            .where(sign_ins.c.ended_at.is_(None), users.c.closed_at.is_(None))
         )
         row: Row[Any] | None = await self._database.read(lambda c: c.execute(statement).first())
         if row is None:
             raise Unauthenticated("This sign-in has ended; sign in again.")
-        return _identity(row)
+        return self._policies.identity(row, sign_in=sign_in, door=door)
+
+    def anonymous(self, project: str) -> Identity:
+        """Whoever sends MQTT messages in a project without showing who they are."""
+        role = self._policies.role(ANONYMOUS)
+        return Identity(f"anon:{project}", ANONYMOUS, role, door="mqtt")
 
 
 def operator_token(settings: Settings) -> str:
     """A token of one minute for the owner `local`, for programs that hold the server's secret."""
-    return sign(settings, "access", OPERATOR, OPERATOR_TOKEN_S)
+    return sign(settings, "access", LOCAL.owner, OPERATOR_TOKEN_S)
 
 
-def _identity(row: Row[Any]) -> Identity:
-    return Identity(f"user:{row.id}", row.username, row.email, row.is_admin, row.created_at)
+def _set_password(connection: Connection, user: str | None, password_hash: str) -> None:
+    connection.execute(update(users).where(users.c.id == user).values(password_hash=password_hash))

@@ -38,8 +38,12 @@ class History:
     """The exchanges that are still sent, oldest first."""
 
     def __init__(self, system_prompt: str, exchanges: list[Exchange] | None = None) -> None:
-        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.system_prompt = system_prompt
         self._exchanges = exchanges or []
+
+    @property
+    def _system(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
 
     @classmethod
     def from_rows(cls, system_prompt: str, rows: Sequence[MessageRow]) -> History:
@@ -84,8 +88,7 @@ class History:
             self._keep(max(0, int(max_messages * CUT_TO) // 2))
         if self._upper_bound(question) <= budget:
             return self.prompt(question)
-        alone = History("")
-        alone._system = self._system
+        alone = History(self.system_prompt)
         least = await alone._size(question, count)
         if context is not None and least >= context:
             raise InvalidRequest(

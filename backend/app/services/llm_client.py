@@ -29,7 +29,7 @@ from app.errors import (
 from app.events import GenerationOptions, Usage
 from app.logs import get_logger
 from app.loop import LoopDoor
-from app.services.places import Places
+from app.services.places import Meter, Places
 from app.services.thinking import Kind, ThinkSplitter
 
 if TYPE_CHECKING:
@@ -271,28 +271,37 @@ class LLMClient:
                     yield update.content
 
     async def stream(
-        self, messages: Sequence[Message], options: GenerationOptions, *, deadline: float | None = None
+        self,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        *,
+        deadline: float | None = None,
+        owner: str = "",
+        meter: Meter | None = None,
     ) -> AsyncGenerator[Update, None]:
-        """Waits for a place, until `deadline` (Unix time) at most, and yields the reply.
+        """Waits for a place, until `deadline` (Unix time) at most and in fair turns with other owners,
+        and yields the reply. `meter` tells in the end what was used, also of a reply that broke off.
 
         Closing the generator closes the request to the server. Raises `Expired` besides what
         `generate` raises.
         """
-        place = self.places.ask()
+        place = self.places.ask(owner)
+        meter = meter or Meter()
         try:
             async for position in place.wait(deadline):
                 yield InQueue(position, self.places.eta(position))
-            async with aclosing(self._request(messages, options)) as updates:
+            async with aclosing(self._request(messages, options, meter)) as updates:
                 async for update in updates:
                     yield update
         finally:
-            place.leave()
+            meter.gpu_seconds = place.leave()
 
     async def _request(
-        self, messages: Sequence[Message], options: GenerationOptions
+        self, messages: Sequence[Message], options: GenerationOptions, meter: Meter
     ) -> AsyncGenerator[Update, None]:
         clock = _Clock(self._settings)
         model = await self._resolve(options.model)
+        meter.model = model.name
         response = await self._post(self._body(model, messages, options), clock)
         reply = _ReplyReader(self._settings.llm_skip_thinking)
         try:
@@ -500,6 +509,17 @@ class LLMClient:
         self._problem = problem
         if problem is not None:
             self._look_again.set()
+
+    async def model_name(self, wanted: str | None) -> str:
+        """The name of the model that answers when `wanted` is asked for. Raises `InvalidRequest` for one
+        that is not served, `LLMUnavailable` while nobody knows."""
+        return (await self._resolve(wanted)).name
+
+    def known_model(self, wanted: str | None) -> str:
+        """The same as far as it is known without asking; else what is wanted, or nothing."""
+        if wanted in {None, "", "default"}:
+            return self._default().name if self._models else ""
+        return next((model.name for model in self._models if wanted in {model.id, model.name}), wanted or "")
 
     def _default(self) -> ModelInfo:
         wanted = self._settings.llm_model

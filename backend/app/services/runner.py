@@ -14,19 +14,29 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from sqlalchemy import Connection
+
+from app.access import Role
 from app.config import Settings
 from app.database import insist
 from app.errors import Expired, Internal, PortalError, StorageUnavailable
 from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
 from app.logs import get_logger
+from app.services.accounting import Accounting
 from app.services.history import History, estimate_tokens
 from app.services.llm_client import Done, InQueue, LLMClient, Message
+from app.services.policies import Policies
 from app.services.store import Delivery, Ended, Reply, SessionRow, StaleAttempt, Store, TurnRow
 from app.services.turns import Interruption, Turn, recall
 
 T = TypeVar("T")
 
 ELSEWHERE_POLL_S = 0.25
+RUNAWAY_FACTOR = 2
+LONGEST_TOKEN_CHARS = 64
+"""A reply with this many times the tokens that were asked for, or longer than so many of the longest tokens
+are, is cut off: its server does not heed `max_tokens`."""
+
 IDLE_SESSIONS = 1000
 """Sessions at rest whose history is kept in memory; of others it is read again when they speak."""
 
@@ -47,10 +57,20 @@ class LiveSession:
 class Runner:
     """The live turns and sessions of this process. `instance` is its name in the database."""
 
-    def __init__(self, settings: Settings, store: Store, llm: LLMClient, instance: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        llm: LLMClient,
+        policies: Policies,
+        accounting: Accounting,
+        instance: str,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._llm = llm
+        self._policies = policies
+        self._accounting = accounting
         self._instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
         self._side_tasks: set[asyncio.Task[None]] = set()
@@ -161,6 +181,7 @@ class Runner:
             live.running = None
             if turn.ending is not None:
                 self.turns.pop(turn.id, None)
+                self._aside(self._accounting.count(turn), f"count {turn.id}")
             self._pump(live)
 
     async def _claim(self, live: LiveSession, turn: Turn) -> bool:
@@ -210,14 +231,20 @@ class Runner:
             return Failed(turn.id, Internal("The portal failed at this turn.").info), None
 
     async def _history(self, live: LiveSession, turn: Turn) -> History:
+        prompt = "\n\n".join(filter(None, (self._role_of(turn).system_prompt, live.row.system_prompt)))
         if live.row.version == 0 and turn.question is not None:
-            live.history, live.version = History(live.row.system_prompt), 0  # no turn has ended here yet
+            live.history, live.version = History(prompt), 0  # no turn has ended here yet
         elif live.history is None or turn.question is None:
             rows = await self._store.messages(turn.row.message_id, last=live.row.window_start)
             turn.question = rows[-1].content if rows else ""
-            live.history = History.from_rows(live.row.system_prompt, rows)
+            live.history = History.from_rows(prompt, rows)
             live.version = live.row.version
+        live.history.system_prompt = prompt  # a role may have got another one
         return live.history
+
+    def _role_of(self, turn: Turn) -> Role:
+        """The role of who asked."""
+        return self._policies.role(turn.row.role)
 
     def _budget(self, options: GenerationOptions) -> int:
         """Tokens for the prompt: what the setting allows, and what the server's context has room for
@@ -238,8 +265,8 @@ class Runner:
             if turn.interruption is not None:
                 prompting.close()
                 return _interrupted(turn)
-            prompt = await prompting
-            return _finished(turn, await self._stream(turn, prompt, options), prompt)
+            turn.prompt = await prompting
+            return _finished(turn, await self._stream(turn, options))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if turn.interruption is None or task is None:
@@ -251,8 +278,12 @@ class Runner:
         finally:
             turn.interruptible = False
 
-    async def _stream(self, turn: Turn, prompt: Sequence[Message], options: GenerationOptions) -> Done:
-        async with aclosing(self._llm.stream(prompt, options, deadline=turn.row.deadline)) as updates:
+    async def _stream(self, turn: Turn, options: GenerationOptions) -> Done:
+        updates = self._llm.stream(
+            turn.prompt, options, deadline=turn.row.deadline, owner=turn.session.owner, meter=turn.meter
+        )
+        most = RUNAWAY_FACTOR * (options.max_tokens or self._settings.llm_max_tokens)
+        async with aclosing(updates):
             async for update in updates:
                 if isinstance(update, InQueue):
                     turn.queued(update.position, update.eta_s)
@@ -262,6 +293,9 @@ class Runner:
                     turn.token(update.content)
                 else:
                     turn.thinking(update.content)
+                if turn.pieces > most or turn.chars > most * LONGEST_TOKEN_CHARS:
+                    log.warning("a runaway generation is cut off", turn=turn.id, pieces=turn.pieces)
+                    return Done("length", None, [])
         raise AssertionError("a generation ended without saying so")
 
     async def _work_unstored(
@@ -277,6 +311,7 @@ class Runner:
         finally:
             self.turns.pop(turn.id, None)
             turn.end(ending or Failed(turn.id, Internal("The portal failed at this turn.").info))
+            self._aside(self._accounting.count(turn), f"count {turn.id}")
 
     # --- ending ---
 
@@ -286,12 +321,20 @@ class Runner:
         start = None if history is None else history.window_start or turn.row.message_id
         # A trace tells how the text was cut into pieces: without a text it tells nothing.
         trace = turn.trace if isinstance(ending, Final | Cancelled) else None
+        used = self._accounting.used(turn, ending)
+
+        def also(connection: Connection) -> None:
+            self._accounting.write(connection, turn, used)
+
         try:
             ended = await self._insist(
-                lambda: self._store.end(turn.row, ending, reply=reply, trace=trace, window_start=start)
+                lambda: self._store.end(
+                    turn.row, ending, reply=reply, trace=trace, window_start=start, also=also
+                )
             )
         except StaleAttempt:
             log.warning("a turn was taken over", turn=turn.id)
+            await self._accounting.release(turn)
             live.history = None
             self.watch_elsewhere(turn)
             return
@@ -300,12 +343,16 @@ class Runner:
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
         live.version = ended.version
+        if ended.first:
+            await self._accounting.settle(turn, used)
         self.settle(turn, ended)
 
     def settle(self, turn: Turn, ended: Ended) -> None:
         """The ending of a turn is stored: tells its followers, and the outbox."""
         self.turns.pop(turn.id, None)
         turn.end(ended.ending)
+        if turn.task is None:  # else its task counts it, when the generation is closed
+            self._aside(self._accounting.count(turn), f"count {turn.id}")
         log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
@@ -364,10 +411,10 @@ def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:
     return Cancelled(turn.id, response, reply.message_id if stored else None), reply
 
 
-def _finished(turn: Turn, done: Done, prompt: Sequence[Message]) -> tuple[Final, Reply]:
+def _finished(turn: Turn, done: Done) -> tuple[Final, Reply]:
     now = time.monotonic()
     response = "".join(turn.response)
-    usage = done.usage or _estimated_usage(prompt, response)
+    usage = done.usage or _estimated_usage(turn.prompt, response)
     reply = Reply(new_id(), response, done.tool_calls, usage)
     ttft = None if turn.first_token_at is None else round((turn.first_token_at - turn.began) * 1000)
     final = Final(

@@ -11,14 +11,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
+
+from app.access import LOCAL, Door, Identity, KeyUse, Role
 from app.config import Settings
-from app.errors import InvalidRequest, NotFound, StorageUnavailable
+from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, StorageUnavailable
 from app.events import Cancelled, GenerationOptions, TurnRequest, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
+from app.services.accounting import Accounting
+from app.services.admission import NO_TICKET, Admission, Ticket
+from app.services.authorizer import Authorizer
 from app.services.llm_client import LLMClient, Message
+from app.services.policies import Policies
+from app.services.redaction import redact
 from app.services.runner import Runner
 from app.services.store import Acceptance, Delivery, Ended, MessageRow, SessionRow, Store, TurnRow
 from app.services.templates import Templates
@@ -28,8 +36,8 @@ LEASE_S = 10.0
 HEARTBEAT_S = 3.0
 SWEEP_S = 1.0
 
-LOCAL_OWNER = "local"
-"""The owner of sessions that plain Python makes."""
+DEFAULT_PROJECT = "prompt_portal"
+ANY = ("*",)
 
 log = get_logger(__name__)
 
@@ -47,13 +55,26 @@ class SessionManager:
     """Runs turns. Everything but `process_message` and `aprocess_message` belongs to the portal's
     own event loop."""
 
-    def __init__(self, settings: Settings, store: Store, llm: LLMClient, templates: Templates) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        llm: LLMClient,
+        templates: Templates,
+        authorizer: Authorizer,
+        policies: Policies,
+        admission: Admission,
+        accounting: Accounting,
+    ) -> None:
         self._store = store
         self._llm = llm
         self._templates = templates
+        self._authorizer = authorizer
+        self._policies = policies
+        self._admission = admission
         self._epoch = new_id()
         self._instance = settings.instance or f"python-{self._epoch}"
-        self._runner = Runner(settings, store, llm, self._instance)
+        self._runner = Runner(settings, store, llm, policies, accounting, self._instance)
         self._accepting: set[asyncio.Task[Turn]] = set()
 
     def on_delivery(self, listener: Callable[[Delivery, Turn], None]) -> None:
@@ -66,7 +87,7 @@ class SessionManager:
         """Takes up the turns that an earlier process of this instance left behind."""
         self._door = LoopDoor(asyncio.get_running_loop())
         await self._store.acquire(self._lease, self._epoch, LEASE_S, force=True)
-        self._take_up(await self._store.adopt(self._instance, restarted=True))
+        await self._take_up(await self._store.adopt(self._instance, restarted=True))
 
     async def close(self) -> None:
         """Stops working; turns that are not done stay accepted, for whoever takes them up."""
@@ -95,21 +116,39 @@ class SessionManager:
             await asyncio.sleep(SWEEP_S)
             try:
                 if await self._store.has_orphans(self._instance):
-                    self._take_up(await self._store.adopt(self._instance))
+                    await self._take_up(await self._store.adopt(self._instance))
             except Exception as error:  # noqa: BLE001 - likewise
                 log.warning("orphaned turns could not be looked for", reason=type(error).__name__)
 
-    def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
+    async def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
         for row, session in orphans:
             log.info("taking up a turn", turn=row.id, attempt=row.attempt)
+            ticket = await self._ticket_of(row, session)
             turn = self._runner.turns.get(row.id)
             if turn is None:
                 turn = Turn(row, session)
             else:
                 turn.restart(row)
+            turn.ticket = ticket
             self._runner.enqueue(turn)
             if not row.detached and turn.followers == 0:
                 self._runner.interrupt(turn, "stop")
+
+    async def _ticket_of(self, row: TurnRow, session: SessionRow) -> Ticket:
+        """What a turn that is taken up counts for: it is not refused any more."""
+        who = Identity(
+            owner=session.owner,
+            role_name=row.role,
+            role=self._policies.role(row.role),
+            key=None if row.api_key is None else KeyUse(row.api_key, "", frozenset()),
+            door=_door(row.door),
+        )
+        request = TurnRequest(who, session.session_id, "", project=session.project)
+        try:
+            return await self._admission.admit_again(who, request, row.id, "")
+        except PortalError as error:
+            log.warning("a turn could not be counted", turn=row.id, reason=error.code)
+            return NO_TICKET
 
     # --- asking ---
 
@@ -117,8 +156,9 @@ class SessionManager:
         """Accepts a request: when this returns, it is committed. The turn may be one that the same
         request id has already made, and even ended.
 
-        Raises `InvalidRequest`, `Conflict` (the request id with another body) or `Overloaded`, also as
-        `StorageUnavailable` when the database takes nothing; then nothing was accepted.
+        Raises `InvalidRequest`, `Forbidden`, `RateLimited`, `BudgetExceeded`, `Conflict` (the request id
+        with another body) or `Overloaded`, also as `StorageUnavailable` when the database takes nothing;
+        then nothing was accepted.
         """
         if not is_id(request.session_id):
             raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
@@ -128,6 +168,7 @@ class SessionManager:
             raise InvalidRequest("message: it is empty")
         if "\0" in request.message:
             raise InvalidRequest("message: it holds a NUL character")
+        request = await self._allowed(await self._placed(request))
         if request.template_id is not None:
             request = await self._with_prompt(request)
         # What is committed must be run, also when who asked is cancelled in between.
@@ -140,56 +181,134 @@ class SessionManager:
             accepting.add_done_callback(self._runner.abandon)
             raise
 
+    async def _placed(self, request: TurnRequest) -> TurnRequest:
+        """The request with its project: of the session where there is one, of the key, or the default."""
+        key = request.who.key
+        project = request.project or (key.project if key and key.project else DEFAULT_PROJECT)
+        if self._policies.has_projects or (key is not None and key.project is not None):
+            session = await self._store.session(request.who.owner, request.session_id)
+            project = session.project if session is not None else project
+        return replace(request, project=project)
+
+    async def _allowed(self, request: TurnRequest) -> TurnRequest:
+        """The request as the role lets it through. Raises `Forbidden`, `InvalidRequest`."""
+        who, options = request.who, request.options
+        what = "session in the project of this key"
+        await self._authorizer.check(who, "chat:use", project=request.project, what=what)
+        await self._authorizer.check_tools(who, options.tools or ())
+        if who.role.models != ANY:
+            await self._authorizer.check_model(who, await self._llm.model_name(options.model))
+        longest = self._admission.longest_reply(who, options.max_tokens)
+        if longest != options.max_tokens:
+            request = replace(request, options=options.model_copy(update={"max_tokens": longest}))
+        if who.role.redaction:
+            request = replace(request, message=redact(request.message))
+        return request
+
     async def _accept(self, request: TurnRequest) -> Turn:
-        acceptance = await self._store.accept(
-            request, turn_id=new_id(), instance=self._instance, full=self._llm.places.full
-        )
-        turn = self._admit(acceptance, request.message)
+        turn_id = new_id()
+        ticket = await self._admit(request, turn_id)
+        try:
+            acceptance = await self._store.accept(
+                request, turn_id=turn_id, instance=self._instance, full=self._llm.places.full
+            )
+        except BaseException:
+            await self._admission.give_back(ticket)
+            raise
+        if acceptance.kind == "known":
+            await self._admission.give_back(ticket)
+        turn = self._taken_in(acceptance, request.message, ticket)
         if acceptance.delivery is not None and acceptance.delivery.ready:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
+
+    async def _admit(self, request: TurnRequest, turn_id: str) -> Ticket:
+        """The ticket of a new turn. What was accepted before takes none: whoever repeats a request, to
+        have its answer, is not refused it."""
+        model = self._llm.known_model(request.options.model)
+        try:
+            return await self._admission.admit(request.who, request, turn_id, model)
+        except RateLimited:
+            if request.request_id is None:
+                raise
+            if not await self._store.has_request(request.who.owner, request.session_id, request.request_id):
+                raise
+            return Ticket(turn_id)
 
     async def _with_prompt(self, request: TurnRequest) -> TurnRequest:
         """The request with the prompt of its template, if it makes a session."""
         assert request.template_id is not None
         if request.system_prompt is not None:
             raise InvalidRequest("template_id: give either this or system_prompt")
-        if await self._store.session(request.owner, request.session_id) is not None:
+        if await self._store.session(request.who.owner, request.session_id) is not None:
             return request
-        version = await self._templates.get(request.owner, request.template_id)
+        version = await self._templates.get(request.who, request.template_id)
         prompt = version.render(request.variables)
         return replace(request, system_prompt=prompt, template_version=version.id)
 
-    def _admit(self, acceptance: Acceptance, message: str) -> Turn:
+    def _taken_in(self, acceptance: Acceptance, message: str, ticket: Ticket) -> Turn:
         row = acceptance.turn
         if acceptance.kind == "known":
             live = self._runner.turns.get(row.id) if row.is_active else None
             return live or self._runner.turn_elsewhere(row, acceptance.session)
         turn = Turn(row, acceptance.session)
         turn.question = message
+        turn.ticket = ticket
         self._runner.enqueue(turn)
         return turn
 
-    async def find(self, owner: str, turn_id: str) -> Turn:
+    async def find(self, who: Identity, turn_id: str) -> Turn:
         """The turn, live or from the database. Raises `NotFound`, also for another owner's."""
+        await self._authorizer.check(who, "sessions:read")
         live = self._runner.turns
-        turn = live.get(turn_id)
-        if turn is None:
-            found = await self._store.turn(turn_id)
-            # It may have begun here while the database was read.
-            turn = live.get(turn_id) or (self._runner.turn_elsewhere(*found) if found else None)
-        if turn is None or turn.session.owner != owner:
+        found = None if turn_id in live else await self._store.turn(turn_id)
+        turn = live.get(turn_id)  # it may have begun here while the database was read
+        session = turn.session if turn is not None else found[1] if found is not None else None
+        if session is None:
             raise NotFound("There is no such turn.")
+        await self._authorizer.check(
+            who, "sessions:read", owner=session.owner, project=session.project, what="turn"
+        )
+        if turn is None:
+            assert found is not None
+            turn = self._runner.turn_elsewhere(*found)
         return turn
 
-    def chat(self, owner: str, messages: Sequence[Message], options: GenerationOptions) -> Turn:
-        """A turn without a session: nothing of it is stored, and it ends with its last follower."""
+    async def chat(self, who: Identity, messages: Sequence[Message], options: GenerationOptions) -> Turn:
+        """A turn without a session: nothing of it is stored, and it ends with its last follower. Raises
+        what `submit` raises."""
+        text = "\n".join(str(message.get("content", "")) for message in messages)
+        request = await self._allowed(await self._placed(TurnRequest(who, "", text, options=options)))
+        if who.role.redaction:
+            messages = [_redacted(message) for message in messages]
+        messages = _with_role(messages, who.role)
         self._llm.places.check()
-        now = time.time()
-        session = SessionRow("", owner, "", "", "", None, None, 0, "", None, now, now)
-        row = TurnRow(new_id(), "", 0, None, "", {}, None, False, "running", 1, "", now, None, None)
+        now, turn_id = time.time(), new_id()
+        ticket = await self._admission.admit(who, request, turn_id, self._llm.known_model(options.model))
+        session = SessionRow("", who.owner, "", request.project, "", None, None, 0, "", None, now, now)
+        row = TurnRow(
+            id=turn_id,
+            session="",
+            position=0,
+            request_id=None,
+            message_id="",
+            options={},
+            deadline=None,
+            detached=False,
+            state="running",
+            attempt=1,
+            instance="",
+            door=who.door,
+            role=who.role_name,
+            api_key=who.key.id if who.key else None,
+            created_at=now,
+            ending=None,
+            trace=None,
+        )
         turn = Turn(row, session)
-        self._runner.run_unstored(turn, messages, options)
+        turn.ticket = ticket
+        turn.question = text
+        self._runner.run_unstored(turn, messages, request.options)
         return turn
 
     def process_message(self, session_id: str, system_prompt: str, user_message: str, **options: Any) -> str:
@@ -212,7 +331,7 @@ class SessionManager:
     ) -> str:
         request_id = options.pop("request_id", None)
         request = TurnRequest(
-            owner=LOCAL_OWNER,
+            who=LOCAL,
             session_id=session_id,
             message=user_message,
             request_id=request_id,
@@ -226,10 +345,10 @@ class SessionManager:
     # --- sessions ---
 
     async def page(
-        self, owner: str, session_id: str, *, limit: int | None = None, before: str | None = None
+        self, who: Identity, session_id: str, *, limit: int | None = None, before: str | None = None
     ) -> HistoryPage:
         """The newest `limit` messages, or those older than the message `before`. Raises `NotFound`."""
-        session = await self.session(owner, session_id)
+        session = await self.session(who, session_id)
         leaf: str | None = session.leaf_id
         if before is not None:
             parent = await self._store.message_parent(session.id, before)
@@ -242,15 +361,18 @@ class SessionManager:
             messages += await self._store.waiting_messages(session.id)
         return HistoryPage(session, messages, is_first)
 
-    async def clear(self, owner: str, session_id: str) -> None:
+    async def clear(self, who: Identity, session_id: str) -> None:
         """Deletes the messages of a session; its running turn is stopped and the waiting ones are
         dropped, each ending as cancelled. Raises `NotFound`."""
-        self._cut_off(*await self._store.clear(owner, session_id, self._partial(owner, session_id)))
+        await self._check(who, "chat:use", session_id)
+        partial = self._partial(who.owner, session_id)
+        self._cut_off(*await self._store.clear(who.owner, session_id, partial))
 
-    async def delete(self, owner: str, session_id: str) -> None:
+    async def delete(self, who: Identity, session_id: str) -> None:
         """Deletes a session, and stops and drops its turns; `restore` brings it back. Raises `NotFound`."""
-        partial = self._partial(owner, session_id)
-        self._cut_off(*await self._store.delete_session(owner, session_id, partial))
+        await self._check(who, "sessions:write", session_id)
+        partial = self._partial(who.owner, session_id)
+        self._cut_off(*await self._store.delete_session(who.owner, session_id, partial))
 
     def _partial(self, owner: str, session_id: str) -> dict[str, str]:
         """What the live turns of a session have answered so far."""
@@ -266,26 +388,30 @@ class SessionManager:
                 self._runner.settle(turn, ended)
         self._runner.forget_history(session)
 
-    async def restore(self, owner: str, session_id: str) -> SessionRow:
+    async def restore(self, who: Identity, session_id: str) -> SessionRow:
         """Brings back a deleted session. Raises `NotFound`, or `Conflict` when its id is in use again."""
-        return await self._store.restore_session(owner, session_id)
+        await self._authorizer.check(who, "sessions:write")
+        return await self._store.restore_session(who.owner, session_id, _project_of(who))
 
-    async def rename(self, owner: str, session_id: str, title: str) -> SessionRow:
+    async def rename(self, who: Identity, session_id: str, title: str) -> SessionRow:
         """Gives a session another title. Raises `NotFound`."""
-        session = await self.session(owner, session_id)
+        session = await self._session(who, "sessions:write", session_id)
         await self._store.rename_session(session.id, title)
-        return await self.session(owner, session_id)
+        return msgspec.structs.replace(session, title=title)
 
     async def search(
-        self, owner: str, text: str = "", *, limit: int = 50, offset: int = 0
+        self, who: Identity, text: str = "", *, limit: int = 50, offset: int = 0
     ) -> tuple[list[SessionRow], int]:
-        """The owner's sessions with `text` in the title, those used last first, and how many there are."""
-        return await self._store.sessions_of(owner, text, limit=limit, offset=offset)
+        """The sessions of who asks with `text` in the title, those used last first, and how many there
+        are."""
+        await self._authorizer.check(who, "sessions:read")
+        project = _project_of(who)
+        return await self._store.sessions_of(who.owner, text, project=project, limit=limit, offset=offset)
 
-    async def stop(self, owner: str, session_id: str) -> str | None:
+    async def stop(self, who: Identity, session_id: str) -> str | None:
         """Stops the running turn and returns its id once it has ended; None when none runs. Raises
         `NotFound`."""
-        session = await self.session(owner, session_id)
+        session = await self._session(who, "chat:use", session_id)
         running = [row for row in await self._store.active_turns(session.id) if row.state == "running"]
         if not running:
             return None
@@ -297,9 +423,57 @@ class SessionManager:
             await self._store.end(running[0], Cancelled(running[0].id, "", None))
         return running[0].id
 
-    async def session(self, owner: str, session_id: str) -> SessionRow:
-        """The session that the owner calls so. Raises `NotFound`, also for another owner's."""
-        session = await self._store.session(owner, session_id) if is_id(session_id) else None
+    async def session(self, who: Identity, session_id: str) -> SessionRow:
+        """The session that who asks calls so. Raises `NotFound`, also for another owner's."""
+        return await self._session(who, "sessions:read", session_id)
+
+    async def _check(self, who: Identity, permission: str, session_id: str) -> None:
+        """As `_session`, but it looks at the session only for keys of a project: what changes a session
+        stays in the order of the calls."""
+        await self._authorizer.check(who, permission)
+        if _project_of(who) is not None:
+            await self._session(who, permission, session_id)
+
+    async def _session(self, who: Identity, permission: str, session_id: str) -> SessionRow:
+        session = await self._store.session(who.owner, session_id) if is_id(session_id) else None
+        project = None if session is None else session.project
+        await self._authorizer.check(who, permission, project=project, what="session")
         if session is None:
             raise NotFound("There is no such session.")
         return session
+
+
+def _project_of(who: Identity) -> str | None:
+    """The only project that the key of who asks is for."""
+    return None if who.key is None else who.key.project
+
+
+def _door(name: str) -> Door:
+    return next((door for door in get_args(Door) if door == name), "http")
+
+
+def _with_role(messages: Sequence[Message], role: Role) -> Sequence[Message]:
+    """The messages with the role's system prompt at their beginning. In one message with theirs: many
+    chat templates take no second one."""
+    if not role.system_prompt:
+        return messages
+    first = messages[0]
+    if first.get("role") == "system" and isinstance(first.get("content"), str):
+        joined = {**first, "content": f"{role.system_prompt}\n\n{first['content']}"}
+        return [joined, *messages[1:]]
+    return [{"role": "system", "content": role.system_prompt}, *messages]
+
+
+def _redacted(message: Message) -> Message:
+    """The message, its text masked: a plain one, or the text parts of one in parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": redact(content)}
+    if isinstance(content, list):
+        return {**message, "content": [_redacted_part(part) for part in content]}
+    return message
+
+
+def _redacted_part(part: Any) -> Any:
+    is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+    return {**part, "text": redact(part["text"])} if is_text else part

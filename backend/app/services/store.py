@@ -8,15 +8,14 @@ says in its WHERE what it expects, so of two that want the same change exactly o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, func, insert, select, text, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, select, text, update
 
-from app.database import Database
+from app.database import Database, insert_new
 from app.errors import Conflict, NotFound, Overloaded, PortalError
 from app.events import (
     Cancelled,
@@ -75,6 +74,9 @@ class TurnRow(msgspec.Struct, frozen=True):
     state: str
     attempt: int
     instance: str
+    door: str
+    role: str
+    api_key: str | None
     created_at: float
     ending: bytes | None
     trace: bytes | None
@@ -208,13 +210,16 @@ class Store:
         reply: Reply | None = None,
         trace: bytes | None = None,
         window_start: str | None = None,
+        also: Callable[[Connection], None] | None = None,
     ) -> Ended:
-        """Ends a turn: reply, history and outbox in one transaction. The first writer wins; who
-        comes later, or with an attempt that is void, gets the stored ending back.
+        """Ends a turn: reply, history and outbox in one transaction, and what `also` writes. The first
+        writer wins; who comes later, or with an attempt that is void, gets the stored ending back.
 
         Raises `StaleAttempt` when the turn is active in another attempt.
         """
-        outcome = await self._database.write(lambda c: _end(c, turn, ending, reply, trace, window_start))
+        outcome = await self._database.write(
+            lambda c: _end(c, turn, ending, reply, trace, window_start, also)
+        )
         if outcome is None:
             raise StaleAttempt("The turn was taken over.")
         return outcome
@@ -232,10 +237,10 @@ class Store:
         `NotFound`."""
         return _raised(await self._database.write(lambda c: _delete_session(c, owner, session_id, partial)))
 
-    async def restore_session(self, owner: str, session_id: str) -> SessionRow:
-        """Brings back the session of this name that was deleted last. Raises `NotFound`, and
-        `Conflict` when the name is in use again."""
-        return _raised(await self._database.write(lambda c: _restore_session(c, owner, session_id)))
+    async def restore_session(self, owner: str, session_id: str, project: str | None = None) -> SessionRow:
+        """Brings back the session of this name that was deleted last, of a project where one is given.
+        Raises `NotFound`, and `Conflict` when the name is in use again."""
+        return _raised(await self._database.write(lambda c: _restore_session(c, owner, session_id, project)))
 
     async def rename_session(self, session: str, title: str) -> None:
         """Gives a session another title."""
@@ -259,11 +264,13 @@ class Store:
         return await self._database.read(lambda c: _session(c, owner, session_id))
 
     async def sessions_of(
-        self, owner: str, search: str, *, limit: int, offset: int
+        self, owner: str, search: str, *, limit: int, offset: int, project: str | None = None
     ) -> tuple[list[SessionRow], int]:
         """The owner's sessions with `search` in the title, those used last first, and how many there
-        are in all."""
+        are in all; of one project where it is given."""
         wanted = [sessions.c.owner == owner, sessions.c.deleted_at.is_(None)]
+        if project is not None:
+            wanted.append(sessions.c.project == project)
         if search:
             wanted.append(sessions.c.title.icontains(search, autoescape=True))
         newest = (
@@ -285,6 +292,16 @@ class Store:
         statement = select(*TURN_COLUMNS, *SESSION_COLUMNS).join(sessions).where(turns.c.id == turn_id)
         row = await self._database.read(lambda c: c.execute(statement).first())
         return None if row is None else _turn_and_session(row)
+
+    async def has_request(self, owner: str, session_id: str, request_id: str) -> bool:
+        """Whether the session knows the request id."""
+        statement = (
+            select(turns.c.id)
+            .join(sessions)
+            .where(_named(owner, session_id), turns.c.request_id == request_id)
+            .limit(1)
+        )
+        return await self._database.read(lambda c: c.execute(statement).first() is not None)
 
     async def active_turns(self, session: str) -> list[TurnRow]:
         """The waiting and running turns of a session, in order."""
@@ -360,7 +377,7 @@ class Store:
                 free = and_(free, (leases.c.holder == holder) | (leases.c.expires_at < now))
             if connection.execute(update(leases).where(free).values(values)).rowcount:
                 return True
-            return _insert_new(connection, leases, {"name": name, **values})
+            return insert_new(connection, leases, {"name": name, **values})
 
         return await self._database.write(operation)
 
@@ -392,13 +409,6 @@ def _raised(outcome: T | PortalError) -> T:
 # --- operations ----------------------------------------------------------------------------------
 
 
-def _insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
-    """Inserts unless there is such a row already."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table).values(values).on_conflict_do_nothing()
-    return connection.execute(statement.returning(*table.primary_key)).first() is not None
-
-
 def _named(owner: str, session_id: str) -> ColumnElement[bool]:
     """The session that an owner calls so: a deleted one may have had the same name."""
     mine = and_(sessions.c.owner == owner, sessions.c.session_id == session_id)
@@ -421,12 +431,12 @@ def _locked_session(connection: Connection, session: str) -> tuple[SessionRow, i
 
 
 def _ensure_session(connection: Connection, request: TurnRequest, now: float) -> str:
-    statement = select(sessions.c.id).where(_named(request.owner, request.session_id))
+    statement = select(sessions.c.id).where(_named(request.who.owner, request.session_id))
     found = connection.execute(statement).scalar()
     if found is None:
         values = {
             "id": new_id(),
-            "owner": request.owner,
+            "owner": request.who.owner,
             "session_id": request.session_id,
             "project": request.project,
             "system_prompt": request.system_prompt or "",
@@ -437,7 +447,7 @@ def _ensure_session(connection: Connection, request: TurnRequest, now: float) ->
             "created_at": now,
             "updated_at": now,
         }
-        _insert_new(connection, sessions, values)
+        insert_new(connection, sessions, values)
         found = connection.execute(statement).scalar_one()
     return str(found)
 
@@ -528,6 +538,9 @@ def _insert_turn(
         state=state,
         attempt=1,
         instance=instance,
+        door=request.who.door,
+        role=request.who.role_name,
+        api_key=request.who.key.id if request.who.key else None,
         created_at=now,
         ending=None,
         trace=None,
@@ -552,7 +565,7 @@ def _new_attempt(
 ) -> TurnRow:
     message = {"id": turn.message_id, "session": turn.session, "turn_id": turn.id, "role": "user"}
     # A clear since then has deleted the message, but not the memory of the request id.
-    _insert_new(connection, messages, {**message, "content": request.message, "created_at": time.time()})
+    insert_new(connection, messages, {**message, "content": request.message, "created_at": time.time()})
     changes: dict[str, Any] = {
         "attempt": turn.attempt + 1,
         "position": position,
@@ -617,6 +630,7 @@ def _end(
     reply: Reply | None,
     trace: bytes | None,
     window_start: str | None,
+    also: Callable[[Connection], None] | None,
 ) -> Ended | None:
     session, _ = _locked_session(connection, turn.session)
     current = connection.execute(
@@ -642,6 +656,8 @@ def _end(
         changes["leaf_id"] = reply.message_id
         _insert_reply(connection, turn, reply, now)
     connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
+    if also is not None:
+        also(connection)
     return Ended(True, turn.id, ending, session.version + 1, _make_ready(connection, turn.id))
 
 
@@ -724,7 +740,9 @@ def _cancel_active(connection: Connection, session: SessionRow, partial: dict[st
     return ended
 
 
-def _restore_session(connection: Connection, owner: str, session_id: str) -> SessionRow | PortalError:
+def _restore_session(
+    connection: Connection, owner: str, session_id: str, project: str | None
+) -> SessionRow | PortalError:
     if _session(connection, owner, session_id) is not None:
         return Conflict("There is a newer session with this id.")
     deleted = (
@@ -733,6 +751,8 @@ def _restore_session(connection: Connection, owner: str, session_id: str) -> Ses
         .order_by(sessions.c.deleted_at.desc())
         .limit(1)
     )
+    if project is not None:
+        deleted = deleted.where(sessions.c.project == project)
     found = connection.execute(deleted).scalar()
     if found is None:
         return NotFound("There is no such session.")
@@ -790,7 +810,7 @@ def _owe(connection: Connection, turn: TurnRow, target: ReplyTarget | None) -> D
         "format": target.format,
         "ready": delivery.ready,
     }
-    return delivery if _insert_new(connection, outbox, values) else None
+    return delivery if insert_new(connection, outbox, values) else None
 
 
 def _make_ready(connection: Connection, turn_id: str) -> tuple[Delivery, ...]:

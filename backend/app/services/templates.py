@@ -10,10 +10,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, and_, func, insert, or_, select, update
 
+from app.access import Identity
 from app.database import Database
 from app.errors import Conflict, NotFound
 from app.events import new_id
 from app.models.tables import template_versions, templates
+from app.services.authorizer import Authorizer
 from app.services.templating import render, variables_of
 
 
@@ -64,15 +66,17 @@ IS_LATEST = and_(
 class Templates:
     """The templates of all owners; each sees only their own."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, authorizer: Authorizer) -> None:
         self._database = database
+        self._authorizer = authorizer
 
     async def search(
-        self, owner: str, text: str = "", *, limit: int = 50, offset: int = 0
+        self, who: Identity, text: str = "", *, limit: int = 50, offset: int = 0
     ) -> tuple[list[TemplateVersion], int]:
         """The newest versions of the owner's templates with `text` in title or description, those
         saved last first, and how many there are in all."""
-        wanted = [templates.c.owner == owner, templates.c.deleted_at.is_(None), IS_LATEST]
+        await self._authorizer.check(who, "templates:read")
+        wanted = [templates.c.owner == who.owner, templates.c.deleted_at.is_(None), IS_LATEST]
         if text:
             latest = template_versions.c
             wanted.append(
@@ -92,14 +96,15 @@ class Templates:
 
         return await self._database.read(operation)
 
-    async def create(self, owner: str, draft: Draft) -> TemplateVersion:
+    async def create(self, who: Identity, draft: Draft) -> TemplateVersion:
         """Saves a new template. Raises `InvalidRequest` when its content is no template."""
+        await self._authorizer.check(who, "templates:write")
         variables_of(draft.content)
         now = time.time()
         version = TemplateVersion(new_id(), new_id(), 1, draft.title, draft.description, draft.content, now)
         values = {
             "id": version.template_id,
-            "owner": owner,
+            "owner": who.owner,
             "latest": 1,
             "created_at": now,
             "updated_at": now,
@@ -113,17 +118,20 @@ class Templates:
         return version
 
     async def save(
-        self, owner: str, template_id: str, draft: Draft, based_on: int | None = None
+        self, who: Identity, template_id: str, draft: Draft, based_on: int | None = None
     ) -> TemplateVersion:
         """Saves a new version, unless nothing has changed. Raises `NotFound`, `InvalidRequest`, and
         `Conflict` when the newest version is not `based_on` any more."""
+        await self._authorizer.check(who, "templates:write")
         variables_of(draft.content)
         now = time.time()
 
         def operation(connection: Connection) -> TemplateVersion | Conflict | None:
             # The write comes first, so that two who save at once are one after the other.
             mine = and_(
-                templates.c.id == template_id, templates.c.owner == owner, templates.c.deleted_at.is_(None)
+                templates.c.id == template_id,
+                templates.c.owner == who.owner,
+                templates.c.deleted_at.is_(None),
             )
             if not connection.execute(update(templates).where(mine).values(updated_at=now)).rowcount:
                 return None
@@ -149,22 +157,25 @@ class Templates:
 
         return _found(await self._database.write(operation))
 
-    async def get(self, owner: str, template_id: str, number: int | None = None) -> TemplateVersion:
+    async def get(self, who: Identity, template_id: str, number: int | None = None) -> TemplateVersion:
         """A version, the newest when no number is given. Raises `NotFound`."""
+        await self._authorizer.check(who, "templates:read")
         statement = (
             select(*COLUMNS)
             .select_from(templates.join(template_versions))
             .where(
-                templates.c.id == template_id, templates.c.owner == owner, templates.c.deleted_at.is_(None)
+                templates.c.id == template_id,
+                templates.c.owner == who.owner,
+                templates.c.deleted_at.is_(None),
             )
             .where(IS_LATEST if number is None else template_versions.c.number == number)
         )
         row = await self._database.read(lambda c: c.execute(statement).first())
         return _found(None if row is None else TemplateVersion(*row))
 
-    async def versions(self, owner: str, template_id: str) -> list[TemplateVersion]:
+    async def versions(self, who: Identity, template_id: str) -> list[TemplateVersion]:
         """All versions, the newest first. Raises `NotFound`."""
-        await self.get(owner, template_id)
+        await self.get(who, template_id)
         statement = (
             select(*COLUMNS)
             .where(template_versions.c.template == template_id)
@@ -182,17 +193,19 @@ class Templates:
         rows = await self._database.read(lambda c: c.execute(statement).all())
         return {row.id: TemplateVersion(*row) for row in rows}
 
-    async def delete(self, owner: str, template_id: str) -> None:
+    async def delete(self, who: Identity, template_id: str) -> None:
         """Takes a template away; sessions made from it keep their prompt. Raises `NotFound`."""
-        await self._mark(owner, template_id, time.time())
+        await self._authorizer.check(who, "templates:write")
+        await self._mark(who, template_id, time.time())
 
-    async def restore(self, owner: str, template_id: str) -> TemplateVersion:
+    async def restore(self, who: Identity, template_id: str) -> TemplateVersion:
         """Brings a deleted template back. Raises `NotFound`."""
-        await self._mark(owner, template_id, None)
-        return await self.get(owner, template_id)
+        await self._authorizer.check(who, "templates:write")
+        await self._mark(who, template_id, None)
+        return await self.get(who, template_id)
 
-    async def _mark(self, owner: str, template_id: str, deleted_at: float | None) -> None:
-        mine = and_(templates.c.id == template_id, templates.c.owner == owner)
+    async def _mark(self, who: Identity, template_id: str, deleted_at: float | None) -> None:
+        mine = and_(templates.c.id == template_id, templates.c.owner == who.owner)
         if deleted_at is not None:
             mine = and_(mine, templates.c.deleted_at.is_(None))
         statement = update(templates).where(mine).values(deleted_at=deleted_at)

@@ -1,10 +1,12 @@
 """Signed tokens: JWTs (RFC 7519) signed with HS256 and no other algorithm.
 
-Every claim that is relied on is required to be there, which python-jose does not do by itself.
+Every claim that is relied on is required to be there, which python-jose does not do by itself. A token
+names the key that signed it (`kid`), so keys can be changed while tokens of the one before are still good.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Any, Literal
 
@@ -36,7 +38,20 @@ def sign(settings: Settings, kind: Kind, subject: str, seconds: float, **claims:
         "typ": kind,
         **claims,
     }
-    return jwt.encode(all_claims, settings.secret_key.get_secret_value(), algorithm=ALGORITHM)
+    secret = settings.secret_key.get_secret_value()
+    return jwt.encode(all_claims, secret, algorithm=ALGORITHM, headers={"kid": key_id(secret)})
+
+
+def key_id(secret: str) -> str:
+    """The public name of a key."""
+    return hashlib.sha256(b"kid:" + secret.encode()).hexdigest()[:8]
+
+
+def _secret_of(settings: Settings, token: str) -> str:
+    """The key that the token says it was signed with, if it is one of ours."""
+    keys = (settings.secret_key, *settings.secret_key_previous)
+    by_id = {key_id(key.get_secret_value()): key.get_secret_value() for key in keys}
+    return by_id[str(jwt.get_unverified_header(token).get("kid"))]
 
 
 def verify(settings: Settings, kind: Kind, token: str) -> dict[str, Any]:
@@ -48,13 +63,18 @@ def verify(settings: Settings, kind: Kind, token: str) -> dict[str, Any]:
     try:
         claims: dict[str, Any] = jwt.decode(
             token,
-            settings.secret_key.get_secret_value(),
+            _secret_of(settings, token),
             algorithms=[ALGORITHM],
             audience=AUDIENCE,
             issuer=ISSUER,
             options=options,
         )
-    except (JWTError, ValueError, RecursionError):  # jose parses the header before it checks anything
+    except (
+        JWTError,
+        KeyError,
+        ValueError,
+        RecursionError,
+    ):  # jose parses the header before it checks anything
         raise Unauthenticated(f"The {kind} token is wrong or has run out; sign in again.") from None
     if claims.get("typ") != kind:
         raise Unauthenticated(f"This is no {kind} token.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from app.events import (
     decode_ending,
     encode,
 )
+from app.services.admission import NO_TICKET
+from app.services.places import Meter
 from app.services.store import SessionRow, TurnRow
 
 Interruption = Literal["stop", "expired", "ended", "shutdown"]
@@ -80,6 +82,11 @@ class Turn:
         self.interruptible = False
         self.expiry: asyncio.TimerHandle | None = None
         self.question: str | None = None
+        self.prompt: Sequence[Mapping[str, Any]] = ()
+        self.pieces = self.chars = 0
+        self.meter = Meter()
+        self.ticket = NO_TICKET
+        self.is_counted = False
         self.followers = 0
         self.on_abandoned: Callable[[Turn], None] | None = None
         self._events: list[Numbered] = []
@@ -112,6 +119,8 @@ class Turn:
 
     def thinking(self, content: str) -> None:
         """A piece of reasoning has come."""
+        self.pieces += 1
+        self.chars += len(content)
         self._trace.append(content)
         self._append(Thinking(self.id, content))
 
@@ -119,6 +128,8 @@ class Turn:
         """A piece of the reply has come."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
+        self.pieces += 1
+        self.chars += len(content)
         self.response.append(content)
         self._trace.append(len(content))
         self._append(Token(self.id, content))
@@ -140,6 +151,8 @@ class Turn:
         self.interruption = None
         self.first_token_at = None
         self.response, self._trace, self._events = [], [], []
+        self.meter, self.is_counted = Meter(), False
+        self.pieces = self.chars = 0
         self._announce()
 
     @property

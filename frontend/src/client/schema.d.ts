@@ -4,6 +4,358 @@
  */
 
 export interface paths {
+    "/api/admin/alerts": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Alerts
+         * @description The budgets that were nearly or wholly spent.
+         */
+        get: operations["list_alerts"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/audit": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Read Audit
+         * @description Who did what, the newest first.
+         */
+        get: operations["read_audit"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/audit/export": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Export Audit
+         * @description The log as NDJSON, oldest first; with all rows in it, the chain can be verified anywhere.
+         */
+        get: operations["export_audit"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/audit/verify": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Verify Audit
+         * @description Whether no row of the log was changed, taken out or put in.
+         */
+        get: operations["verify_audit"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/invitations": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Invitations
+         * @description The invitations that can still be used.
+         */
+        get: operations["list_invitations"];
+        put?: never;
+        /**
+         * Invite
+         * @description A link with which one account can be made.
+         */
+        post: operations["invite"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/invitations/{link_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * Take Invitation Back
+         * @description Makes an invitation worthless.
+         */
+        delete: operations["take_invitation_back"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/limits": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Limits
+         * @description The limits that are set for somebody or something, beside those of roles.
+         */
+        get: operations["list_limits"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/limits/{subject}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        /**
+         * Set Limits
+         * @description Sets the limits of a subject. They hold from the next message on.
+         */
+        put: operations["set_limits"];
+        post?: never;
+        /**
+         * Clear Limits
+         * @description Takes the limits of a subject away.
+         */
+        delete: operations["clear_limits"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/roles": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Roles
+         * @description The roles that there are.
+         */
+        get: operations["list_roles"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/roles/{name}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        /**
+         * Define Role
+         * @description Adds a role or changes one. It holds at once, also for who has it already.
+         */
+        put: operations["define_role"];
+        post?: never;
+        /**
+         * Delete Role
+         * @description Takes back what was defined here; a role that is shipped is then as it was shipped.
+         */
+        delete: operations["delete_role"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/usage": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Usage
+         * @description What everybody has used, as JSON or CSV.
+         */
+        get: operations["usage"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/users": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Users
+         * @description The accounts, by name. That they were shown is in the audit log.
+         */
+        get: operations["list_users"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/users/{user_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        /**
+         * Change User
+         * @description Gives an account another role, closes it or opens it again.
+         */
+        patch: operations["change_user"];
+        trace?: never;
+    };
+    "/api/admin/users/{user_id}/keys": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List User Keys
+         * @description The API keys of an account.
+         */
+        get: operations["list_user_keys"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/users/{user_id}/keys/{key_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * Revoke User Key
+         * @description Makes an API key of an account worthless.
+         */
+        delete: operations["revoke_user_key"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/users/{user_id}/password-reset": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Make Password Link
+         * @description A link with which the account's owner sets a new password, within a day.
+         */
+        post: operations["make_password_link"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/users/{user_id}/sign-ins": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * Sign User Out
+         * @description Ends all sign-ins of an account.
+         */
+        delete: operations["sign_user_out"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/auth/login": {
         parameters: {
             query?: never;
@@ -65,6 +417,66 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/auth/password": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        /**
+         * Change Password
+         * @description Changes my password, and ends all my sign-ins but this one.
+         */
+        put: operations["change_password"];
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/auth/password-reset": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Reset Password
+         * @description Sets a new password with the link that an admin has made; all sign-ins of the account end.
+         */
+        post: operations["reset_password"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/auth/permissions": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Permissions
+         * @description What I may do here, and how much.
+         */
+        get: operations["permissions"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/auth/refresh": {
         parameters: {
             query?: never;
@@ -96,10 +508,54 @@ export interface paths {
         put?: never;
         /**
          * Register
-         * @description Makes an account. The first one made is an admin's.
+         * @description Makes an account, with an invitation where one is needed.
          */
         post: operations["register"];
         delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/auth/sign-ins": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Sign Ins
+         * @description Where I am signed in, the newest first.
+         */
+        get: operations["list_sign_ins"];
+        put?: never;
+        post?: never;
+        /**
+         * End Sign Ins
+         * @description Signs me out everywhere, here too.
+         */
+        delete: operations["end_sign_ins"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/auth/sign-ins/{sign_in_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * End Sign In
+         * @description Signs me out in one place.
+         */
+        delete: operations["end_sign_in"];
         options?: never;
         head?: never;
         patch?: never;
@@ -121,6 +577,50 @@ export interface paths {
          */
         post: operations["token"];
         delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/keys": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Keys
+         * @description My keys that are not revoked.
+         */
+        get: operations["list_keys"];
+        put?: never;
+        /**
+         * Make Key
+         * @description Makes a key. Its secret is in this answer and nowhere else.
+         */
+        post: operations["make_key"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/keys/{key_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * Revoke Key
+         * @description Makes a key worthless, at once and for ever.
+         */
+        delete: operations["revoke_key"];
         options?: never;
         head?: never;
         patch?: never;
@@ -375,6 +875,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/stats": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Stats
+         * @description What I have used, and what is left of my budgets.
+         */
+        get: operations["stats"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/templates": {
         parameters: {
             query?: never;
@@ -611,10 +1131,110 @@ export interface components {
             email: string;
             /** Id */
             id: string;
-            /** Is Admin */
-            is_admin: boolean;
+            /** Role */
+            role: string;
             /** Username */
             username: string;
+        };
+        /**
+         * AlertBody
+         * @description `percent` of a budget were spent.
+         */
+        AlertBody: {
+            /** Amount */
+            amount: number;
+            /**
+             * At
+             * Format: date-time
+             */
+            at: string;
+            /** Budget */
+            budget: string;
+            /** Percent */
+            percent: number;
+            /** Period */
+            period: string;
+            /** Spent */
+            spent: number;
+            /** Subject */
+            subject: string;
+        };
+        /**
+         * AlertList
+         * @description Alerts, the newest first.
+         */
+        AlertList: {
+            /** Alerts */
+            alerts: components["schemas"]["AlertBody"][];
+        };
+        /**
+         * AuditEntry
+         * @description A row of the audit log. `actor` is an owner; empty is nobody who is known.
+         */
+        AuditEntry: {
+            /** Action */
+            action: string;
+            /** Actor */
+            actor: string;
+            /**
+             * At
+             * Format: date-time
+             */
+            at: string;
+            /** Details */
+            details: {
+                [key: string]: unknown;
+            };
+            /** Door */
+            door: string;
+            /** Hash */
+            hash: string;
+            /** Outcome */
+            outcome: string;
+            /** Personal Data */
+            personal_data: boolean;
+            /** Seq */
+            seq: number;
+            /** Target */
+            target: string;
+        };
+        /**
+         * AuditPage
+         * @description Rows, the newest first. `next` is the `before` of the next page, null on the last.
+         */
+        AuditPage: {
+            /** Entries */
+            entries: components["schemas"]["AuditEntry"][];
+            /** Next */
+            next: number | null;
+        };
+        /**
+         * AuditVerdict
+         * @description Whether the log is whole. `head` is `seq:hash` of its end: note it somewhere else.
+         */
+        AuditVerdict: {
+            /** Broken At */
+            broken_at: number | null;
+            /** Head */
+            head: string;
+            /** Problem */
+            problem: string | null;
+            /** Rows */
+            rows: number;
+            /** Whole */
+            whole: boolean;
+        };
+        /**
+         * BudgetBody
+         * @description A budget that holds for me, and what of it is spent.
+         */
+        BudgetBody: {
+            /** Amount */
+            amount: number;
+            /** Budget */
+            budget: string;
+            /** Spent */
+            spent: number;
         };
         /**
          * Cancelled
@@ -705,6 +1325,30 @@ export interface components {
                 [key: string]: unknown;
             }[] | null;
             usage?: components["schemas"]["UsageBody"] | null;
+        };
+        /**
+         * DayUsage
+         * @description What was used on a day, of a model.
+         */
+        DayUsage: {
+            /** Cached Tokens */
+            cached_tokens: number;
+            /** Completion Tokens */
+            completion_tokens: number;
+            /** Cost */
+            cost: number;
+            /** Day */
+            day: string;
+            /** Gpu Seconds */
+            gpu_seconds: number;
+            /** Model */
+            model: string;
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** Reasoning Tokens */
+            reasoning_tokens: number;
+            /** Turns */
+            turns: number;
         };
         /**
          * Done
@@ -858,6 +1502,136 @@ export interface components {
             usage?: components["schemas"]["UsageBody"] | null;
         };
         /**
+         * Invitation
+         * @description An invitation that can still be used.
+         */
+        Invitation: {
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /**
+             * Expires At
+             * Format: date-time
+             */
+            expires_at: string;
+            /** Id */
+            id: string;
+            /** Made By */
+            made_by: string;
+            /** Role */
+            role: string | null;
+        };
+        /**
+         * InvitationList
+         * @description Invitations, the newest first.
+         */
+        InvitationList: {
+            /** Invitations */
+            invitations: components["schemas"]["Invitation"][];
+        };
+        /**
+         * Key
+         * @description A key; `prefix` is how its secret begins.
+         */
+        Key: {
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Device */
+            device: string | null;
+            /** Expires At */
+            expires_at: string | null;
+            /** Id */
+            id: string;
+            /** Last Used At */
+            last_used_at: string | null;
+            /** Name */
+            name: string;
+            /** Prefix */
+            prefix: string;
+            /** Project */
+            project: string | null;
+            /** Scopes */
+            scopes: string[];
+        };
+        /**
+         * KeyList
+         * @description Keys, the newest first.
+         */
+        KeyList: {
+            /** Keys */
+            keys: components["schemas"]["Key"][];
+        };
+        /**
+         * Limits
+         * @description What may be used. Null leaves a limit to the next wider rule; 0 switches it off. Costs are in the
+         *     currency of `models.toml`; GPU time is a turn's share of the time that the LLM server was busy.
+         */
+        Limits: {
+            /**
+             * Concurrent Turns
+             * @description Turns that wait or run at once
+             */
+            concurrent_turns?: number | null;
+            /**
+             * Daily Cost
+             * @description Cost a day
+             */
+            daily_cost?: number | null;
+            /**
+             * Daily Gpu Seconds
+             * @description GPU seconds a day
+             */
+            daily_gpu_seconds?: number | null;
+            /**
+             * Daily Tokens
+             * @description Tokens read and written a day (UTC)
+             */
+            daily_tokens?: number | null;
+            /**
+             * Max Tokens
+             * @description Longest reply, in tokens
+             */
+            max_tokens?: number | null;
+            /**
+             * Monthly Cost
+             * @description Cost a month
+             */
+            monthly_cost?: number | null;
+            /**
+             * Monthly Gpu Seconds
+             * @description GPU seconds a month
+             */
+            monthly_gpu_seconds?: number | null;
+            /**
+             * Monthly Tokens
+             * @description Tokens a calendar month (UTC)
+             */
+            monthly_tokens?: number | null;
+            /**
+             * Requests Per Hour
+             * @description Messages in any 60 minutes
+             */
+            requests_per_hour?: number | null;
+            /**
+             * Requests Per Session Minute
+             * @description Messages in any minute of one session
+             */
+            requests_per_session_minute?: number | null;
+        };
+        /**
+         * LimitsList
+         * @description What is set, by subject.
+         */
+        LimitsList: {
+            /** Limits */
+            limits: components["schemas"]["SubjectLimits"][];
+        };
+        /**
          * Live
          * @description The process answers.
          */
@@ -883,6 +1657,127 @@ export interface components {
             username: string;
         };
         /**
+         * MadeKey
+         * @description A key that was made just now. `secret` is shown this once: only its hash is stored.
+         */
+        MadeKey: {
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Device */
+            device: string | null;
+            /** Expires At */
+            expires_at: string | null;
+            /** Id */
+            id: string;
+            /** Last Used At */
+            last_used_at: string | null;
+            /** Name */
+            name: string;
+            /** Prefix */
+            prefix: string;
+            /** Project */
+            project: string | null;
+            /** Scopes */
+            scopes: string[];
+            /** Secret */
+            secret: string;
+        };
+        /**
+         * NamedRole
+         * @description A role, and where it is defined.
+         */
+        NamedRole: {
+            /**
+             * Description
+             * @default
+             */
+            description?: string;
+            /** @default {} */
+            limits?: components["schemas"]["Limits"];
+            /**
+             * Models
+             * @description Models that may be asked for; `*` stands for anything
+             * @default [
+             *       "*"
+             *     ]
+             */
+            models?: string[];
+            /** Name */
+            name: string;
+            /**
+             * Permissions
+             * @description `subject:*` and `*` for all
+             */
+            permissions: string[];
+            /**
+             * Redaction
+             * @description Mask personal data in messages before they are stored or sent
+             * @default false
+             */
+            redaction?: boolean;
+            /**
+             * Source
+             * @enum {string}
+             */
+            source: "shipped" | "file" | "api";
+            /**
+             * System Prompt
+             * @description Put before the system prompt of every session
+             * @default
+             */
+            system_prompt?: string;
+            /**
+             * Tools
+             * @description Tools that may be offered to the model
+             * @default [
+             *       "*"
+             *     ]
+             */
+            tools?: string[];
+        };
+        /**
+         * NewInvitation
+         * @description Somebody to invite.
+         */
+        NewInvitation: {
+            /**
+             * Days
+             * @description How long it is good
+             * @default 7
+             */
+            days?: number;
+            /** Role */
+            role: string;
+        };
+        /**
+         * NewKey
+         * @description A key to make. Without `scopes` it may do all that a key of mine can.
+         */
+        NewKey: {
+            /**
+             * Device
+             * @description Makes it good in MQTT payloads of this device, and nowhere else
+             */
+            device?: string | null;
+            /** Expires At */
+            expires_at?: string | null;
+            /** Name */
+            name: string;
+            /**
+             * Project
+             * @description The only project it is good for
+             */
+            project?: string | null;
+            /**
+             * Scopes
+             * @description Permissions
+             */
+            scopes?: string[] | null;
+        };
+        /**
          * OAuth2Token
          * @description The answer of an OAuth2 token endpoint (RFC 6749, section 5.1).
          */
@@ -899,6 +1794,73 @@ export interface components {
              * @constant
              */
             token_type?: "bearer";
+        };
+        /**
+         * OneUseLink
+         * @description A link that was made just now: `path` at this portal's address, good once. It is shown this once.
+         */
+        OneUseLink: {
+            /**
+             * Expires At
+             * Format: date-time
+             */
+            expires_at: string;
+            /** Id */
+            id: string;
+            /** Path */
+            path: string;
+        };
+        /**
+         * PasswordChange
+         * @description Another password for my account.
+         */
+        PasswordChange: {
+            /** Current Password */
+            current_password: string;
+            /** New Password */
+            new_password: string;
+        };
+        /**
+         * PasswordReset
+         * @description A new password, with an admin's link.
+         */
+        PasswordReset: {
+            /**
+             * Link
+             * @description What the link ends with
+             */
+            link: string;
+            /** New Password */
+            new_password: string;
+        };
+        /**
+         * PermissionBody
+         * @description Something that can be allowed.
+         */
+        PermissionBody: {
+            /** Allowed */
+            allowed: boolean;
+            /** Description */
+            description: string;
+            /** Name */
+            name: string;
+        };
+        /**
+         * Permissions
+         * @description What I may. `limits` are those that hold for me; null or 0 is none.
+         */
+        Permissions: {
+            /** Description */
+            description: string;
+            limits: components["schemas"]["Limits"];
+            /** Models */
+            models: string[];
+            /** Permissions */
+            permissions: components["schemas"]["PermissionBody"][];
+            /** Role */
+            role: string;
+            /** Tools */
+            tools: string[];
         };
         /**
          * Preview
@@ -974,6 +1936,11 @@ export interface components {
              * Format: email
              */
             email: string;
+            /**
+             * Invitation
+             * @description What an admin's link ends with
+             */
+            invitation?: string | null;
             /** Password */
             password: string;
             /** Username */
@@ -1008,6 +1975,60 @@ export interface components {
             turn_id: string;
             /** @enum {unknown} */
             type: "restarted";
+        };
+        /**
+         * Role
+         * @description What the people of a role may.
+         */
+        Role: {
+            /**
+             * Description
+             * @default
+             */
+            description?: string;
+            /** @default {} */
+            limits?: components["schemas"]["Limits"];
+            /**
+             * Models
+             * @description Models that may be asked for; `*` stands for anything
+             * @default [
+             *       "*"
+             *     ]
+             */
+            models?: string[];
+            /**
+             * Permissions
+             * @description `subject:*` and `*` for all
+             */
+            permissions: string[];
+            /**
+             * Redaction
+             * @description Mask personal data in messages before they are stored or sent
+             * @default false
+             */
+            redaction?: boolean;
+            /**
+             * System Prompt
+             * @description Put before the system prompt of every session
+             * @default
+             */
+            system_prompt?: string;
+            /**
+             * Tools
+             * @description Tools that may be offered to the model
+             * @default [
+             *       "*"
+             *     ]
+             */
+            tools?: string[];
+        };
+        /**
+         * RoleList
+         * @description Roles by name.
+         */
+        RoleList: {
+            /** Roles */
+            roles: components["schemas"]["NamedRole"][];
         };
         /**
          * Session
@@ -1090,7 +2111,8 @@ export interface components {
             model?: string | null;
             /**
              * Project
-             * @default prompt_portal
+             * @description `prompt_portal`, or that of the API key, when left out
+             * @default
              */
             project?: string;
             /**
@@ -1182,6 +2204,48 @@ export interface components {
             version_id: string;
         };
         /**
+         * SignInBody
+         * @description A sign-in; `current` is the one that asks.
+         */
+        SignInBody: {
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Current */
+            current: boolean;
+            /** Id */
+            id: string;
+            /**
+             * Last Used At
+             * Format: date-time
+             */
+            last_used_at: string;
+            /** User Agent */
+            user_agent: string;
+        };
+        /**
+         * SignInList
+         * @description Sign-ins.
+         */
+        SignInList: {
+            /** Sign Ins */
+            sign_ins: components["schemas"]["SignInBody"][];
+        };
+        /**
+         * Stats
+         * @description What I have used. Days and months are those of UTC.
+         */
+        Stats: {
+            /** Budgets */
+            budgets: components["schemas"]["BudgetBody"][];
+            /** Days */
+            days: components["schemas"]["DayUsage"][];
+            month: components["schemas"]["Used"];
+            today: components["schemas"]["Used"];
+        };
+        /**
          * Stopped
          * @description `turn_id` is the turn that was stopped, if one ran.
          */
@@ -1196,6 +2260,15 @@ export interface components {
             ok?: true;
             /** Turn Id */
             turn_id: string | null;
+        };
+        /**
+         * SubjectLimits
+         * @description Limits of a subject.
+         */
+        SubjectLimits: {
+            limits: components["schemas"]["Limits"];
+            /** Subject */
+            subject: string;
         };
         /**
          * SupersededBy
@@ -1375,6 +2448,120 @@ export interface components {
             /** Reasoning Tokens */
             reasoning_tokens: number;
         };
+        /**
+         * UsageLine
+         * @description The sums of one group; what it is not grouped by is null.
+         */
+        UsageLine: {
+            /** Api Key */
+            api_key?: string | null;
+            /** Cached Tokens */
+            cached_tokens: number;
+            /** Completion Tokens */
+            completion_tokens: number;
+            /** Cost */
+            cost: number;
+            /** Day */
+            day?: string | null;
+            /** Door */
+            door?: string | null;
+            /** Gpu Seconds */
+            gpu_seconds: number;
+            /** Model */
+            model?: string | null;
+            /** Owner */
+            owner?: string | null;
+            /** Project */
+            project?: string | null;
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** Reasoning Tokens */
+            reasoning_tokens: number;
+            /** Turns */
+            turns: number;
+        };
+        /**
+         * UsageReport
+         * @description What was used from the day `since` to the day `until`, both included (UTC).
+         */
+        UsageReport: {
+            /** Lines */
+            lines: components["schemas"]["UsageLine"][];
+            /**
+             * Since
+             * Format: date
+             */
+            since: string;
+            /**
+             * Until
+             * Format: date
+             */
+            until: string;
+        };
+        /**
+         * Used
+         * @description What was used. `gpu_seconds` is the share of the time that the LLM server was busy; `cost` is in the
+         *     currency of the admin's price list.
+         */
+        Used: {
+            /** Cached Tokens */
+            cached_tokens: number;
+            /** Completion Tokens */
+            completion_tokens: number;
+            /** Cost */
+            cost: number;
+            /** Gpu Seconds */
+            gpu_seconds: number;
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** Reasoning Tokens */
+            reasoning_tokens: number;
+            /** Turns */
+            turns: number;
+        };
+        /**
+         * User
+         * @description An account. `closed_at` is null while it is open.
+         */
+        User: {
+            /** Closed At */
+            closed_at: string | null;
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Email */
+            email: string;
+            /** Id */
+            id: string;
+            /** Last Seen At */
+            last_seen_at: string | null;
+            /** Role */
+            role: string;
+            /** Username */
+            username: string;
+        };
+        /**
+         * UserChange
+         * @description What to change of an account; `closed` ends its sign-ins and lets nobody in.
+         */
+        UserChange: {
+            /** Closed */
+            closed?: boolean | null;
+            /** Role */
+            role?: string | null;
+        };
+        /**
+         * UserPage
+         * @description A part of the list; `total` counts all that match.
+         */
+        UserPage: {
+            /** Total */
+            total: number;
+            /** Users */
+            users: components["schemas"]["User"][];
+        };
     };
     responses: never;
     parameters: never;
@@ -1385,9 +2572,16 @@ export interface components {
 export type Accepted = components['schemas']['Accepted'];
 export type AccessToken = components['schemas']['AccessToken'];
 export type Account = components['schemas']['Account'];
+export type AlertBody = components['schemas']['AlertBody'];
+export type AlertList = components['schemas']['AlertList'];
+export type AuditEntry = components['schemas']['AuditEntry'];
+export type AuditPage = components['schemas']['AuditPage'];
+export type AuditVerdict = components['schemas']['AuditVerdict'];
+export type BudgetBody = components['schemas']['BudgetBody'];
 export type Cancelled = components['schemas']['Cancelled'];
 export type Chat = components['schemas']['Chat'];
 export type ChatAnswer = components['schemas']['ChatAnswer'];
+export type DayUsage = components['schemas']['DayUsage'];
 export type Done = components['schemas']['Done'];
 export type ErrorBody = components['schemas']['ErrorBody'];
 export type ErrorDetail = components['schemas']['ErrorDetail'];
@@ -1398,9 +2592,24 @@ export type Final = components['schemas']['Final'];
 export type Health = components['schemas']['Health'];
 export type HistoryAnswer = components['schemas']['HistoryAnswer'];
 export type HistoryMessage = components['schemas']['HistoryMessage'];
+export type Invitation = components['schemas']['Invitation'];
+export type InvitationList = components['schemas']['InvitationList'];
+export type Key = components['schemas']['Key'];
+export type KeyList = components['schemas']['KeyList'];
+export type Limits = components['schemas']['Limits'];
+export type LimitsList = components['schemas']['LimitsList'];
 export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
+export type MadeKey = components['schemas']['MadeKey'];
+export type NamedRole = components['schemas']['NamedRole'];
+export type NewInvitation = components['schemas']['NewInvitation'];
+export type NewKey = components['schemas']['NewKey'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
+export type OneUseLink = components['schemas']['OneUseLink'];
+export type PasswordChange = components['schemas']['PasswordChange'];
+export type PasswordReset = components['schemas']['PasswordReset'];
+export type PermissionBody = components['schemas']['PermissionBody'];
+export type Permissions = components['schemas']['Permissions'];
 export type Preview = components['schemas']['Preview'];
 export type PreviewBody = components['schemas']['PreviewBody'];
 export type Queued = components['schemas']['Queued'];
@@ -1409,13 +2618,19 @@ export type Registration = components['schemas']['Registration'];
 export type RenderBody = components['schemas']['RenderBody'];
 export type Rendered = components['schemas']['Rendered'];
 export type Restarted = components['schemas']['Restarted'];
+export type Role = components['schemas']['Role'];
+export type RoleList = components['schemas']['RoleList'];
 export type Session = components['schemas']['Session'];
 export type SessionAnswer = components['schemas']['SessionAnswer'];
 export type SessionChange = components['schemas']['SessionChange'];
 export type SessionChat = components['schemas']['SessionChat'];
 export type SessionPage = components['schemas']['SessionPage'];
 export type SessionTemplate = components['schemas']['SessionTemplate'];
+export type SignInBody = components['schemas']['SignInBody'];
+export type SignInList = components['schemas']['SignInList'];
+export type Stats = components['schemas']['Stats'];
 export type Stopped = components['schemas']['Stopped'];
+export type SubjectLimits = components['schemas']['SubjectLimits'];
 export type SupersededBy = components['schemas']['SupersededBy'];
 export type Template = components['schemas']['Template'];
 export type TemplateBody = components['schemas']['TemplateBody'];
@@ -1428,8 +2643,667 @@ export type TokenForm = components['schemas']['TokenForm'];
 export type TurnEvent = components['schemas']['TurnEvent'];
 export type Usage = components['schemas']['Usage'];
 export type UsageBody = components['schemas']['UsageBody'];
+export type UsageLine = components['schemas']['UsageLine'];
+export type UsageReport = components['schemas']['UsageReport'];
+export type Used = components['schemas']['Used'];
+export type User = components['schemas']['User'];
+export type UserChange = components['schemas']['UserChange'];
+export type UserPage = components['schemas']['UserPage'];
 export type $defs = Record<string, never>;
 export interface operations {
+    list_alerts: {
+        parameters: {
+            query?: {
+                limit?: number;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AlertList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    read_audit: {
+        parameters: {
+            query?: {
+                /** @description Only actions that begin so, such as `auth.` */
+                action?: string | null;
+                /** @description Only what this owner did */
+                actor?: string | null;
+                /** @description Only rows older than this one */
+                before?: number | null;
+                limit?: number;
+                outcome?: string | null;
+                /** @description With a time zone */
+                since?: string | null;
+                /** @description With a time zone */
+                until?: string | null;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AuditPage"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    export_audit: {
+        parameters: {
+            query?: {
+                /** @description Only actions that begin so, such as `auth.` */
+                action?: string | null;
+                /** @description Only what this owner did */
+                actor?: string | null;
+                outcome?: string | null;
+                /** @description With a time zone */
+                since?: string | null;
+                /** @description With a time zone */
+                until?: string | null;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/x-ndjson": components["schemas"]["AuditEntry"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    verify_audit: {
+        parameters: {
+            query?: {
+                /** @description A head that was noted before */
+                head?: string | null;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AuditVerdict"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_invitations: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["InvitationList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    invite: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["NewInvitation"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OneUseLink"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    take_invitation_back: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                link_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_limits: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["LimitsList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    set_limits: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description `all`, `user:ID`, `anon:PROJECT`, `project:NAME`, `key:ID`, `device:NAME` or `local` */
+                subject: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["Limits"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["SubjectLimits"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    clear_limits: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description `all`, `user:ID`, `anon:PROJECT`, `project:NAME`, `key:ID`, `device:NAME` or `local` */
+                subject: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_roles: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["RoleList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    define_role: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["Role"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["NamedRole"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    delete_role: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    usage: {
+        parameters: {
+            query?: {
+                /** @description What to sum by; `day` when left out */
+                by?: ("day" | "owner" | "api_key" | "project" | "model" | "door")[] | null;
+                format?: "json" | "csv";
+                owner?: string | null;
+                project?: string | null;
+                /** @description First day; 30 days ago when left out */
+                since?: string | null;
+                /** @description Last day; today when left out */
+                until?: string | null;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["UsageReport"];
+                    "text/csv": string;
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_users: {
+        parameters: {
+            query?: {
+                limit?: number;
+                offset?: number;
+                /** @description Only names and addresses with this text */
+                search?: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["UserPage"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    change_user: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                user_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["UserChange"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["User"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_user_keys: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                user_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["KeyList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    revoke_user_key: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                key_id: string;
+                user_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    make_password_link: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                user_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OneUseLink"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    sign_user_out: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                user_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
     login: {
         parameters: {
             query?: never;
@@ -1522,6 +3396,97 @@ export interface operations {
             };
         };
     };
+    change_password: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["PasswordChange"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    reset_password: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["PasswordReset"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    permissions: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Permissions"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
     refresh: {
         parameters: {
             query?: never;
@@ -1587,6 +3552,91 @@ export interface operations {
             };
         };
     };
+    list_sign_ins: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["SignInList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    end_sign_ins: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    end_sign_in: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                sign_in_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
     token: {
         parameters: {
             query?: never;
@@ -1608,6 +3658,97 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["OAuth2Token"];
                 };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_keys: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["KeyList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    make_key: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["NewKey"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["MadeKey"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    revoke_key: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                key_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
             };
             /** @description An error */
             default: {
@@ -1804,7 +3945,11 @@ export interface operations {
                 };
                 content: {
                     "application/x-ndjson": components["schemas"]["TurnEvent"];
-                    "text/event-stream": components["schemas"]["TurnEvent"];
+                    "text/event-stream": {
+                        data: string;
+                        event: string;
+                        id: string;
+                    };
                 };
             };
             /** @description An error */
@@ -1838,7 +3983,11 @@ export interface operations {
                 };
                 content: {
                     "application/x-ndjson": components["schemas"]["TurnEvent"];
-                    "text/event-stream": components["schemas"]["TurnEvent"];
+                    "text/event-stream": {
+                        data: string;
+                        event: string;
+                        id: string;
+                    };
                 };
             };
             /** @description An error */
@@ -1905,7 +4054,11 @@ export interface operations {
                 };
                 content: {
                     "application/x-ndjson": components["schemas"]["TurnEvent"];
-                    "text/event-stream": components["schemas"]["TurnEvent"];
+                    "text/event-stream": {
+                        data: string;
+                        event: string;
+                        id: string;
+                    };
                 };
             };
             /** @description An error */
@@ -2066,6 +4219,38 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Session"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    stats: {
+        parameters: {
+            query?: {
+                /** @description How many days back */
+                days?: number;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Stats"];
                 };
             };
             /** @description An error */

@@ -14,7 +14,9 @@ import {
   IconMoon,
   IconSelector,
   IconSun,
+  IconUser,
 } from "@tabler/icons-react";
+import { Link } from "react-router";
 import { signOut } from "../client/auth";
 import { useAccount } from "../queries/account";
 import classes from "./account-menu.module.css";
@@ -57,6 +59,9 @@ export function AccountMenu() {
           </Menu.Item>
         ))}
         <Menu.Divider />
+        <Menu.Item component={Link} to="/account" leftSection={<IconUser size={16} aria-hidden />}>
+          Account
+        </Menu.Item>
         <Menu.Item
           component="a"
           href="/docs"

@@ -1,19 +1,34 @@
 import { AppShell, Burger, Group, NavLink, ScrollArea, Text } from "@mantine/core";
 import { useDisclosure } from "@mantine/hooks";
-import { IconMessagePlus, IconTemplate } from "@tabler/icons-react";
+import { IconMessagePlus, IconShield, IconTemplate } from "@tabler/icons-react";
 import { type MouseEvent, type ReactNode, useEffect } from "react";
 import { Link, Outlet, useLocation } from "react-router";
+import { useMay } from "../queries/access";
 import { AccountMenu } from "./account-menu";
 import { ModelStatus } from "./model-status";
 import classes from "./shell.module.css";
 
 const PAGES = [
-  { to: "/chat", label: "New chat", icon: IconMessagePlus, isActive: (path: string) => path === "/chat" },
+  {
+    to: "/chat",
+    label: "New chat",
+    icon: IconMessagePlus,
+    isActive: (path: string) => path === "/chat",
+    permissions: ["chat:use"],
+  },
   {
     to: "/templates",
     label: "Templates",
     icon: IconTemplate,
     isActive: (path: string) => path.startsWith("/templates"),
+    permissions: ["templates:read"],
+  },
+  {
+    to: "/admin",
+    label: "Admin",
+    icon: IconShield,
+    isActive: (path: string) => path.startsWith("/admin"),
+    permissions: ["users:read", "usage:read-all", "audit:read"],
   },
 ];
 
@@ -21,6 +36,7 @@ const PAGES = [
 export function Shell({ sidebar }: { sidebar: ReactNode }) {
   const [opened, { toggle, close }] = useDisclosure();
   const { pathname } = useLocation();
+  const may = useMay();
 
   // On a phone the menu covers the page that was chosen in it.
   // biome-ignore lint/correctness/useExhaustiveDependencies: it closes whenever the address changes
@@ -50,19 +66,21 @@ export function Shell({ sidebar }: { sidebar: ReactNode }) {
           </Group>
         </AppShell.Section>
         <AppShell.Section px="xs">
-          {PAGES.map(({ to, label, icon: Icon, isActive }) => (
-            <NavLink
-              key={to}
-              component={Link}
-              to={to}
-              label={label}
-              active={isActive(pathname)}
-              aria-current={isActive(pathname) ? "page" : undefined}
-              leftSection={<Icon size={18} aria-hidden />}
-              className={classes["link"] ?? ""}
-              onClick={close}
-            />
-          ))}
+          {PAGES.filter(({ permissions }) => permissions.some(may)).map(
+            ({ to, label, icon: Icon, isActive }) => (
+              <NavLink
+                key={to}
+                component={Link}
+                to={to}
+                label={label}
+                active={isActive(pathname)}
+                aria-current={isActive(pathname) ? "page" : undefined}
+                leftSection={<Icon size={18} aria-hidden />}
+                className={classes["link"] ?? ""}
+                onClick={close}
+              />
+            ),
+          )}
         </AppShell.Section>
         <AppShell.Section grow component={ScrollArea} type="auto" px="xs" pt="xs">
           {sidebar}

@@ -15,11 +15,12 @@ export type Variables = Record<string, string>;
 
 const LIST_LIMIT = 200;
 
-export function useTemplates(search = "") {
+export function useTemplates(search = "", enabled = true) {
   return useQuery({
     queryKey: templateKeys.list(search),
     queryFn: () => body(http.GET("/api/templates", { params: { query: { search, limit: LIST_LIMIT } } })),
     placeholderData: (before) => before,
+    enabled,
   });
 }
 

@@ -1,4 +1,15 @@
-import { Anchor, Button, Center, Paper, PasswordInput, Stack, Text, TextInput, Title } from "@mantine/core";
+import {
+  Anchor,
+  Button,
+  Center,
+  Paper,
+  PasswordInput,
+  type PasswordInputProps,
+  Stack,
+  Text,
+  TextInput,
+  Title,
+} from "@mantine/core";
 import { useForm } from "@mantine/form";
 import { type ReactNode, useState, useSyncExternalStore } from "react";
 import { Link, Navigate, useLocation } from "react-router";
@@ -6,6 +17,7 @@ import { authStore, signIn } from "../../client/auth";
 import { PortalError } from "../../client/errors";
 import { body, http } from "../../client/http";
 import { ErrorNotice } from "../../components/error-notice";
+import { useLinkSecret } from "./one-use-link";
 
 const SHORTEST_PASSWORD = 8;
 
@@ -36,23 +48,33 @@ export function SignInPage() {
   );
 }
 
+const username = (value: string) =>
+  /^[A-Za-z0-9_.-]{2,64}$/.test(value) ? null : "2 to 64 letters, digits, dots, dashes or underscores";
+const password = (value: string) =>
+  value.length < SHORTEST_PASSWORD ? `At least ${SHORTEST_PASSWORD} characters` : null;
+
 export function RegisterPage() {
+  return <NewAccount title="Make an account" />;
+}
+
+/** Where an invitation leads to. */
+export function JoinPage() {
+  const invitation = useLinkSecret();
+  return <NewAccount title="You are invited" invitation={invitation} />;
+}
+
+function NewAccount({ title, invitation }: { title: string; invitation?: string }) {
   const form = useForm({
     initialValues: { username: "", email: "", password: "" },
-    validate: {
-      username: (value) =>
-        /^[A-Za-z0-9_.-]{2,64}$/.test(value) ? null : "2 to 64 letters, digits, dots, dashes or underscores",
-      password: (value) =>
-        value.length < SHORTEST_PASSWORD ? `At least ${SHORTEST_PASSWORD} characters` : null,
-    },
+    validate: { username, password },
   });
   const register = async (values: typeof form.values) => {
-    await body(http.POST("/api/auth/register", { body: values }));
+    await body(http.POST("/api/auth/register", { body: { ...values, invitation: invitation ?? null } }));
     await signIn({ username: values.username, password: values.password });
   };
   return (
     <AccountForm
-      title="Make an account"
+      title={title}
       submit="Make the account"
       onSubmit={(run) => form.onSubmit((values) => run(() => register(values)))}
       other="You have one? "
@@ -66,14 +88,42 @@ export function RegisterPage() {
         {...form.getInputProps("username")}
       />
       <TextInput label="Email" type="email" autoComplete="email" required {...form.getInputProps("email")} />
-      <PasswordInput
-        label="Password"
-        description={`At least ${SHORTEST_PASSWORD} characters`}
-        autoComplete="new-password"
-        required
-        {...form.getInputProps("password")}
-      />
+      <NewPassword label="Password" {...form.getInputProps("password")} />
     </AccountForm>
+  );
+}
+
+/** Where an admin's link leads to with which a password is set anew. */
+export function NewPasswordPage() {
+  const link = useLinkSecret();
+  const [isDone, setDone] = useState(false);
+  const form = useForm({ initialValues: { password: "" }, validate: { password } });
+  const reset = async (values: typeof form.values) => {
+    await body(http.POST("/api/auth/password-reset", { body: { link, new_password: values.password } }));
+    setDone(true);
+  };
+  if (isDone) return <Navigate to="/sign-in" replace />;
+  return (
+    <AccountForm
+      title="Set a new password"
+      submit="Set the password"
+      onSubmit={(run) => form.onSubmit((values) => run(() => reset(values)))}
+      other="You know it again? "
+      otherLink={{ to: "/sign-in", label: "Sign in" }}
+    >
+      <NewPassword label="New password" autoFocus {...form.getInputProps("password")} />
+    </AccountForm>
+  );
+}
+
+function NewPassword(props: PasswordInputProps) {
+  return (
+    <PasswordInput
+      description={`At least ${SHORTEST_PASSWORD} characters`}
+      autoComplete="new-password"
+      required
+      {...props}
+    />
   );
 }
 

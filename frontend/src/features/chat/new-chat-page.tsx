@@ -5,6 +5,7 @@ import { Link, useNavigate, useSearchParams } from "react-router";
 import { newId } from "../../api";
 import { PortalError } from "../../client/errors";
 import { VariableInputs } from "../../components/variable-inputs";
+import { useMay } from "../../queries/access";
 import { useTemplate, useTemplates, type Variables } from "../../queries/templates";
 import { Composer } from "./composer";
 import classes from "./conversation.module.css";
@@ -14,7 +15,9 @@ import { useLiveTurns } from "./use-live-turns";
 export function NewChatPage() {
   const [query, setQuery] = useSearchParams();
   const templateId = query.get("template");
-  const { data } = useTemplates();
+  const may = useMay();
+  const mayUseTemplates = may("templates:read");
+  const { data } = useTemplates("", mayUseTemplates);
   // The chosen one may be beyond the end of the list.
   const { data: template } = useTemplate(templateId ?? "", templateId !== null);
   const listed = data?.templates.filter(({ id }) => id !== template?.id) ?? [];
@@ -47,28 +50,30 @@ export function NewChatPage() {
         <Title order={1} size="h2" ta="center">
           What is it about?
         </Title>
-        <Select
-          label="Template"
-          description={
-            data?.templates.length === 0 ? (
-              <>
-                There are none yet.{" "}
-                <Anchor component={Link} to="/templates/new" size="xs" underline="always">
-                  Write the first one
-                </Anchor>
-              </>
-            ) : (
-              "Its text tells the model what to be before you say a word."
-            )
-          }
-          placeholder="None"
-          searchable
-          clearable
-          nothingFoundMessage="No template is called that"
-          data={choices}
-          value={template?.id ?? null}
-          onChange={(id) => setQuery(id === null ? {} : { template: id }, { replace: true })}
-        />
+        {mayUseTemplates && (
+          <Select
+            label="Template"
+            description={
+              data?.templates.length === 0 ? (
+                <>
+                  There are none yet.{" "}
+                  <Anchor component={Link} to="/templates/new" size="xs" underline="always">
+                    Write the first one
+                  </Anchor>
+                </>
+              ) : (
+                "Its text tells the model what to be before you say a word."
+              )
+            }
+            placeholder="None"
+            searchable
+            clearable
+            nothingFoundMessage="No template is called that"
+            data={choices}
+            value={template?.id ?? null}
+            onChange={(id) => setQuery(id === null ? {} : { template: id }, { replace: true })}
+          />
+        )}
         {template ? (
           <VariableInputs names={template.variables} values={variables} onChange={setVariables} />
         ) : (

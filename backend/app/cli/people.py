@@ -1,0 +1,66 @@
+"""What the operator does straight in the database: inviting people, and verifying the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from app.access import LOCAL
+from app.cli.console import Failure
+from app.config import Settings, load_settings
+from app.database import Database, migrate
+from app.services.audit import Audit, Verdict, seal
+from app.services.authorizer import Authorizer
+from app.services.links import INVITATION_DAYS, Link, Links
+from app.services.people import People
+from app.services.policies import ADMIN, Policies
+from app.services.sign_ins import SignIns
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Database]:
+    await asyncio.to_thread(migrate, settings.sqlalchemy_url)
+    database = Database(settings.sqlalchemy_url, before_commit=seal)
+    await database.open()
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+async def _invite(settings: Settings, role: str, days: float, *, unless_admin: bool) -> Link | None:
+    async with _database(settings) as database:
+        authorizer = Authorizer(Audit(database))
+        policies = Policies(database, authorizer, settings.path(settings.roles_file))
+        await policies.open()
+        people = People(database, authorizer, policies, SignIns(settings, database, authorizer))
+        if unless_admin and await people.has_admin():
+            return None
+        if not policies.has_role(role):
+            names = ", ".join(found.name for found in policies.all_roles())
+            raise Failure(f"There is no role {role!r}.", f"There are: {names}.")
+        return await Links(database, authorizer, policies).invite(LOCAL, role, days, alone=unless_admin)
+
+
+def invite(env_file: Path, role: str, days: float = INVITATION_DAYS) -> Link:
+    """An invitation in the operator's name. Raises `Failure`."""
+    link = asyncio.run(_invite(load_settings(env_file), role, days, unless_admin=False))
+    assert link is not None
+    return link
+
+
+def invite_first_admin(env_file: Path) -> Link | None:
+    """An invitation for an admin, in place of earlier ones; nothing when there is an admin."""
+    return asyncio.run(_invite(load_settings(env_file), ADMIN, INVITATION_DAYS, unless_admin=True))
+
+
+async def _verify(settings: Settings, head: str | None) -> Verdict:
+    async with _database(settings) as database:
+        return await Audit(database).verify(head)
+
+
+def verify_audit(env_file: Path, head: str | None) -> Verdict:
+    """Whether the audit log is whole."""
+    return asyncio.run(_verify(load_settings(env_file), head))

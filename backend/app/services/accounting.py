@@ -1,0 +1,124 @@
+"""What a turn has cost, written down when it ends, however it does.
+
+The usage row, the day's sums and the audit row belong to the transaction that ends the turn; the budgets
+are settled when it is committed.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import Connection
+
+from app.database import Database, defer
+from app.errors import PortalError
+from app.events import Ending, Final, Usage, type_of
+from app.logs import get_logger
+from app.services import usage
+from app.services.admission import Admission
+from app.services.audit import Entry
+from app.services.history import MESSAGE_OVERHEAD, estimate_tokens
+from app.services.turns import Turn
+from app.services.usage import Spent, TurnUsage
+
+CHARS_A_TOKEN = 4
+
+log = get_logger(__name__)
+
+
+class Accounting:
+    """Counts what turns have used."""
+
+    def __init__(self, database: Database, admission: Admission) -> None:
+        self._database = database
+        self._admission = admission
+
+    def used(self, turn: Turn, ending: Ending) -> TurnUsage:
+        """What the turn has used in this attempt."""
+        row, meter = turn.row, turn.meter
+        tokens = ending.usage if isinstance(ending, Final) else _estimated(turn)
+        gpu_seconds = round(meter.gpu_seconds, 4)
+        first = turn.first_token_at
+        return TurnUsage(
+            turn_id=row.id,
+            attempt=row.attempt,
+            at=time.time(),
+            owner=turn.session.owner,
+            api_key=row.api_key or "",
+            project=turn.session.project,
+            model=meter.model,
+            door=row.door,
+            outcome=type_of(ending),
+            prompt_tokens=tokens.prompt_tokens,
+            completion_tokens=tokens.completion_tokens,
+            cached_tokens=tokens.cached_tokens,
+            reasoning_tokens=tokens.reasoning_tokens,
+            estimated=tokens.estimated,
+            gpu_seconds=gpu_seconds,
+            cost=self._admission.cost(meter.model, tokens, gpu_seconds),
+            ttft_ms=None if first is None else round((first - turn.began) * 1000),
+            elapsed_ms=round((time.monotonic() - turn.began) * 1000),
+        )
+
+    def write(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
+        """Writes it down, with this transaction, unless that was done before."""
+        if not usage.write(connection, used):
+            return
+        details = {
+            "session": turn.session.session_id,
+            "model": used.model,
+            "attempt": used.attempt,
+            "prompt_tokens": used.prompt_tokens,
+            "completion_tokens": used.completion_tokens,
+            "question_chars": len(turn.question or ""),
+            "reply_chars": sum(map(len, turn.response)),
+        }
+        if used.api_key:
+            details["key"] = used.api_key
+        entry = Entry(used.owner, "turn", turn.id, used.outcome, used.door, details=details)
+        defer(connection, entry)
+
+    async def settle(self, turn: Turn, used: TurnUsage) -> None:
+        """What is written down is committed: the budgets are charged. Once for each attempt."""
+        if turn.is_counted:
+            return
+        turn.is_counted = True
+        spent = Spent(
+            1,
+            used.prompt_tokens,
+            used.completion_tokens,
+            used.cached_tokens,
+            used.reasoning_tokens,
+            used.gpu_seconds,
+            used.cost,
+        )
+        try:
+            await self._admission.settle(turn.ticket, spent)
+        except PortalError as error:  # the sums in the database are right all the same
+            log.warning("a budget could not be settled", turn=turn.id, reason=error.code)
+
+    async def count(self, turn: Turn) -> None:
+        """Counts a turn whose ending was stored without this: cut off by a clear, or never stored."""
+        if turn.is_counted or turn.ending is None:
+            return
+        used = self.used(turn, turn.ending)
+        try:
+            await self._database.write(lambda c: self.write(c, turn, used))
+        except PortalError as error:
+            log.error("what a turn has used could not be stored", turn=turn.id, reason=error.code)
+        await self.settle(turn, used)
+
+    async def release(self, turn: Turn) -> None:
+        """The turn is counted by another process: what was reserved for it here is free."""
+        if not turn.is_counted:
+            turn.is_counted = True
+            await self._admission.settle(turn.ticket, None)
+
+
+def _estimated(turn: Turn) -> Usage:
+    """What a turn has used that did not come to the server's own report: nothing when it never ran."""
+    if not turn.meter.model:
+        return Usage(estimated=True)
+    sent = sum(estimate_tokens(str(m.get("content", ""))) + MESSAGE_OVERHEAD // 2 for m in turn.prompt)
+    # A piece is a token, or several that came together.
+    return Usage(sent, max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)

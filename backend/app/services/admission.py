@@ -1,0 +1,297 @@
+"""The one admission control, below every door: rate limits, budgets, and how many turns at once.
+
+A turn is admitted before it is accepted. It takes one of each window that counts for it, and reserves what
+it may cost at most of each budget; when it has ended, however it did, what it has really cost takes the
+place of what was reserved.
+
+What holds for somebody is, limit by limit, the first that is set: for the owner, in the role, in the
+settings (for people). What is set for the project, the API key, the device, and for `all` holds beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from app.access import Identity, Limits
+from app.config import Settings
+from app.errors import BudgetExceeded, InvalidRequest, RateLimited, quota_headers
+from app.events import TurnRequest, Usage
+from app.logs import get_logger
+from app.services.alerts import Alerts
+from app.services.history import estimate_tokens
+from app.services.ledger import Hold, Ledger, Quota, Window
+from app.services.policies import ALL, Policies
+from app.services.prices import Prices
+from app.services.usage import Spent, UsageBook, day_of, month_of
+
+BUDGETS = {
+    "daily_tokens": "tokens",
+    "daily_cost": "cost",
+    "daily_gpu_seconds": "gpu_seconds",
+    "monthly_tokens": "tokens",
+    "monthly_cost": "cost",
+    "monthly_gpu_seconds": "gpu_seconds",
+}
+"""The budgets of `Limits`, and what of `Spent` each of them counts."""
+
+WORDS = {"tokens": "tokens", "cost": "cost units", "gpu_seconds": "GPU seconds"}
+
+YOURS = "You may send"
+WHOSE = {
+    "all": "All together may send",
+    "project": "A project may send",
+    "key": "An API key may send",
+    "device": "A device may send",
+    "session": "A session may get",
+}
+
+TYPICAL_GPU_S = 2.0
+"""GPU seconds that are reserved for a turn: nobody knows them before."""
+
+MOST_MERGED = 10_000
+"""Owners whose limits are kept ready."""
+
+NEXT_TURN_S = 2.0
+"""When to come back for whoever has too many turns at once."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The leave to run a turn: what was taken and reserved for it."""
+
+    turn_id: str
+    windows: tuple[Window, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    budgets: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The subject and the budget of each hold, by its key."""
+    quotas: tuple[Quota, ...] = ()
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """How the rate limits stand, for HTTP."""
+        return quota_headers([quota.info for quota in self.quotas])
+
+
+NO_TICKET = Ticket("")
+
+
+class Admission:
+    """Admits turns, and settles what they have cost."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        policies: Policies,
+        ledger: Ledger,
+        book: UsageBook,
+        prices: Prices,
+        alerts: Alerts,
+    ) -> None:
+        self._settings = settings
+        self._policies = policies
+        self._ledger = ledger
+        self._book = book
+        self._alerts = alerts
+        self.prices = prices
+        self._merged: dict[tuple[str, bool], tuple[Limits, Limits, Limits]] = {}
+        self._of_people = Limits(
+            concurrent_turns=settings.max_turns_per_user,
+            requests_per_hour=settings.rate_limit_per_hour,
+            requests_per_session_minute=settings.rate_limit_session_per_minute,
+            daily_tokens=settings.daily_token_budget,
+        )
+
+    def limits_of(self, who: Identity) -> Limits:
+        """What holds for somebody, apart from what holds for everybody."""
+        own = self._policies.limits(who.owner)
+        is_person = who.user is not None and (who.key is None or who.key.device is None)
+        known = self._merged.get((who.owner, is_person))
+        if known is None or known[0] is not own or known[1] is not who.role.limits:
+            merged = own.over(who.role.limits).over(self._of_people if is_person else Limits())
+            if len(self._merged) > MOST_MERGED:
+                self._merged.clear()
+            known = self._merged[who.owner, is_person] = (own, who.role.limits, merged)
+        return known[2]
+
+    def longest_reply(self, who: Identity, wanted: int | None) -> int | None:
+        """The `max_tokens` for a turn. Raises `InvalidRequest` when more was asked for than is allowed."""
+        most = self.limits_of(who).max_tokens
+        if not most:
+            return wanted
+        if wanted is not None and wanted > most:
+            raise InvalidRequest(f"max_tokens: at most {most} for you")
+        return wanted or min(most, self._settings.llm_max_tokens)
+
+    async def admit(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
+        """Lets a turn in. Raises `RateLimited` and `BudgetExceeded`, and takes nothing then."""
+        ticket = self._ticket(who, request, turn_id, model)
+        if ticket.windows:
+            quotas = await self._ledger.take(turn_id, ticket.windows)
+            _check_windows(quotas)
+            ticket = _with_quotas(ticket, quotas)
+        try:
+            await self._reserve(ticket)
+        except RateLimited:
+            await self._ledger.give_back(turn_id, ticket.windows)
+            raise
+        return ticket
+
+    async def admit_again(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
+        """The ticket of a turn that was accepted before, by a process that is gone: it counts, and is not
+        refused."""
+        ticket = self._ticket(who, request, turn_id, model)
+        await self._seed(ticket)
+        await self._ledger.reserve(turn_id, ticket.holds, force=True)
+        return Ticket(turn_id, (), ticket.holds, ticket.budgets)
+
+    async def give_back(self, ticket: Ticket) -> None:
+        """The turn was not accepted, or was accepted before: it takes nothing."""
+        if ticket.windows:
+            await self._ledger.give_back(ticket.turn_id, ticket.windows)
+        if ticket.holds:
+            await self._ledger.settle(ticket.turn_id, ticket.holds, {})
+
+    async def settle(self, ticket: Ticket, spent: Spent | None) -> None:
+        """The turn has ended, having `spent` this; None when it is counted elsewhere."""
+        if not ticket.holds:
+            return
+        amounts = {}
+        for key, (_subject, budget) in ticket.budgets.items():
+            amounts[key] = 0.0 if spent is None else float(getattr(spent, BUDGETS[budget]))
+        sums = await self._ledger.settle(ticket.turn_id, ticket.holds, amounts)
+        for hold in ticket.holds:
+            if hold.key in sums and amounts.get(hold.key):
+                subject, budget = ticket.budgets[hold.key]
+                period = hold.key.rsplit("|", 1)[-1]
+                await self._alerts.look(
+                    subject, budget, period, sums[hold.key], amounts[hold.key], hold.budget
+                )
+
+    def cost(self, model: str, usage: Usage, gpu_seconds: float) -> float:
+        """What a turn costs."""
+        return self.prices.of(model).of(usage, gpu_seconds)
+
+    # --- what counts for a turn ---
+
+    def _ticket(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
+        own = self.limits_of(who)
+        others = [(subject, self._policies.limits(subject)) for subject in _subjects(who, request)]
+        windows = [
+            Window(_kind(subject), f"{subject}|1h", limits.requests_per_hour, 3600)
+            for subject, limits in [(who.owner, own), *others]
+            if limits.requests_per_hour
+        ]
+        if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
+            key = f"{who.owner}|{request.session_id}|1m"
+            windows.append(Window("session", key, own.requests_per_session_minute, 60))
+        holds, budgets = self._holds([(who.owner, own), *others], request, model)
+        return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
+
+    def _holds(
+        self, subjects: Sequence[tuple[str, Limits]], request: TurnRequest, model: str
+    ) -> tuple[list[Hold], dict[str, tuple[str, str]]]:
+        holds, budgets = [], {}
+        estimate: Spent | None = None
+        for subject, limits in subjects:
+            if limits.concurrent_turns:
+                holds.append(Hold(f"{subject}|turns", 1, limits.concurrent_turns))
+            for budget, counted in BUDGETS.items():
+                amount = getattr(limits, budget)
+                if amount:
+                    estimate = estimate or self._estimate(request, model)
+                    day = day_of(time.time())
+                    period = day if budget.startswith("daily") else day[:7]
+                    key = f"{subject}|{budget}|{period}"
+                    holds.append(Hold(key, float(getattr(estimate, counted)), amount, _end_of(period)))
+                    budgets[key] = (subject, budget)
+        return holds, budgets
+
+    def _estimate(self, request: TurnRequest, model: str) -> Spent:
+        """What a turn may spend at most, but for the history, whose length is not known yet."""
+        prompt = estimate_tokens(request.message) + estimate_tokens(request.system_prompt or "")
+        longest = request.options.max_tokens or self._settings.llm_max_tokens
+        usage = Usage(prompt, longest)
+        return Spent(
+            prompt_tokens=prompt,
+            completion_tokens=longest,
+            gpu_seconds=TYPICAL_GPU_S,
+            cost=self.cost(model, usage, TYPICAL_GPU_S),
+        )
+
+    async def _reserve(self, ticket: Ticket) -> None:
+        if not ticket.holds:
+            return
+        await self._seed(ticket)
+        lacking = await self._ledger.reserve(ticket.turn_id, ticket.holds)
+        if lacking is None:
+            return
+        if lacking.key not in ticket.budgets:
+            raise RateLimited(
+                f"At most {lacking.budget:.0f} turns may wait or run at once; wait for one to end.",
+                retry_after=NEXT_TURN_S,
+            )
+        subject, budget = ticket.budgets[lacking.key]
+        period, what = budget.split("_", 1)
+        raise BudgetExceeded(
+            f"The {period} budget of {lacking.budget:g} {WORDS[what]} is spent ({_kind(subject)}).",
+            retry_after=math.ceil(max(lacking.ends_at - time.time(), 1.0)),
+            details={"budget": budget},
+        )
+
+    async def _seed(self, ticket: Ticket) -> None:
+        for hold in await self._ledger.unknown(ticket.holds):
+            subject, budget = ticket.budgets[hold.key]
+            today = day_of(time.time())
+            since = today if budget.startswith("daily") else month_of(today)
+            spent = await self._book.spent(subject, since)
+            await self._ledger.seed(hold, float(getattr(spent, BUDGETS[budget])))
+
+
+def _subjects(who: Identity, request: TurnRequest) -> list[str]:
+    """What else than the owner a turn counts for."""
+    found = [f"project:{request.project}", ALL]
+    if who.key is not None:
+        found.insert(0, f"key:{who.key.id}")
+        if who.key.device is not None:
+            found.insert(0, f"device:{who.key.device}")
+    return found
+
+
+def _kind(subject: str) -> str:
+    """What kind a subject is: the name of its rate limit."""
+    kind = subject.partition(":")[0]
+    return kind if kind in WHOSE else "person"
+
+
+def _check_windows(quotas: Sequence[Quota]) -> None:
+    full = [quota for quota in quotas if quota.is_full]
+    if not full:
+        return
+    worst = max(full, key=lambda quota: quota.resets_in)
+    window = worst.window
+    span = "an hour" if window.seconds > 60 else "a minute"
+    raise RateLimited(
+        f"{WHOSE.get(window.name, YOURS)} at most {window.amount} messages in {span}; "
+        f"try again in {math.ceil(worst.resets_in)} s.",
+        retry_after=worst.resets_in,
+        quotas=[quota.info for quota in quotas],
+    )
+
+
+def _with_quotas(ticket: Ticket, quotas: Sequence[Quota]) -> Ticket:
+    return Ticket(ticket.turn_id, ticket.windows, ticket.holds, ticket.budgets, tuple(quotas))
+
+
+def _end_of(period: str) -> float:
+    """When a day (`2026-11-21`) or a month (`2026-11`) is over, as a Unix time."""
+    start = datetime.strptime(period, "%Y-%m-%d" if len(period) == len("2026-11-21") else "%Y-%m")
+    first = start.replace(tzinfo=UTC)
+    if len(period) == len("2026-11"):
+        return (first.replace(day=28) + timedelta(days=4)).replace(day=1).timestamp()
+    return (first + timedelta(days=1)).timestamp()

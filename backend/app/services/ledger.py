@@ -1,0 +1,190 @@
+"""What was taken of limits, and what is left: in memory for one process, in Redis for several.
+
+Two kinds of limit are counted. A window counts what was taken in the last so many seconds, to the moment,
+so that no burst fits around the edge of an hour. A budget is spent: an amount is reserved before the work,
+when nobody knows what it will cost, and settled after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from app.errors import QuotaInfo
+
+MOST_WINDOWS = 100_000
+"""Windows that are remembered in memory; beyond that the one used longest ago is forgotten."""
+
+RESERVATION_S = 3600.0
+"""How long a reservation counts whose process died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """At most `amount` in any `seconds`, counted by `key`. `name` tells clients of what."""
+
+    name: str
+    key: str
+    amount: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """How a window stands: `remaining` now, and the seconds until the next one is free again. `is_full`
+    says that nothing was taken, for none was left."""
+
+    window: Window
+    remaining: int
+    resets_in: float
+    is_full: bool
+
+    @property
+    def info(self) -> QuotaInfo:
+        """The same for clients."""
+        window = self.window
+        return QuotaInfo(window.name, window.amount, window.seconds, self.remaining, self.resets_in)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """An amount to reserve of a budget that is counted by `key`; of what is spent nothing is known after
+    `ends_at` (Unix time). With `ends_at` 0 it is a number of things at once, of which none is ever
+    spent."""
+
+    key: str
+    amount: float
+    budget: float
+    ends_at: float = 0.0
+
+
+class Ledger(Protocol):
+    """Counts. Every method is one step: what two ask for at once is one after the other. `id` names
+    whoever takes, for giving back."""
+
+    async def take(self, id: str, windows: Sequence[Window]) -> list[Quota]:
+        """Takes one of every window, or, when one of them is full, of none."""
+
+    async def give_back(self, id: str, windows: Sequence[Window]) -> None:
+        """Takes back what `id` took."""
+
+    async def unknown(self, holds: Sequence[Hold]) -> list[Hold]:
+        """The budgets whose spending is not known here: `seed` them before `reserve`."""
+
+    async def seed(self, hold: Hold, spent: float) -> None:
+        """Tells what is spent of a budget already, unless it is known by now."""
+
+    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Hold | None:
+        """Reserves all, or returns the budget that has not enough left; with `force` it reserves in any
+        case."""
+
+    async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
+        """Gives the reservations back and adds what was spent by key; returns the sums by key."""
+
+    async def close(self) -> None:
+        """Closes what it keeps open."""
+
+
+@dataclass(slots=True)
+class _Budget:
+    spent: float | None = None
+    ends_at: float = 0.0
+    reserved: dict[str, float] = field(default_factory=dict)
+
+
+class MemoryLedger:
+    """The ledger of one process."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._windows: OrderedDict[str, deque[tuple[float, str]]] = OrderedDict()
+        self._budgets: dict[str, _Budget] = {}
+        self._looked_at = clock()
+
+    async def take(self, id: str, windows: Sequence[Window]) -> list[Quota]:
+        """See `Ledger`."""
+        now = self._clock()
+        taken = [self._taken(window, now) for window in windows]
+        full = [len(times) >= window.amount for window, times in zip(windows, taken, strict=True)]
+        if not any(full):
+            for times in taken:
+                times.append((now, id))
+        return [_quota(*found, now) for found in zip(windows, taken, full, strict=True)]
+
+    async def give_back(self, id: str, windows: Sequence[Window]) -> None:
+        """See `Ledger`."""
+        for window in windows:
+            times = self._windows.get(window.key)
+            mine = [entry for entry in times or () if entry[1] == id]
+            if times is not None and mine:
+                times.remove(mine[-1])
+
+    def _taken(self, window: Window, now: float) -> deque[tuple[float, str]]:
+        times = self._windows.setdefault(window.key, deque())
+        self._windows.move_to_end(window.key)
+        while times and times[0][0] <= now - window.seconds:
+            times.popleft()
+        if len(self._windows) > MOST_WINDOWS:
+            self._windows.popitem(last=False)
+        return times
+
+    async def unknown(self, holds: Sequence[Hold]) -> list[Hold]:
+        """See `Ledger`."""
+        self._forget_old()
+        return [hold for hold in holds if hold.ends_at and self._budget(hold).spent is None]
+
+    async def seed(self, hold: Hold, spent: float) -> None:
+        """See `Ledger`."""
+        budget = self._budget(hold)
+        if budget.spent is None:
+            budget.spent = spent
+
+    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Hold | None:
+        """See `Ledger`."""
+        if not force:
+            for hold in holds:
+                budget = self._budget(hold)
+                used = (budget.spent or 0.0) + sum(budget.reserved.values())
+                if used + hold.amount > hold.budget:
+                    return hold
+        for hold in holds:
+            self._budget(hold).reserved[id] = hold.amount
+        return None
+
+    async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
+        """See `Ledger`."""
+        sums = {}
+        for hold in holds:
+            budget = self._budget(hold)
+            budget.reserved.pop(id, None)
+            if budget.spent is not None:
+                budget.spent += spent.get(hold.key, 0.0)
+                sums[hold.key] = budget.spent
+        return sums
+
+    async def close(self) -> None:
+        """See `Ledger`."""
+
+    def _budget(self, hold: Hold) -> _Budget:
+        return self._budgets.setdefault(hold.key, _Budget(ends_at=hold.ends_at))
+
+    def _forget_old(self) -> None:
+        """Drops the budgets of days that are over."""
+        now = self._clock()
+        if now < self._looked_at + RESERVATION_S:
+            return
+        self._looked_at = now
+        for key, budget in list(self._budgets.items()):
+            if not budget.reserved and budget.ends_at < now:
+                del self._budgets[key]
+
+
+def _quota(window: Window, times: Sequence[tuple[float, str]], is_full: bool, now: float) -> Quota:
+    """How a window stands. One that is full has one free when the oldest of the newest `amount` is over:
+    there may be more, when the amount was larger before."""
+    oldest = times[max(len(times) - window.amount, 0)][0] if times else now - window.seconds
+    resets_in = max(oldest + window.seconds - now, 0.0)
+    return Quota(window, max(window.amount - len(times), 0), resets_in, is_full)

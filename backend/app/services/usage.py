@@ -1,0 +1,174 @@
+"""What turns have used: a row for each attempt at a turn, and the sums of every day.
+
+Both are written with the turn's ending, in its transaction, so that what was used is counted exactly when
+the turn is over. Days and months are those of UTC.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, Literal, get_args
+
+import msgspec
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, select
+
+from app.database import Database, insert_of
+from app.models.tables import usage, usage_days
+
+
+class TurnUsage(msgspec.Struct, frozen=True):
+    """What one attempt at a turn has used. `at` is a Unix time in seconds."""
+
+    turn_id: str
+    attempt: int
+    at: float
+    owner: str
+    api_key: str
+    project: str
+    model: str
+    door: str
+    outcome: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+    estimated: bool
+    gpu_seconds: float
+    cost: float
+    ttft_ms: int | None
+    elapsed_ms: int
+
+    @property
+    def tokens(self) -> int:
+        """Those read and those written."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Spent(msgspec.Struct, frozen=True):
+    """What somebody has spent in a time."""
+
+    turns: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    gpu_seconds: float = 0.0
+    cost: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Those read and those written."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+Group = Literal["day", "owner", "api_key", "project", "model", "door"]
+"""What sums can be made by."""
+
+
+class UsageSum(msgspec.Struct, frozen=True):
+    """A line of a report: the values of what it is grouped by, and the sums."""
+
+    group: dict[str, str]
+    spent: Spent
+
+
+SUMS = Spent.__struct_fields__
+_KEYS = ("day", *get_args(Group)[1:])
+
+
+def day_of(at: float) -> str:
+    """The day of a Unix time: `2026-11-21`."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+
+
+@cache
+def _statements(dialect: str) -> tuple[Any, Any]:
+    """The INSERT of a row and the adding to the sums of a day, made once."""
+    row = insert_of(dialect, usage).on_conflict_do_nothing().returning(usage.c.turn_id)
+    added = insert_of(dialect, usage_days)
+    sums = {name: usage_days.c[name] + added.excluded[name] for name in SUMS}
+    keys = [usage_days.c[name] for name in _KEYS]
+    return row, added.on_conflict_do_update(index_elements=keys, set_=sums)
+
+
+def write(connection: Connection, used: TurnUsage) -> bool:
+    """Adds what an attempt has used, with this transaction, unless that was done before; tells whether it
+    did."""
+    row, sums = _statements(connection.dialect.name)
+    if connection.execute(row, msgspec.structs.asdict(used)).first() is None:
+        return False
+    line = {name: getattr(used, name) for name in (*_KEYS[1:], *SUMS[1:])}
+    connection.execute(sums, {**line, "day": day_of(used.at), "turns": 1})
+    return True
+
+
+def conditions_of(subject: str) -> list[ColumnElement[bool]]:
+    """The lines of `usage_days` that count for a subject of limits."""
+    kind, _, name = subject.partition(":")
+    if subject == "all":
+        return []
+    if kind == "project":
+        return [usage_days.c.project == name]
+    if kind == "key":
+        return [usage_days.c.api_key == name]
+    return [usage_days.c.owner == subject]
+
+
+class UsageBook:
+    """Reads what was used."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def spent(self, subject: str, since: str, until: str = "9999") -> Spent:
+        """What a subject of limits has spent from the day `since` to the day `until`, both included."""
+        sums = [func.coalesce(func.sum(usage_days.c[name]), 0) for name in SUMS]
+        days = and_(usage_days.c.day >= since, usage_days.c.day <= until)
+        statement = select(*sums).where(days, *conditions_of(subject))
+        row = await self._database.read(lambda c: c.execute(statement).one())
+        return _spent(row)
+
+    async def report(
+        self,
+        by: Sequence[Group],
+        *,
+        since: str,
+        until: str,
+        owner: str | None = None,
+        project: str | None = None,
+    ) -> list[UsageSum]:
+        """The sums from the day `since` to the day `until`, by what they are to be grouped by."""
+        keys = [usage_days.c[name] for name in by]
+        conditions = [usage_days.c.day >= since, usage_days.c.day <= until]
+        if owner is not None:
+            conditions.append(usage_days.c.owner == owner)
+        if project is not None:
+            conditions.append(usage_days.c.project == project)
+        sums = [func.coalesce(func.sum(usage_days.c[name]), 0) for name in SUMS]
+        statement = select(*keys, *sums).where(*conditions).group_by(*keys).order_by(*keys)
+        rows = await self._database.read(lambda c: c.execute(statement).all())
+        return [UsageSum(dict(zip(by, row, strict=False)), _spent(row[len(by) :])) for row in rows]
+
+    async def turns(self, owner: str, *, limit: int) -> list[TurnUsage]:
+        """The owner's newest turns."""
+        statement = select(usage).where(usage.c.owner == owner).order_by(usage.c.at.desc()).limit(limit)
+        rows = await self._database.read(lambda c: c.execute(statement).all())
+        return [TurnUsage(*row) for row in rows]
+
+
+def _spent(row: Row[Any] | Sequence[Any]) -> Spent:
+    values = dict(zip(SUMS, row, strict=True))
+    return msgspec.convert(values, Spent, strict=False)
+
+
+def today() -> str:
+    """The day that it is."""
+    return day_of(time.time())
+
+
+def month_of(day: str) -> str:
+    """The first day of a day's month."""
+    return f"{day[:7]}-01"

@@ -1,0 +1,81 @@
+import { Group, Progress, Stack, Text } from "@mantine/core";
+import type { BudgetBody, Stats, Used } from "../../client/schema";
+import { DayChart, everyDay } from "../../components/day-chart";
+import { Loaded } from "../../components/loaded";
+import { Section } from "../../components/section";
+import { useStats } from "../../queries/access";
+
+const DAYS = 30;
+const DAY_MS = 86_400_000;
+const NEARLY = 0.8;
+
+const UNITS: Record<string, string> = { tokens: "tokens", cost: "of the cost", gpu_seconds: "GPU seconds" };
+
+export function UsageCard() {
+  const stats = useStats(DAYS);
+  return (
+    <Section title="Usage">
+      <Loaded query={stats} label="what you have used">
+        {(data) => (
+          <Stack gap="sm">
+            <Group gap="xl">
+              <Sum title="Today" used={data.today} />
+              <Sum title="This month" used={data.month} />
+            </Group>
+            {data.budgets.map((budget) => (
+              <Budget key={budget.budget} {...budget} />
+            ))}
+            <DayChart title="Tokens a day" unit="tokens" days={tokensByDay(data)} />
+          </Stack>
+        )}
+      </Loaded>
+    </Section>
+  );
+}
+
+function tokensByDay({ days }: Stats) {
+  const tokens = new Map<string, number>();
+  for (const line of days) {
+    tokens.set(line.day, (tokens.get(line.day) ?? 0) + line.prompt_tokens + line.completion_tokens);
+  }
+  const now = Date.now();
+  const since = new Date(now - (DAYS - 1) * DAY_MS).toISOString().slice(0, 10);
+  return everyDay(since, new Date(now).toISOString().slice(0, 10), tokens);
+}
+
+function Sum({ title, used }: { title: string; used: Used }) {
+  const tokens = used.prompt_tokens + used.completion_tokens;
+  return (
+    <div>
+      <Text size="sm" c="dimmed">
+        {title}
+      </Text>
+      <Text>
+        {tokens.toLocaleString()} tokens in {used.turns.toLocaleString()} messages
+      </Text>
+      <Text size="sm" c="dimmed">
+        {used.gpu_seconds.toFixed(1)} GPU seconds{used.cost > 0 && `, cost ${used.cost.toFixed(4)}`}
+      </Text>
+    </div>
+  );
+}
+
+function Budget({ budget, spent, amount }: BudgetBody) {
+  const [period, ...what] = budget.split("_");
+  const part = spent / amount;
+  const label = `${period === "daily" ? "Today" : "This month"}: ${round(spent)} of ${round(amount)} ${UNITS[what.join("_")]}`;
+  return (
+    <div>
+      <Text size="sm">{label}</Text>
+      <Progress
+        value={Math.min(100, 100 * part)}
+        color={part >= 1 ? "red" : part >= NEARLY ? "yellow" : "portal"}
+        aria-label={label}
+      />
+    </div>
+  );
+}
+
+function round(amount: number): string {
+  return amount.toLocaleString(undefined, { maximumFractionDigits: 4 });
+}

@@ -1,0 +1,160 @@
+"""Every operation of the OpenAPI document with values that a machine made up, as everybody there is.
+
+Nothing is left out. What an operation does to those who ask (signing out, using up tries) is undone by a
+sign-in and an address of its own for each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+
+from app.events import new_id
+from tests.fake_llm import FakeLLM
+from tests.support import PASSWORD, Portal
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROLES = ["admin", "author", "player", "viewer", "auditor", None]
+RIGHT = 2
+"""Right values of each operation and role; of the admin, whom nothing is forbidden, twice as many."""
+
+WRONG = {"admin": 4, None: 2}
+"""Wrong ones, as those who may do everything and nothing: they are looked at before the role is."""
+
+CHECKS = [
+    checks.response_schema_conformance,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+]
+
+_addresses = (f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}" for n in itertools.count(1))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(model: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
+    """A portal behind what it takes for a proxy, so that each request can come from another address."""
+    directory = tmp_path_factory.mktemp("fuzzed")
+    running = Portal(directory, LLM_SERVER_URL=model.url, TRUSTED_PROXIES="127.0.0.1").start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def schema(fuzzed: Portal) -> Any:
+    return schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
+
+
+class Person:
+    """Somebody of a role, or nobody; as another one after each sign-out."""
+
+    def __init__(self, portal: Portal, role: str | None) -> None:
+        self.portal = portal
+        self.role = role
+        self._headers: dict[str, str] = {}
+
+    def headers(self) -> dict[str, str]:
+        """Those of a sign-in that is good."""
+        if self.role is None:
+            return {}
+        me = httpx.get(f"{self.portal.url}/api/auth/me", headers=self._headers)
+        if me.status_code == 401:
+            with self.portal.client(f"{self.role}-{new_id()[-8:]}", self.role) as client:
+                self._headers = {"Authorization": client.headers["Authorization"]}
+        return self._headers
+
+    def things(self, headers: dict[str, str]) -> dict[str, str]:
+        """What paths can name: real things of this person where the role may make them."""
+        headers = {**headers, "X-Forwarded-For": next(_addresses)}
+        with httpx.Client(base_url=self.portal.url, headers=headers, timeout=30) as client:
+            session = new_id()
+            turn = client.post("/api/llm/chat/session", json={"session_id": session, "message": "hi"}).json()
+            template = client.post("/api/templates", json={"title": "t", "content": "{{ a }}"}).json()
+            key = client.post("/api/keys", json={"name": "k"}).json()
+            link = client.post("/api/admin/invitations", json={"role": "viewer"}).json()
+            guest = {"username": new_id(), "email": f"{new_id()}@example.org", "password": PASSWORD}
+            user = client.post("/api/auth/register", json=guest).json()
+        return {
+            "session_id": session,
+            "turn_id": turn.get("turn_id", "none"),
+            "template_id": template.get("id", "none"),
+            "version": "1",
+            "key_id": key.get("id", "none"),
+            "link_id": link.get("id", "none"),
+            "user_id": user.get("id", "none"),
+            "sign_in_id": "none",
+            "name": f"role-{session[-8:]}",
+            "subject": f"user:{user.get('id', 'none')}",
+        }
+
+
+def operations(schema: Any) -> Iterator[Any]:
+    for found in schema.get_all_operations():
+        yield found.ok()
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role or "nobody")
+def test_no_made_up_request_fails_the_portal_or_is_answered_otherwise_than_documented(
+    fuzzed: Portal, schema: Any, role: str | None
+) -> None:
+    person, problems, asked = Person(fuzzed, role), [], 0
+    for operation in operations(schema):
+        headers = person.headers()
+        named = {parameter.name for parameter in operation.path_parameters}
+        things = (
+            {name: value for name, value in person.things(headers).items() if name in named} if named else {}
+        )
+        for mode, path, examples in _ways(things, role):
+            strategy = operation.as_strategy(generation_mode=mode, path_parameters=path)
+            asked += 1
+            try:
+                _ask(strategy, examples, fuzzed.url, headers)
+            except Unsatisfiable:  # there are no wrong values for what takes none, or takes any text
+                assert mode is GenerationMode.NEGATIVE, operation.label
+                assert not operation.body, operation.label
+            except (AssertionError, BaseExceptionGroup) as error:  # all of them at the end
+                problems.append(f"{operation.label} ({mode.value}, {path}): {_told(error)}"[:2000])
+    assert not problems, f"{len(problems)} of {asked}:\n" + "\n\n".join(problems)
+
+
+def _told(error: BaseException) -> str:
+    inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
+    return _told(inner) if isinstance(inner, BaseExceptionGroup) else f"{inner}\n{error}"
+
+
+def _ways(
+    things: dict[str, str], role: str | None
+) -> Iterator[tuple[GenerationMode, dict[str, str] | None, int]]:
+    yield GenerationMode.POSITIVE, things or None, RIGHT * (2 if role == "admin" else 1)
+    if role in WRONG:
+        yield GenerationMode.NEGATIVE, None, WRONG[role]
+
+
+def _ask(strategy: Any, examples: int, url: str, headers: dict[str, str]) -> None:
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=strategy)
+    def one(case: Any) -> None:
+        response = case.call(
+            base_url=url, headers={**headers, "X-Forwarded-For": next(_addresses)}, timeout=30
+        )
+        # 503 is what `/health/ready` and a turn without its LLM server are documented to answer.
+        assert response.status_code < 500, f"{response.status_code} {response.text} {case.as_curl_command()}"
+        case.validate_response(response, checks=CHECKS)
+
+    one()

@@ -1,0 +1,81 @@
+"""Who may do what: every role at every route, and over MQTT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import httpx
+import pytest
+
+from app.access import PERMISSIONS, Role
+from app.events import new_id
+from app.services.policies import SHIPPED_ROLES, read_roles
+from tests.security.routes import NOBODYS, PUBLIC, ROUTES, SIGNED_IN, call, operations
+from tests.support import GameClient, Mosquitto, Portal, token_of
+
+SHIPPED = read_roles(SHIPPED_ROLES)
+NONE = "nothing"
+NAMES = [*SHIPPED, NONE]
+
+
+@pytest.fixture(scope="module")
+def people(fake_portal: Portal) -> Iterator[dict[str, httpx.Client]]:
+    """Somebody of each role, and of one that may nothing."""
+    with fake_portal.client("root", role="admin") as admin:
+        assert admin.put(f"/api/admin/roles/{NONE}", json={"permissions": []}).status_code == 200
+        opened = {name: fake_portal.client(f"is-{name}", role=name) for name in NAMES}
+        clients = {name: context.__enter__() for name, context in opened.items()}
+        yield clients
+        for context in opened.values():
+            context.__exit__(None, None, None)
+
+
+def allows(role: str, permission: str) -> bool:
+    definition = SHIPPED.get(role, Role(permissions=frozenset()))
+    return permission == SIGNED_IN or definition.allows(permission)
+
+
+def test_the_table_is_the_routes_that_there_are(fake_portal: Portal) -> None:
+    document = httpx.get(f"{fake_portal.url}/openapi.json").json()
+    assert set(operations(document)) == set(ROUTES)
+    needed = {route.needs for route in ROUTES.values()} - {PUBLIC, SIGNED_IN}
+    assert needed == set(PERMISSIONS), "every permission is for something"
+
+
+@pytest.mark.parametrize("role", NAMES)
+@pytest.mark.parametrize("name", [name for name, route in ROUTES.items() if route.needs != PUBLIC])
+def test_a_role_may_what_it_allows_and_nothing_else(
+    people: dict[str, httpx.Client], fake_portal: Portal, role: str, name: str
+) -> None:
+    route, ids = ROUTES[name], {**NOBODYS, "session_id": f"s-{new_id()}"}
+    with (
+        fake_portal.client(f"once-{role}", role=role) if route.fresh else nullcontext(people[role]) as client
+    ):
+        answer = call(client, name, ids)
+    if allows(role, route.needs):
+        assert answer.status_code not in {401, 403}, answer.text
+        assert answer.status_code < 500, answer.text
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+        assert answer.json()["error"]["details"] == {"permission": route.needs}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_nobody_gets_in_without_showing_who_they_are(fake_portal: Portal, name: str) -> None:
+    with httpx.Client(base_url=fake_portal.url) as nobody:
+        answer = call(nobody, name)
+    if ROUTES[name].needs != PUBLIC:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthenticated")
+
+
+@pytest.mark.parametrize("role", NAMES)
+def test_over_mqtt_a_role_may_the_same(
+    people: dict[str, httpx.Client], mosquitto: Mosquitto, role: str
+) -> None:
+    session = new_id()
+    game = GameClient(mosquitto.port, f"maze/assistant_response/{session}")
+    game.publish(f"maze/user_input/{session}", {"message": "hi", "token": token_of(people[role])})
+    reply = game.reply(f"maze/assistant_response/{session}").decode()
+    game.close()
+    assert reply.startswith("Error: ") != allows(role, "chat:use")
