@@ -65,7 +65,8 @@ def test_somebody_is_invited_joins_and_gets_another_role(
 
         root.get_by_label("Search users").fill(username)
         root.get_by_label(f"Role of {username}", exact=True).select_option("author")
-        expect(root.get_by_label(f"Role of {username}", exact=True)).to_be_enabled()
+        root.get_by_role("button", name="Change the role").click()
+        expect(root.get_by_label(f"Role of {username}", exact=True)).to_have_value("author")
         theirs.reload()
         expect(menu.get_by_role("link", name="Templates")).to_be_visible()
         expect(menu.get_by_role("link", name="Admin")).to_have_count(0)

@@ -12,7 +12,13 @@ interface Props {
 /** A secret that the portal shows this once, with a button that copies it. */
 export function ShownOnce({ title, children, secret, onClose }: Props) {
   return (
-    <Modal opened={secret !== undefined} onClose={onClose} title={title} closeOnClickOutside={false}>
+    <Modal
+      opened={secret !== undefined}
+      onClose={onClose}
+      title={title}
+      closeOnClickOutside={false}
+      closeOnEscape={false}
+    >
       <Stack>
         <Text size="sm">{children}</Text>
         <Group wrap="nowrap" gap="xs">

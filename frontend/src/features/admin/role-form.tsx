@@ -12,22 +12,23 @@ export function RoleForm({ role, onDone }: { role: NamedRole; onDone: () => void
   const { data } = usePermissions();
   const define = useDefineRole();
   const all = data?.permissions ?? [];
+  const before = spelledOut(
+    role.permissions,
+    all.map((one) => one.name),
+  );
   const form = useForm({
-    initialValues: {
-      ...role,
-      permissions: spelledOut(
-        role.permissions,
-        all.map((one) => one.name),
-      ),
-    },
+    initialValues: { ...role, limits: role.limits ?? {}, permissions: before },
     validate: {
       name: (name) =>
         /^[a-z][a-z0-9_-]{0,63}$/.test(name) ? null : "Small letters, digits, dashes and underscores",
     },
   });
-  const submit = form.onSubmit(({ name, source: _, ...definition }) =>
-    define.mutate({ name, role: definition }, { onSuccess: onDone }),
-  );
+  const submit = form.onSubmit(({ name, source: _, permissions: chosen, ...definition }) => {
+    // Left as they were, `chat:*` and `*` go on standing for what is added later.
+    const isSame = chosen.length === before.length && before.every((one) => chosen.includes(one));
+    const permissions = isSame ? role.permissions : chosen;
+    define.mutate({ name, role: { ...definition, permissions } }, { onSuccess: onDone });
+  });
   return (
     <form onSubmit={submit}>
       <Stack>

@@ -107,7 +107,12 @@ function UserRow({ user, onLink, onKeys }: RowProps) {
 
 function RoleSelect({ user }: { user: User }) {
   const { data: roles } = useRoles();
-  const change = useChangeUser();
+  const { mutateAsync: change, isPending } = useChangeUser();
+  // Arrow keys pass through all roles, and none of them may hold for a moment by that.
+  const ask = (role: string) =>
+    confirm(`Give ${user.username} the role ${role}?`, "It holds at once.", "Change the role", () =>
+      change({ id: user.id, role }),
+    );
   const names = roles?.map((role) => role.name) ?? [];
   return (
     <NativeSelect
@@ -115,10 +120,8 @@ function RoleSelect({ user }: { user: User }) {
       size="xs"
       data={names.includes(user.role) ? names : [user.role, ...names]}
       value={user.role}
-      disabled={change.isPending}
-      onChange={(event) =>
-        change.mutate({ id: user.id, role: event.currentTarget.value }, { onError: notifyError })
-      }
+      disabled={isPending}
+      onChange={(event) => ask(event.currentTarget.value)}
     />
   );
 }

@@ -69,7 +69,7 @@ function NewAccount({ title, invitation }: { title: string; invitation?: string 
     validate: { username, password },
   });
   const register = async (values: typeof form.values) => {
-    await body(http.POST("/api/auth/register", { body: { ...values, invitation: invitation ?? null } }));
+    await body(http.POST("/api/auth/register", { body: { ...values, invitation: invitation || null } }));
     await signIn({ username: values.username, password: values.password });
   };
   return (
