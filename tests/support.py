@@ -23,6 +23,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from app.access import ALL_RIGHTS, Identity, Role
+from app.cli.broker import BrokerConfig, find_plugin, make_credentials
 from app.cli.install import find_program
 from app.cli.people import invite
 from app.config import child_environment
@@ -168,6 +169,45 @@ class Mosquitto:
 
     def stop(self) -> None:
         self._process.stop()
+
+
+class GuardedMosquitto:
+    """A broker with dynamic security and WebSockets, as the setup runs it."""
+
+    def __init__(self, directory: Path, **changes: Any) -> None:
+        self.port = free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.portal = make_credentials(directory)
+        plugin = find_plugin(program("mosquitto"))
+        assert plugin, "Mosquitto's dynamic security plugin is needed"
+        values = {"host": "127.0.0.1", "listen": "127.0.0.1", "plugin": plugin, **changes}
+        self.config = BrokerConfig(directory / "mosquitto", port=self.port, **values)
+        self._log = directory / "mosquitto.log"
+        self.start()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a portal needs to write its rules."""
+        return {
+            "MQTT_BROKER_URL": self.url,
+            "MQTT_USERNAME": self.portal.username,
+            "MQTT_PASSWORD": self.portal.password,
+            "MQTT_ACL": "mosquitto",
+        }
+
+    def start(self) -> None:
+        self.config.write(self.portal)
+        self._process = Process([program("mosquitto"), "-c", str(self.config.file)], self._log)
+        self._process.ready(self.port)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def forget(self) -> None:
+        """Loses what the plugin has stored, and starts as it did the first time."""
+        self.stop()
+        (self.config.data / "dynamic-security.json").unlink()
+        self.start()
 
 
 class Redis:

@@ -25,11 +25,13 @@ PERMISSIONS = {
     "users:write": "Invite people; change the role of an account, close it, reset its password",
     "roles:write": "Define roles and set limits",
     "usage:read-all": "See what everybody has used, and the alerts",
+    "devices:read": "See all MQTT devices",
+    "devices:write": "Add and remove MQTT devices, and give them new passwords",
     "audit:read": "Read, export and verify the audit log",
 }
 """Everything that there is to be allowed, with what it means."""
 
-NEVER_BY_KEY = frozenset({"keys:write", "account:write", "users:write", "roles:write"})
+NEVER_BY_KEY = frozenset({"keys:write", "account:write", "users:write", "roles:write", "devices:write"})
 """What no API key may do, so that a stolen one cannot make itself last."""
 
 

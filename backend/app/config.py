@@ -202,6 +202,12 @@ class Settings(BaseSettings):
         description="Whether messages without a token are answered: allow or deny. Left empty, they are "
         "only with a broker on loopback.",
     )
+    mqtt_acl: Literal["none", "mosquitto", "external"] = Field(
+        "none",
+        description="Who keeps MQTT devices to their own topics. `none`: nobody, so there are no devices. "
+        "`mosquitto`: the portal writes their rights into Mosquitto's dynamic security plugin, as "
+        "MQTT_USERNAME. `external`: the broker itself, as EMQX with tokens (docs/access.md).",
+    )
 
     instance: str = Field(
         "",
@@ -307,6 +313,14 @@ class Settings(BaseSettings):
     def _first_token_within_total(self) -> Settings:
         if self.llm_connect_timeout > self.llm_timeout:
             raise ValueError("LLM_CONNECT_TIMEOUT is longer than LLM_TIMEOUT")
+        return self
+
+    @model_validator(mode="after")
+    def _admin_of_broker(self) -> Settings:
+        if self.mqtt_acl == "mosquitto" and not self.mqtt_username:
+            raise ValueError(
+                "MQTT_ACL=mosquitto needs MQTT_USERNAME: a user who may change the rights of others"
+            )
         return self
 
     @property

@@ -22,6 +22,7 @@ from app.services.alerts import Alerts
 from app.services.api_keys import ApiKeys
 from app.services.audit import Audit, seal
 from app.services.authorizer import Authorizer
+from app.services.devices import DeviceRights, Devices
 from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
 from app.services.llm_client import LLMClient
@@ -53,6 +54,7 @@ class Container:
     keys: ApiKeys
     people: People
     links: Links
+    devices: Devices
     admission: Admission
     book: UsageBook
     alerts: Alerts
@@ -89,6 +91,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         sign_ins = SignIns(settings, database, authorizer)
         keys = ApiKeys(database, authorizer, policies)
         accounts = Accounts(settings, database, sign_ins, keys, policies, authorizer, ledger)
+
+        devices = await stack.enter_async_context(_devices(settings, database, authorizer, policies))
 
         llm = LLMClient(settings)
         await llm.open()
@@ -128,6 +132,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             keys=keys,
             people=People(database, authorizer, policies, sign_ins),
             links=Links(database, authorizer, policies),
+            devices=devices,
             admission=admission,
             book=book,
             alerts=alerts,
@@ -160,6 +165,27 @@ def _ledger(settings: Settings) -> Ledger:
     from app.services.redis_ledger import RedisLedger
 
     return RedisLedger(settings.redis_url)
+
+
+def _device_rights(settings: Settings) -> DeviceRights | None:
+    if settings.mqtt_acl != "mosquitto" or not settings.mqtt_broker_url:
+        return None
+    from app.mqtt.dynsec import DynamicSecurity
+
+    return DynamicSecurity(settings)
+
+
+@asynccontextmanager
+async def _devices(
+    settings: Settings, database: Database, authorizer: Authorizer, policies: Policies
+) -> AsyncIterator[Devices]:
+    devices = Devices(settings, database, authorizer, policies, _device_rights(settings))
+    if settings.mqtt_acl == "none":
+        yield devices
+        return
+    await devices.open()
+    async with _background(devices.watch(), "devices"), _background(devices.keep_in_sync(), "device rights"):
+        yield devices
 
 
 def current() -> Container:

@@ -15,6 +15,7 @@ from app.services.alerts import Alerts
 from app.services.api_keys import ApiKeys
 from app.services.audit import Audit
 from app.services.authorizer import Authorizer
+from app.services.devices import Devices
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.people import People
@@ -51,6 +52,11 @@ async def _people(request: Request) -> People:
 async def _links(request: Request) -> Links:
     links: Links = request.app.state.container.links
     return links
+
+
+async def _devices(request: Request) -> Devices:
+    devices: Devices = request.app.state.container.devices
+    return devices
 
 
 async def _policies(request: Request) -> Policies:
@@ -121,6 +127,7 @@ SignInsDep = Annotated[SignIns, Depends(_sign_ins)]
 ApiKeysDep = Annotated[ApiKeys, Depends(_keys)]
 PeopleDep = Annotated[People, Depends(_people)]
 LinksDep = Annotated[Links, Depends(_links)]
+DevicesDep = Annotated[Devices, Depends(_devices)]
 PoliciesDep = Annotated[Policies, Depends(_policies)]
 AuthorizerDep = Annotated[Authorizer, Depends(_authorizer)]
 AdmissionDep = Annotated[Admission, Depends(_admission)]

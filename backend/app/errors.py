@@ -13,6 +13,7 @@
     ├── LLMError 502
     ├── LLMUnavailable 503
     ├── Overloaded 503
+    │   ├── BrokerUnavailable 503
     │   └── StorageUnavailable 503
     ├── LLMTimeout 504
     ├── Expired 504
@@ -177,6 +178,10 @@ class Overloaded(PortalError):
 
 class StorageUnavailable(Overloaded):
     """The database takes or gives nothing at the moment: locked, full, or away."""
+
+
+class BrokerUnavailable(Overloaded):
+    """The MQTT broker cannot be reached, or does not do what it is told."""
 
 
 class LLMTimeout(PortalError):

@@ -107,6 +107,18 @@ api_keys = Table(
     Index(None, "user"),
 )
 
+devices = Table(
+    "devices",
+    metadata,
+    Column("id", String(28), primary_key=True),
+    Column("name", String(64), nullable=False, unique=True, comment="its user name at the broker"),
+    Column("user", ForeignKey("users.id"), nullable=False, comment="who owns its sessions"),
+    Column("projects", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index(None, "user"),
+    comment="MQTT clients with a password of their own, which only the broker knows.",
+)
+
 limits = Table(
     "limits",
     metadata,

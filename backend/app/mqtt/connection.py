@@ -273,30 +273,58 @@ def request_once(
     timeout: float,
     username: str = "",
     password: str = "",
+    is_reply: Callable[[bytes], bool] = bool,
 ) -> bytes:
-    """Publishes one message and returns the first one on `reply_topic`; blocks. For checks from the
-    command line. Raises `TimeoutError`, or `OSError` when the broker cannot be reached."""
+    """Publishes one message and returns the first one on `reply_topic` that `is_reply` says yes to; blocks.
+    Raises `TimeoutError`, or another `OSError` when the broker cannot be reached or refuses it."""
     url = urlsplit(broker_url)
-    replies: queue.Queue[bytes] = queue.Queue()
     client = _client(url, "", username, password)
-
-    def connected(*_: Any) -> None:
-        client.subscribe(reply_topic, qos=1)
-
-    def subscribed(*_: Any) -> None:
-        client.publish(topic, payload, qos=1)
-
-    def received(_client: Any, _data: Any, message: paho.MQTTMessage) -> None:
-        client.ack(message.mid, message.qos)
-        replies.put(bytes(message.payload))
-
-    client.on_connect, client.on_subscribe, client.on_message = connected, subscribed, received
+    outcomes: queue.Queue[bytes | OSError] = queue.Queue()
+    _ask_when_connected(client, topic, reply_topic, payload, is_reply, outcomes.put)
     client.connect(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme])
     client.loop_start()
     try:
-        return replies.get(timeout=timeout)
+        outcome = outcomes.get(timeout=timeout)
     except queue.Empty:
         raise TimeoutError(f"No reply on {reply_topic} within {timeout:g} s.") from None
     finally:
         client.disconnect()
         client.loop_stop()
+    if isinstance(outcome, OSError):
+        raise outcome
+    return outcome
+
+
+def _ask_when_connected(
+    client: paho.Client,
+    topic: str,
+    reply_topic: str,
+    payload: bytes,
+    is_reply: Callable[[bytes], bool],
+    tell: Callable[[bytes | OSError], None],
+) -> None:
+    """Makes a client subscribe, then publish, and tell of the reply or of what was refused."""
+
+    def granted(reason: Any) -> bool:
+        if reason.is_failure:
+            tell(PermissionError(f"The broker refused: {reason}."))
+        return not reason.is_failure
+
+    def connected(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if granted(reason):
+            client.subscribe(reply_topic, qos=1)
+
+    def subscribed(_client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        if granted(reasons[0]):
+            client.publish(topic, payload, qos=1)
+
+    def published(_client: Any, _data: Any, _mid: int, reason: Any, _properties: Any) -> None:
+        granted(reason)
+
+    def received(_client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        client.ack(message.mid, message.qos)
+        if is_reply(bytes(message.payload)):
+            tell(bytes(message.payload))
+
+    client.on_connect, client.on_subscribe = connected, subscribed
+    client.on_publish, client.on_message = published, received
