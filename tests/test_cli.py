@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import paho.mqtt.client as paho
 import psutil
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 
 from app.cli import install, page
 from app.cli.console import Failure
@@ -36,7 +39,7 @@ class Setup:
 
     def __init__(self, state: Path) -> None:
         self.state = state
-        self.port, self.llm_port, self.mqtt_port = free_port(), free_port(), free_port()
+        self.port, self.llm_port, self.mqtt_port, self.ws_port = (free_port() for _ in range(4))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -53,8 +56,14 @@ class Setup:
         return process.returncode, output
 
     def up(self, *more: str) -> tuple[int, str]:
+        return self.run("up", *self.ports, *more)
+
+    @property
+    def ports(self) -> list[str]:
+        """The options for them."""
         ports = {"--port": self.port, "--llm-port": self.llm_port, "--mqtt-port": self.mqtt_port}
-        return self.run("up", *(str(word) for pair in ports.items() for word in pair), *more)
+        ports["--mqtt-ws-port"] = self.ws_port
+        return [str(word) for pair in ports.items() for word in pair]
 
     def status(self) -> dict[str, Any]:
         code, output = self.run("status", "--json")
@@ -147,8 +156,7 @@ def test_a_supervisor_that_was_killed_leaves_nothing_in_the_way(setup: Setup) ->
 
 
 def test_in_the_foreground_ctrl_c_stops_all(setup: Setup) -> None:
-    ports = [str(setup.port), "--llm-port", str(setup.llm_port), "--mqtt-port", str(setup.mqtt_port)]
-    with setup.start("--port", *ports) as process:
+    with setup.start(*setup.ports) as process:
         assert process.stdout is not None
         seen = ""
         while "Ctrl-C stops it" not in seen:
@@ -158,7 +166,7 @@ def test_in_the_foreground_ctrl_c_stops_all(setup: Setup) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
     assert (process.returncode, "Stopped." in rest) == (0, True)
-    assert not any(answers(port) for port in (setup.port, setup.llm_port, setup.mqtt_port))
+    assert not any(answers(port) for port in (setup.port, setup.llm_port, setup.mqtt_port, setup.ws_port))
 
 
 def test_a_port_in_use_is_named_with_its_holder_and_a_way_out(setup: Setup) -> None:
@@ -170,6 +178,53 @@ def test_a_port_in_use_is_named_with_its_holder_and_a_way_out(setup: Setup) -> N
     assert "--mqtt-port" in output
     assert "--broker URL" in output
     assert not answers(setup.llm_port), "nothing is left running"
+
+
+def test_the_port_for_websockets_in_use_is_named_too(setup: Setup) -> None:
+    with socket.create_server(("127.0.0.1", setup.ws_port)):
+        code, output = setup.up("--detach")
+    assert (code, f"Port {setup.ws_port}" in output, "--mqtt-ws-port 0" in output) == (1, True, True), output
+    assert not answers(setup.llm_port), "nothing is left running"
+
+
+def test_devices_of_a_running_portal(setup: Setup) -> None:
+    assert setup.up("--detach")[0] == 0
+    account = {"username": "ada", "email": "ada@example.org", "password": "correct horse"}
+    assert httpx.post(f"http://localhost:{setup.port}/api/auth/register", json=account).status_code == 201
+    added = setup.run("devices", "add", "cab-7", "--project", "maze", "--project", "racing", "--owner", "ada")
+    assert (added[0], "cab-7 is a device of ada in maze, racing" in added[1]) == (0, True), added[1]
+    first = added[1].splitlines()[-1]
+    assert can_sign_in(setup.mqtt_port, "cab-7", first)
+    listed = setup.run("devices", "list")[1]
+    assert re.search(r"cab-7\s+ada\s+maze, racing\s+ready", listed), listed
+    code, output = setup.run("devices", "add", "cab-8", "--project", "chess", "--owner", "ada")
+    assert (code, "there are maze, driving" in output) == (1, True), output
+    claims = json.loads(setup.run("devices", "acl", "cab-7")[1])
+    assert claims["username"] == "cab-7"
+    second = setup.run("devices", "password", "cab-7")[1].splitlines()[-1]
+    assert [can_sign_in(setup.mqtt_port, "cab-7", password) for password in (first, second)] == [False, True]
+    assert setup.run("devices", "remove", "cab-7")[0] == 0
+    assert not can_sign_in(setup.mqtt_port, "cab-7", second)
+    secrets = [setup.state / "broker.json", setup.state / "mosquitto" / "dynamic-security.json"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in secrets} == {0o600}
+    password = json.loads(secrets[0].read_text())["password"]
+    assert not any(password in log.read_text() for log in (setup.state / "logs").glob("*.log"))
+    setup.run("down")
+    code, output = setup.run("devices", "list")
+    assert (code, "Start it with `up`" in output) == (1, True), output
+
+
+def can_sign_in(port: int, username: str, password: str) -> bool:
+    connected: queue.Queue[bool] = queue.Queue()
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    client.username_pw_set(username, password)
+    client.on_connect = lambda _c, _d, _f, reason, _p: connected.put(not reason.is_failure)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    try:
+        return connected.get(timeout=10)
+    finally:
+        client.loop_stop()
 
 
 def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosquitto: Any) -> None:

@@ -25,7 +25,7 @@ from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
 from app.events import TurnEvent, is_id, new_id
 from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
-from app.routers import admin, auth, health, keys, llm, page, sessions, stats, templates
+from app.routers import admin, auth, devices, health, keys, llm, page, sessions, stats, templates
 
 log = get_logger(__name__)
 
@@ -83,7 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # a page of its own, like the portal's, instead of scripts from elsewhere
         redoc_url=None,
     )
-    for part in (auth, llm, sessions, templates, keys, stats, admin, health):
+    for part in (auth, llm, sessions, templates, keys, stats, admin, devices, health):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)

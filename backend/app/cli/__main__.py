@@ -12,10 +12,11 @@ import msgspec
 import typer
 from rich.table import Table
 
-from app.cli import install, page, people, up
+from app.cli import devices, install, page, people, up
+from app.cli.broker import Certificate
 from app.cli.checks import run_benchmarks, run_checks
 from app.cli.console import Failure, Step, console, done, failures_shown
-from app.cli.stack import DEFAULT_STATE, Stack
+from app.cli.stack import DEFAULT_STATE, HOST, Stack
 from app.cli.supervisor import StackState, process, read_state, stop_leftovers
 from app.config import DEFAULT_ENV_FILE
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 audit_app = typer.Typer(help="The audit log.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+app.add_typer(devices.app, name="devices")
 
 Port = Annotated[int, typer.Option("--port", help="Port of the portal", min=1, max=65535)]
 LlmPort = Annotated[
@@ -41,6 +43,23 @@ LlmPort = Annotated[
 ]
 MqttPort = Annotated[
     int | None, typer.Option("--mqtt-port", help="Port of the MQTT broker (1883)", min=1, max=65535)
+]
+MqttWsPort = Annotated[
+    int | None,
+    typer.Option("--mqtt-ws-port", help="Port of the broker's WebSockets (9001); 0: none", min=0, max=65535),
+]
+MqttListen = Annotated[
+    str | None,
+    typer.Option(
+        "--mqtt-listen", help="Let devices reach the broker at this address of the machine", metavar="ADDRESS"
+    ),
+]
+MqttCert = Annotated[
+    Path | None,
+    typer.Option("--mqtt-cert", help="The broker's certificate: TLS for it", exists=True, dir_okay=False),
+]
+MqttKey = Annotated[
+    Path | None, typer.Option("--mqtt-key", help="The key of that certificate", exists=True, dir_okay=False)
 ]
 State = Annotated[
     Path,
@@ -65,6 +84,10 @@ def _arguments(stack: Stack) -> list[str]:
         "--port": stack.port,
         "--llm-port": stack.llm_port if stack.own_llm else None,
         "--mqtt-port": stack.mqtt_port if stack.own_broker else None,
+        "--mqtt-ws-port": stack.mqtt_ws_port if stack.own_broker else None,
+        "--mqtt-listen": stack.mqtt_listen if stack.own_broker else None,
+        "--mqtt-cert": stack.mqtt_certificate.file if stack.mqtt_certificate else None,
+        "--mqtt-key": stack.mqtt_certificate.key if stack.mqtt_certificate else None,
         "--state": stack.state,
         "--llm-url": stack.llm_url,
         "--broker": stack.broker_url,
@@ -78,6 +101,10 @@ def up_command(
     port: Port = 8000,
     llm_port: LlmPort = None,
     mqtt_port: MqttPort = None,
+    mqtt_ws_port: MqttWsPort = None,
+    mqtt_listen: MqttListen = None,
+    mqtt_cert: MqttCert = None,
+    mqtt_key: MqttKey = None,
     state: State = DEFAULT_STATE,
     llm_url: LlmUrl = None,
     broker: Broker = None,
@@ -87,21 +114,33 @@ def up_command(
 ) -> None:
     """Installs what is missing, starts everything, proves it by a chat, and keeps it running."""
     with failures_shown():
+        certificate = _certificate(mqtt_cert, mqtt_key)
         stack = Stack(
             state.resolve(),
             port,
             llm_port or 8080,
-            mqtt_port or 1883,
+            mqtt_port or (8883 if certificate else 1883),
             llm_url,
             broker,
             model.resolve() if model else None,
             own_llm=model is not None or llm_port is not None,
-            own_broker=mqtt_port is not None,
+            own_broker=any(given is not None for given in (mqtt_port, mqtt_ws_port, mqtt_listen, mqtt_cert)),
+            mqtt_ws_port=9001 if mqtt_ws_port is None else mqtt_ws_port,
+            mqtt_listen=mqtt_listen or HOST,
+            mqtt_certificate=certificate,
         )
         if detach:
             up.detach(stack, ["up", "--background", *_arguments(stack)])
         else:
             up.run(stack, introduce=not background)
+
+
+def _certificate(file: Path | None, key: Path | None) -> Certificate | None:
+    if file is None and key is None:
+        return None
+    if file is None or key is None:
+        raise Failure("--mqtt-cert and --mqtt-key belong together: the certificate, and its key.")
+    return Certificate(file.resolve(), key.resolve())
 
 
 @app.command()

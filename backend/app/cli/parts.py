@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import getpass
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from socket import create_connection
 
 import psutil
 
+from app.cli.broker import read_credentials
 from app.cli.console import Failure
 from app.cli.stack import HOST, ROOT, Stack
 from app.config import BACKEND_DIR, Settings
 
 PROBE_TIMEOUT_S = 2.0
 
-MOSQUITTO_CONFIG = """\
-# Written by `setup_llm.sh up`, anew each time.
-listener {port} {host}
-allow_anonymous true
-set_tcp_nodelay true
 
-# Messages for a portal that is away wait on disk; Mosquitto drops what is beyond these bounds
-# and still tells the sender that all is well, so they are far above its own.
-persistence true
-persistence_location {data}/
-autosave_interval 30
-max_queued_messages 100000
-max_queued_bytes 268435456
-max_inflight_messages 1000
-max_packet_size 1048576
-log_dest stderr
-log_type error
-log_type warning
-log_type notice
-{user}"""
+@dataclass(frozen=True, slots=True)
+class MorePort:
+    """A further port of a part, and how to choose another one."""
+
+    port: int
+    title: str
+    remedy: str
+    host: str = HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +44,7 @@ class Part:
     is_ready: Callable[[], bool]
     settings: dict[str, str] = field(default_factory=dict)
     instead: str = ""
+    more_ports: Sequence[MorePort] = ()
 
 
 def parts_of(stack: Stack, model: Path | None, mosquitto: str | None, settings: Settings) -> list[Part]:
@@ -83,22 +74,31 @@ def _llm_server(stack: Stack, model: Path, slots: int) -> Part:
 
 
 def _broker(stack: Stack, program: str) -> Part:
-    data = stack.state / "mosquitto"
-    data.mkdir(exist_ok=True)
-    # Started by root it would become a user who may not read this directory.
-    user = f"user {getpass.getuser()}\n" if sys.platform != "win32" else ""
-    config = data / "mosquitto.conf"
-    config.write_text(MOSQUITTO_CONFIG.format(port=stack.mqtt_port, host=HOST, data=data, user=user))
+    config = stack.broker_config
+    config.write(read_credentials(stack.state) if config.plugin else None)
+    more = []
+    if config.ws_port:
+        remedy = "choose another one with --mqtt-ws-port, or none with --mqtt-ws-port 0"
+        more.append(MorePort(config.ws_port, "MQTT broker's WebSockets", remedy, _probed(config.listen)))
+    if config.own_port is not None:
+        remedy = "choose another --mqtt-port: it is the one after that"
+        more.append(MorePort(config.own_port, "portal's own way to the MQTT broker", remedy))
     return Part(
         "broker",
         "MQTT broker",
-        [program, "-c", str(config)],
+        [program, "-c", str(config.file)],
         stack.mqtt_port,
         "--mqtt-port",
-        stack.broker_address,
-        lambda: _listens(stack.mqtt_port),
+        " ".join(stack.mqtt_addresses),
+        lambda: _listens(config.own_port or stack.mqtt_port),
         instead="--broker URL, if it is an MQTT broker",
+        more_ports=more,
     )
+
+
+def _probed(address: str) -> str:
+    """Where to try whether something listens on an address."""
+    return HOST if ip_address(address).is_unspecified else address
 
 
 def _portal(stack: Stack, settings: Settings) -> Part:
@@ -113,20 +113,24 @@ def _portal(stack: Stack, settings: Settings) -> Part:
         lambda: answers(f"http://{HOST}:{stack.port}/health/live"),
         settings={
             "LLM_SERVER_URL": stack.llm_address,
-            "MQTT_BROKER_URL": stack.broker_address,
+            "MQTT_BROKER_URL": settings.mqtt_broker_url,
+            "MQTT_USERNAME": settings.mqtt_username,
+            "MQTT_PASSWORD": settings.mqtt_password.get_secret_value(),
+            "MQTT_ACL": settings.mqtt_acl,
+            "MQTT_ANONYMOUS": settings.mqtt_anonymous or "",
             "SECRET_KEY": settings.secret_key.get_secret_value(),
         },
     )
 
 
 def check_port(part: Part) -> None:
-    """Raises `Failure` when something else listens on the part's port."""
-    if not _listens(part.port):
-        return
+    """Raises `Failure` when something else listens on one of the part's ports."""
     ways = [f"choose another one with {part.option}", *([f"use it: {part.instead}"] if part.instead else [])]
-    raise Failure(
-        f"Port {part.port}, for the {part.title}, is in use{_holder(part.port)}.", "; or ".join(ways)
-    )
+    for wanted in (MorePort(part.port, part.title, "; or ".join(ways)), *part.more_ports):
+        if _listens(wanted.port, wanted.host):
+            raise Failure(
+                f"Port {wanted.port}, for the {wanted.title}, is in use{_holder(wanted.port)}.", wanted.remedy
+            )
 
 
 def _holder(port: int) -> str:
@@ -140,9 +144,9 @@ def _holder(port: int) -> str:
     return ""
 
 
-def _listens(port: int) -> bool:
+def _listens(port: int, host: str = HOST) -> bool:
     try:
-        with create_connection((HOST, port), PROBE_TIMEOUT_S):
+        with create_connection((host, port), PROBE_TIMEOUT_S):
             return True
     except OSError:
         return False

@@ -20,7 +20,8 @@ from app.services.sign_ins import SignIns
 
 
 @asynccontextmanager
-async def _database(settings: Settings) -> AsyncIterator[Database]:
+async def open_database(settings: Settings) -> AsyncIterator[Database]:
+    """The database of a portal, brought up to date."""
     await asyncio.to_thread(migrate, settings.sqlalchemy_url)
     database = Database(settings.sqlalchemy_url, before_commit=seal)
     await database.open()
@@ -31,7 +32,7 @@ async def _database(settings: Settings) -> AsyncIterator[Database]:
 
 
 async def _invite(settings: Settings, role: str, days: float, *, unless_admin: bool) -> Link | None:
-    async with _database(settings) as database:
+    async with open_database(settings) as database:
         authorizer = Authorizer(Audit(database))
         policies = Policies(database, authorizer, settings.path(settings.roles_file))
         await policies.open()
@@ -57,7 +58,7 @@ def invite_first_admin(env_file: Path) -> Link | None:
 
 
 async def _verify(settings: Settings, head: str | None) -> Verdict:
-    async with _database(settings) as database:
+    async with open_database(settings) as database:
         return await Audit(database).verify(head)
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr, ValidationError
 
-from app.cli.console import Failure
+from app.cli.broker import (
+    BrokerConfig,
+    Certificate,
+    find_plugin,
+    has_websockets,
+    make_credentials,
+    write_private,
+)
+from app.cli.console import Failure, note
 from app.config import (
     BACKEND_DIR,
     DEFAULT_ENV_FILE,
     DEFAULT_LLM_SERVER_URL,
     Settings,
     env_example,
+    is_loopback,
     load_settings,
 )
 
@@ -29,7 +38,8 @@ HOST = "127.0.0.1"
 class Stack:
     """The parts that `up` starts. `llm_url` and `broker_url` are set where a server that is there
     already is used instead of an own one; `broker_url` is empty where there is no broker at all.
-    `own_llm` and `own_broker` start own ones whatever the settings name."""
+    `own_llm` and `own_broker` start own ones whatever the settings name. The own broker listens on
+    `mqtt_listen`; `mqtt_plugin` is its dynamic security plugin, once that was looked for."""
 
     state: Path = DEFAULT_STATE
     port: int = 8000
@@ -40,8 +50,19 @@ class Stack:
     model: Path | None = None
     own_llm: bool = False
     own_broker: bool = False
+    mqtt_ws_port: int = 9001
+    mqtt_listen: str = HOST
+    mqtt_certificate: Certificate | None = None
+    mqtt_plugin: Path | None = None
 
     def __post_init__(self) -> None:
+        try:
+            ip_address(self.mqtt_listen)
+        except ValueError:
+            raise Failure(
+                f"--mqtt-listen: {self.mqtt_listen!r} is no IP address.",
+                "0.0.0.0 stands for all of this machine.",
+            ) from None
         for option, url in (("--llm-url", self.llm_url), ("--broker", self.broker_url)):
             if url and urlsplit(url).password is not None:
                 raise Failure(
@@ -71,8 +92,55 @@ class Stack:
 
     @property
     def broker_address(self) -> str:
-        """Where the broker answers; empty without one."""
-        return f"mqtt://{HOST}:{self.mqtt_port}" if self.broker_url is None else self.broker_url
+        """Where the broker answers the portal; empty without one."""
+        return f"mqtt://{HOST}:{self._portal_mqtt_port}" if self.broker_url is None else self.broker_url
+
+    @property
+    def mqtt_addresses(self) -> list[str]:
+        """Where the broker answers its clients."""
+        if self.broker_url is not None:
+            return [self.broker_url] if self.broker_url else []
+        is_v6 = ":" in self.mqtt_listen
+        host = f"[{self.mqtt_listen}]" if is_v6 else self.mqtt_listen
+        mark = "s" if self.mqtt_certificate else ""
+        web = [f"ws{mark}://{host}:{self.mqtt_ws_port}"] if self.mqtt_ws_port else []
+        return [f"mqtt{mark}://{host}:{self.mqtt_port}", *web]
+
+    @property
+    def _portal_mqtt_port(self) -> int:
+        """The portal's own way in is without TLS: no certificate needs to be for the name of loopback."""
+        return self.mqtt_port + 1 if self.mqtt_certificate else self.mqtt_port
+
+    @property
+    def broker_config(self) -> BrokerConfig:
+        """What the own broker is to be."""
+        is_reached = self.mqtt_listen in {HOST, "0.0.0.0"} and self.mqtt_certificate is None  # noqa: S104
+        return BrokerConfig(
+            self.state / "mosquitto",
+            host=HOST,
+            port=self.mqtt_port,
+            listen=self.mqtt_listen,
+            own_port=None if is_reached else self._portal_mqtt_port,
+            ws_port=self.mqtt_ws_port,
+            plugin=self.mqtt_plugin,
+            certificate=self.mqtt_certificate,
+        )
+
+    def with_broker(self, program: str) -> Stack:
+        """This stack as this Mosquitto can serve it; says what it cannot. Raises `Failure` when it cannot
+        serve beyond this machine."""
+        plugin, web = find_plugin(program), self.mqtt_ws_port
+        if plugin is None and not is_loopback(self.mqtt_listen):
+            raise Failure(
+                "This Mosquitto has no dynamic security plugin, so whoever reached it could do everything.",
+                "Install a Mosquitto that has it, or leave out --mqtt-listen.",
+            )
+        if plugin is None:
+            note("This Mosquitto has no dynamic security plugin: there can be no devices (MQTT_ACL=none).")
+        if web and not has_websockets(program):
+            note("This Mosquitto was built without WebSockets: games in a browser cannot use it.")
+            web = 0
+        return replace(self, mqtt_plugin=plugin, mqtt_ws_port=web)
 
     def without_broker(self) -> Stack:
         """The same over HTTP alone."""
@@ -107,19 +175,22 @@ class Stack:
             changes["broker_url"] = settings.mqtt_broker_url
         return replace(self, **changes)  # type: ignore[arg-type]
 
-    def with_secret(self) -> Settings:
-        """The settings, with a secret for this run where the file has none."""
+    def portal_settings(self) -> Settings:
+        """The settings of this stack's portal: those of the file, with a secret for this run where that has
+        none, and with the own broker."""
         settings = self.settings()
-        if settings.secret_key.get_secret_value():
+        if not settings.secret_key.get_secret_value():
+            settings = settings.replace(secret_key=SecretStr(secrets.token_urlsafe(48)))
+        settings = settings.replace(mqtt_broker_url=self.broker_address)
+        if self.broker_url is not None:
             return settings
-        return settings.replace(secret_key=SecretStr(secrets.token_urlsafe(48)))
+        if not self.broker_config.anonymous:
+            settings = settings.replace(mqtt_anonymous="deny")
+        if self.mqtt_plugin is None:
+            return settings.replace(mqtt_acl="none")
+        return make_credentials(self.state).put_into(settings)
 
 
 def _write_settings(env_file: Path) -> None:
     text = env_example().replace("\nSECRET_KEY=\n", f"\nSECRET_KEY={secrets.token_urlsafe(48)}\n")
-    new = env_file.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    # Nobody else may read it, from the first moment on; and it is there whole, or not at all.
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    new.replace(env_file)
+    write_private(env_file, text.encode())

@@ -36,6 +36,8 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
         if broker is None:
             note("Without an MQTT broker the portal serves HTTP alone. To use one elsewhere: --broker URL.")
             stack = stack.without_broker()
+        else:
+            stack = stack.with_broker(broker)
     page.build_page_if_possible(stack)
     return stack, model, broker
 
@@ -44,7 +46,7 @@ def run(stack: Stack, *, introduce: bool) -> None:
     """Runs the stack until Ctrl-C or SIGTERM; with `introduce` it proves it once it is ready, and tells
     where to go. Raises `Failure` when it does not start."""
     stack, model, broker = prepare(stack)
-    settings = stack.with_secret()
+    settings = stack.portal_settings()
     asyncio.run(_supervise(stack, parts_of(stack, model, broker, settings), settings, introduce))
 
 
@@ -85,7 +87,7 @@ def detach(stack: Stack, arguments: Sequence[str]) -> None:
     """Runs this program with `arguments` in the background, and returns once the stack is ready and
     proven. Raises `Failure`."""
     stack, _, _ = prepare(stack)
-    settings = stack.with_secret()
+    settings = stack.portal_settings()
     log = stack.logs / "supervisor.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -130,7 +132,7 @@ def where_to_go(stack: Stack) -> None:
     console.print(f"  Portal      [bold]{stack.url}[/bold]")
     console.print(f"  API         {stack.url}/docs")
     console.print(f"  LLM server  {stack.llm_address}")
-    console.print(f"  MQTT        {stack.broker_address or 'none'}")
+    console.print(f"  MQTT        {', '.join(stack.mqtt_addresses) or 'none'}")
     console.print(f"  Settings    {in_checkout(stack.env_file)}")
     console.print(f"  Logs        {in_checkout(stack.logs)}")
     link = invite_first_admin(stack.env_file)

@@ -21,7 +21,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sqlalchemy import Connection, Row, delete, insert, select
 from sqlalchemy.exc import IntegrityError
@@ -117,6 +117,16 @@ class Devices:
         self._acl = acl
         self._known: Mapping[str, Row[Any]] = {}
 
+    @property
+    def projects(self) -> tuple[str, ...]:
+        """The projects that a device can be in."""
+        return self._settings.mqtt_projects
+
+    @property
+    def keeper(self) -> Literal["none", "mosquitto", "external"]:
+        """Who keeps devices to their own topics."""
+        return self._settings.mqtt_acl
+
     # --- for the MQTT door ---
 
     async def open(self) -> None:
@@ -208,7 +218,7 @@ class Devices:
         return password
 
     def _check(self, name: str, projects: Sequence[str]) -> None:
-        if self._settings.mqtt_acl == "none":
+        if self.keeper == "none":
             raise InvalidRequest(
                 "Nobody would keep devices to their own topics here: set MQTT_ACL to mosquitto, where the "
                 "portal may write the rules of its broker, or to external."
@@ -217,7 +227,7 @@ class Devices:
             raise InvalidRequest("name: 1 to 64 characters of A-Z a-z 0-9 _ . - are needed")
         if name in RESERVED or (self._acl is not None and name in self._acl.reserved):
             raise InvalidRequest(f"name: {name!r} is somebody else at the broker; take another one")
-        known = self._settings.mqtt_projects
+        known = self.projects
         unknown = [project for project in projects if project not in known]
         if unknown or not projects:
             problem = f"there is no {', '.join(unknown)}" if unknown else "at least one is needed"
