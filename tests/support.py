@@ -357,6 +357,19 @@ class GameClient:
         self._client.loop_stop()
 
 
+def can_sign_in(port: int, username: str, password: str) -> bool:
+    """Whether the broker lets this user in."""
+    answers: list[bool] = []
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    client.username_pw_set(username, password)
+    client.on_connect = lambda _c, _d, _f, reason, _p: answers.append(not reason.is_failure)
+    client.connect("127.0.0.1", port)
+    while not answers:
+        client.loop(1)
+    client.disconnect()
+    return answers[0]
+
+
 @contextmanager
 def postgres(directory: Path) -> Iterator[str]:
     """A PostgreSQL cluster of its own; yields the URL of its database."""

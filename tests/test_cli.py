@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import shutil
 import signal
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import paho.mqtt.client as paho
 import psutil
 import pytest
-from paho.mqtt.enums import CallbackAPIVersion
 
 from app.cli import install, page
 from app.cli.console import Failure
@@ -29,7 +26,7 @@ from app.cli.gguf import trained_context
 from app.cli.install import MODEL
 from app.cli.llm_server import alias_of
 from app.cli.stack import DEFAULT_STATE, Stack
-from tests.support import ROOT, answers, free_port, wait_until
+from tests.support import ROOT, answers, can_sign_in, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -212,19 +209,6 @@ def test_devices_of_a_running_portal(setup: Setup) -> None:
     setup.run("down")
     code, output = setup.run("devices", "list")
     assert (code, "Start it with `up`" in output) == (1, True), output
-
-
-def can_sign_in(port: int, username: str, password: str) -> bool:
-    connected: queue.Queue[bool] = queue.Queue()
-    client = paho.Client(CallbackAPIVersion.VERSION2)
-    client.username_pw_set(username, password)
-    client.on_connect = lambda _c, _d, _f, reason, _p: connected.put(not reason.is_failure)
-    client.connect("127.0.0.1", port)
-    client.loop_start()
-    try:
-        return connected.get(timeout=10)
-    finally:
-        client.loop_stop()
 
 
 def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosquitto: Any) -> None:

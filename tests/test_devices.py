@@ -259,6 +259,27 @@ async def test_nothing_else_can_be_written(portal: Container, connect: Connect) 
     assert not [topic for topic, payload in bridge.received if payload == b"forged"]
 
 
+async def test_rights_do_not_hang_on_the_brokers_defaults(portal: Container, connect: Connect) -> None:
+    """Mosquitto's own tool sets up a broker that lets everybody receive."""
+    everything = ("publishClientSend", "publishClientReceive", "subscribe")
+    admin = connect("portal")
+
+    def allow_by_default(allow: bool) -> None:
+        acls = [{"acltype": kind, "allow": allow} for kind in everything]
+        command = {"command": "setDefaultACLAccess", "acls": acls}
+        assert admin.publish(CONTROL, msgspec.json.encode({"commands": [command]})) != REFUSED
+
+    cab = connect("cab-7", await add(portal, "cab-7"))
+    allow_by_default(True)
+    try:
+        assert {topic: cab.subscribe(topic) for topic in UNREADABLE} == dict.fromkeys(UNREADABLE, REFUSED)
+        answers = {topic: cab.publish(topic) for topic in UNWRITABLE if not topic.startswith("$")}
+        assert set(answers.values()) == {REFUSED}, answers
+        cab.subscribe("maze/device/cab-7/hint/#")
+    finally:
+        allow_by_default(False)
+
+
 async def test_two_devices_hear_nothing_of_each_other(portal: Container, connect: Connect) -> None:
     cabs = {name: connect(name, await add(portal, name)) for name in ("cab-7", "cab-8")}
     for name, cab in cabs.items():

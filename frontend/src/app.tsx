@@ -12,6 +12,7 @@ import { Shell } from "./components/shell";
 import { AccountPage } from "./features/account/account-page";
 import { AdminPage, FirstAdminPage } from "./features/admin/admin-page";
 import { AuditPage } from "./features/admin/audit-page";
+import { DevicesPage } from "./features/admin/devices-page";
 import { LimitsPage } from "./features/admin/limits-page";
 import { RolesPage } from "./features/admin/roles-page";
 import { UsagePage } from "./features/admin/usage-page";
@@ -63,6 +64,7 @@ const router = createBrowserRouter([
           { path: "users", element: <UsersPage /> },
           { path: "roles", element: <RolesPage /> },
           { path: "limits", element: <LimitsPage /> },
+          { path: "devices", element: <DevicesPage /> },
           { path: "usage", element: <UsagePage /> },
           { path: "audit", element: <AuditPage /> },
         ],

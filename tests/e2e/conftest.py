@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from app.cli.page import build_page
 from app.cli.stack import Stack
 from tests.e2e.support import sign_up
-from tests.support import LlamaServer, Portal, program
+from tests.support import GuardedMosquitto, LlamaServer, Portal, program
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
@@ -25,10 +25,21 @@ def built_page() -> None:
 
 
 @pytest.fixture(scope="session")
-def portal(llama: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedMosquitto]:
+    """The broker that the portal writes the rights of devices into."""
+    running = GuardedMosquitto(tmp_path_factory.mktemp("broker"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def portal(
+    llama: LlamaServer, broker: GuardedMosquitto, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Portal]:
     """The portal with a real model, for all tests: each has a person of its own."""
     directory = tmp_path_factory.mktemp("portal")
-    running = Portal(directory, LLM_SERVER_URL=llama.url, LLM_MAX_TOKENS="256").start()
+    settings = {"LLM_MAX_TOKENS": "256", "MQTT_PROJECTS": "maze racing", **broker.settings}
+    running = Portal(directory, LLM_SERVER_URL=llama.url, **settings).start()
     yield running
     running.stop()
 

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.support import PASSWORD, go, scrolls_sideways, serious_findings, sign_in
-from tests.support import Portal
+from tests.support import GuardedMosquitto, Portal, can_sign_in
 
 Shot = Callable[[Page, str], None]
 
@@ -148,6 +148,47 @@ def test_limits_are_set_for_a_person(root: Page, portal: Portal, username: str) 
         expect(root.get_by_text(username, exact=True)).to_have_count(0)
 
 
+def test_a_device_is_added_gets_a_new_password_and_is_removed(
+    root: Page, broker: GuardedMosquitto, username: str
+) -> None:
+    def shown_password() -> str:
+        password = root.get_by_role("dialog").locator("pre").inner_text()
+        close_dialog(root)
+        return password
+
+    go(root, "Admin")
+    tab(root, "Devices")
+    root.get_by_role("button", name="New device").click()
+    root.get_by_role("textbox", name="Name").fill(username)
+    root.get_by_role("button", name="Add the device").click()
+    expect(root.get_by_text("At least one is needed")).to_be_visible()
+    root.get_by_label("maze").check()
+    root.get_by_role("button", name="Add the device").click()
+    first = shown_password()
+    assert can_sign_in(broker.port, username, first)
+    row = root.get_by_role("row", name=re.compile(f"^{username}"))
+    expect(row).to_contain_text(f"root-{username}")
+    expect(row).to_contain_text("maze")
+    expect(row).to_contain_text("ready")
+    assert first not in root.content()
+
+    broker.forget()
+    root.reload()
+    expect(row).to_contain_text("needs a new password")
+    root.get_by_role("button", name=f"Actions for {username}").click()
+    root.get_by_role("menuitem", name="New password").click()
+    root.get_by_role("button", name="New password", exact=True).click()
+    second = shown_password()
+    assert [can_sign_in(broker.port, username, password) for password in (first, second)] == [False, True]
+    expect(row).to_contain_text("ready")
+
+    root.get_by_role("button", name=f"Actions for {username}").click()
+    root.get_by_role("menuitem", name="Remove").click()
+    root.get_by_role("button", name="Remove", exact=True).click()
+    expect(row).to_have_count(0)
+    assert not can_sign_in(broker.port, username, second)
+
+
 def test_usage_and_the_audit_log_tell_what_happened(root: Page, portal: Portal, username: str) -> None:
     with portal.client(username) as client:
         body = {"session_id": "s", "message": "Say hi.", "max_tokens": 4}
@@ -235,18 +276,19 @@ def test_everybody_can_use_these_pages(
     with portal.client("root", role="admin") as admin:
         me = admin.get("/api/auth/me").json()["id"]
         admin.put(f"/api/admin/limits/user:{me}", json={"daily_tokens": 100_000, "requests_per_hour": 500})
+        admin.post("/api/admin/devices", json={"name": "cab-7", "projects": ["maze", "racing"]})
     root.goto(f"{portal.url}/account")
     expect(root.get_by_role("heading", name="Signed in on")).to_be_visible()
     check("account")
     root.get_by_role("button", name="New key").click()
     expect(root.get_by_role("dialog")).to_be_visible()
     check("new-key")
-    for name in ("users", "roles", "limits", "usage", "audit"):
+    for name in ("users", "roles", "limits", "devices", "usage", "audit"):
         root.goto(f"{portal.url}/admin/{name}")
         expect(root.get_by_role("heading", level=2).first).to_be_visible()
         expect(root.get_by_label(re.compile("^Loading"))).to_have_count(0)
         check(name)
-        if name in {"roles", "limits"}:
+        if name in {"roles", "limits", "devices"}:
             root.get_by_role("button", name=re.compile("^New ")).click()
             expect(root.get_by_role("dialog")).to_be_visible()
             check(f"new-{name}")

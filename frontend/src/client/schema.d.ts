@@ -84,6 +84,70 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/admin/devices": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Devices
+         * @description The devices that there are.
+         */
+        get: operations["list_devices"];
+        put?: never;
+        /**
+         * Add Device
+         * @description Adds a device. Its password is in this answer and nowhere else but at the broker.
+         */
+        post: operations["add_device"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/devices/{name}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * Remove Device
+         * @description Takes a device's rights away and ends its connections, at once. Its sessions stay with its owner.
+         */
+        delete: operations["remove_device"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/devices/{name}/password": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Make Device Password
+         * @description Gives a device another password, and ends its connections with the old one.
+         */
+        post: operations["make_device_password"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/admin/invitations": {
         parameters: {
             query?: never;
@@ -1137,6 +1201,30 @@ export interface components {
             username: string;
         };
         /**
+         * AddedDevice
+         * @description A device that was added just now. `password` is shown this once: only the broker knows it. It is null
+         *     where somebody else than the portal keeps to the rules, and gives the passwords.
+         */
+        AddedDevice: {
+            /** At Broker */
+            at_broker: boolean | null;
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Id */
+            id: string;
+            /** Name */
+            name: string;
+            /** Owner */
+            owner: string;
+            /** Password */
+            password: string | null;
+            /** Projects */
+            projects: string[];
+        };
+        /**
          * AlertBody
          * @description `percent` of a budget were spent.
          */
@@ -1349,6 +1437,52 @@ export interface components {
             reasoning_tokens: number;
             /** Turns */
             turns: number;
+        };
+        /**
+         * Device
+         * @description A device. `owner` is the username of the account that its sessions belong to. `at_broker` is false
+         *     while it cannot sign in at the broker, until it has a new password; null where nobody can be asked.
+         */
+        Device: {
+            /** At Broker */
+            at_broker: boolean | null;
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Id */
+            id: string;
+            /** Name */
+            name: string;
+            /** Owner */
+            owner: string;
+            /** Projects */
+            projects: string[];
+        };
+        /**
+         * DeviceList
+         * @description Devices by name, the projects that a device can be in, and who keeps devices to their own topics
+         *     (`MQTT_ACL`): with `none`, none can be added.
+         */
+        DeviceList: {
+            /**
+             * Acl
+             * @enum {string}
+             */
+            acl: "none" | "mosquitto" | "external";
+            /** Devices */
+            devices: components["schemas"]["Device"][];
+            /** Projects */
+            projects: string[];
+        };
+        /**
+         * DevicePassword
+         * @description A password that was made just now. It is shown this once.
+         */
+        DevicePassword: {
+            /** Password */
+            password: string;
         };
         /**
          * Done
@@ -1737,6 +1871,19 @@ export interface components {
              *     ]
              */
             tools?: string[];
+        };
+        /**
+         * NewDevice
+         * @description A device to add; `name` will be its user name at the broker. It is mine, or that of the username
+         *     `owner`.
+         */
+        NewDevice: {
+            /** Name */
+            name: string;
+            /** Owner */
+            owner?: string | null;
+            /** Projects */
+            projects: string[];
         };
         /**
          * NewInvitation
@@ -2572,6 +2719,7 @@ export interface components {
 export type Accepted = components['schemas']['Accepted'];
 export type AccessToken = components['schemas']['AccessToken'];
 export type Account = components['schemas']['Account'];
+export type AddedDevice = components['schemas']['AddedDevice'];
 export type AlertBody = components['schemas']['AlertBody'];
 export type AlertList = components['schemas']['AlertList'];
 export type AuditEntry = components['schemas']['AuditEntry'];
@@ -2582,6 +2730,9 @@ export type Cancelled = components['schemas']['Cancelled'];
 export type Chat = components['schemas']['Chat'];
 export type ChatAnswer = components['schemas']['ChatAnswer'];
 export type DayUsage = components['schemas']['DayUsage'];
+export type Device = components['schemas']['Device'];
+export type DeviceList = components['schemas']['DeviceList'];
+export type DevicePassword = components['schemas']['DevicePassword'];
 export type Done = components['schemas']['Done'];
 export type ErrorBody = components['schemas']['ErrorBody'];
 export type ErrorDetail = components['schemas']['ErrorDetail'];
@@ -2602,6 +2753,7 @@ export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
 export type MadeKey = components['schemas']['MadeKey'];
 export type NamedRole = components['schemas']['NamedRole'];
+export type NewDevice = components['schemas']['NewDevice'];
 export type NewInvitation = components['schemas']['NewInvitation'];
 export type NewKey = components['schemas']['NewKey'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
@@ -2782,6 +2934,128 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["AuditVerdict"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_devices: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["DeviceList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    add_device: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["NewDevice"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["AddedDevice"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    remove_device: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    make_device_password: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["DevicePassword"];
                 };
             };
             /** @description An error */

@@ -28,7 +28,7 @@ const PAGES = [
     label: "Admin",
     icon: IconShield,
     isActive: (path: string) => path.startsWith("/admin"),
-    permissions: ["users:read", "usage:read-all", "audit:read"],
+    permissions: ["users:read", "usage:read-all", "audit:read", "devices:read"],
   },
 ];
 

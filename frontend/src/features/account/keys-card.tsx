@@ -22,7 +22,7 @@ const LASTING = [
 ];
 
 /** What no key may do, whatever its owner may. */
-const NEVER = new Set(["keys:write", "account:write", "users:write", "roles:write"]);
+const NEVER = new Set(["keys:write", "account:write", "users:write", "roles:write", "devices:write"]);
 const OF_DEVICES = "chat:use";
 
 export function KeysCard() {
