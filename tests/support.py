@@ -35,7 +35,11 @@ SECRET = "kT9vQ2mX7pLw4ZrN8sBd3HfYc6JgUeA1oRiV5tKy"
 
 PASSWORD = "correct horse"
 
+NO_PROMPTS = {"PROJECTS_FILE": str(ROOT / "tests" / "projects.toml")}
+"""Settings for tests that are not about projects: their sessions begin with no prompt but their own."""
+
 UNLIMITED = {
+    **NO_PROMPTS,
     "RATE_LIMIT_PER_HOUR": "0",
     "RATE_LIMIT_SESSION_PER_MINUTE": "0",
     "MAX_TURNS_PER_USER": "0",

@@ -27,8 +27,9 @@ async def test_a_reply_that_is_confirmed_while_the_outbox_is_read_is_published_o
     monkeypatch.setattr(bridge, "OUTBOX_S", 0.01)
     settings = settings_for(fake.url, mqtt_broker_url=mosquitto.url, mqtt_projects="outbox")
     async with open_container(settings) as portal:
-        store, was_read, was_confirmed = portal.store, asyncio.Event(), asyncio.Event()
-        ready, delivered, turn = store.ready_deliveries, store.delivered, store.turn
+        store, outbox = portal.store, portal.outbox
+        was_read, was_confirmed = asyncio.Event(), asyncio.Event()
+        ready, delivered, turn = outbox.ready, outbox.delivered, store.turn
 
         async def read_outbox(project: str) -> Any:
             rows = await ready(project)
@@ -45,8 +46,8 @@ async def test_a_reply_that_is_confirmed_while_the_outbox_is_read_is_published_o
             await was_confirmed.wait()
             return await turn(turn_id)
 
-        monkeypatch.setattr(store, "ready_deliveries", read_outbox)
-        monkeypatch.setattr(store, "delivered", confirm)
+        monkeypatch.setattr(outbox, "ready", read_outbox)
+        monkeypatch.setattr(outbox, "delivered", confirm)
         monkeypatch.setattr(store, "turn", read_turn)
         session, topic = new_id(), "outbox/assistant_response/"
         game = await asyncio.to_thread(GameClient, mosquitto.port, f"{topic}#", "outbox/status")

@@ -145,7 +145,7 @@ def test_games_without_a_token_have_the_role_of_players(
     make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, mosquitto: Mosquitto
 ) -> None:
     (tmp_path / "roles.toml").write_text(
-        '[player]\npermissions = ["chat:use"]\nsystem_prompt = "You guide a player."\n'
+        '[neighbour]\npermissions = ["chat:use"]\nsystem_prompt = "You guide a player."\n'
     )
     settings = {"MQTT_BROKER_URL": mosquitto.url, "MQTT_PROJECTS": "racing"}
     make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, **settings).start()

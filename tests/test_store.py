@@ -13,8 +13,12 @@ from sqlalchemy import create_engine, text
 from app.database import Database, migrate
 from app.errors import Conflict, ErrorInfo, Overloaded
 from app.events import Cancelled, Failed, Final, GenerationOptions, ReplyTarget, TurnRequest, Usage, new_id
-from app.services import store as store_module
-from app.services.store import Acceptance, Reply, StaleAttempt, Store
+from app.services import acceptance as acceptance_module
+from app.services.acceptance import Acceptance
+from app.services.endings import Reply
+from app.services.leases import Leases
+from app.services.outbox import Outbox
+from app.services.store import StaleAttempt, Store
 from tests.support import person
 
 ADA, BO = person("1"), person("2")
@@ -42,6 +46,16 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 @pytest.fixture
 def store(database: Database) -> Store:
     return Store(database)
+
+
+@pytest.fixture
+def leases(database: Database) -> Leases:
+    return Leases(database)
+
+
+@pytest.fixture
+def outbox(database: Database) -> Outbox:
+    return Outbox(database)
 
 
 def request(message: str = "hi", **changes: Any) -> TurnRequest:
@@ -113,7 +127,7 @@ async def test_a_request_id_is_remembered_across_a_clear_but_not_for_ever(
     await store.clear("user:1", "s", {})
     again = await accept(store, request(request_id="r"))
     assert (again.kind, again.turn.id, again.turn.state) == ("known", first.turn.id, "final")
-    monkeypatch.setattr(store_module, "RETRY_WINDOW_S", -1)
+    monkeypatch.setattr(acceptance_module, "RETRY_WINDOW_S", -1)
     later = await accept(store, request("else", request_id="r"))
     assert later.kind == "new"
 
@@ -206,9 +220,9 @@ async def test_clear_ends_what_is_active_and_empties_the_history(store: Store) -
     assert await contents(store) == []
 
 
-async def test_turns_of_a_dead_instance_are_adopted_once(store: Store) -> None:
-    await store.acquire("instance:a", "e1", -1)
-    await store.acquire("instance:b", "e2", 60)
+async def test_turns_of_a_dead_instance_are_adopted_once(store: Store, leases: Leases) -> None:
+    await leases.acquire("instance:a", "e1", -1)
+    await leases.acquire("instance:b", "e2", 60)
     running, waiting = await accept(store, request("one")), await accept(store, request("two"))
     alive = await accept(store, request(session_id="t"), instance="b")
     assert await store.has_orphans("b")
@@ -228,53 +242,53 @@ async def test_turns_of_a_dead_instance_are_adopted_once(store: Store) -> None:
     assert not await store.has_orphans("b")
 
 
-async def test_a_restarted_instance_adopts_its_own_turns(store: Store) -> None:
-    await store.acquire("instance:a", "e1", 60)
+async def test_a_restarted_instance_adopts_its_own_turns(store: Store, leases: Leases) -> None:
+    await leases.acquire("instance:a", "e1", 60)
     await accept(store, request())
     assert await store.adopt("a") == []
     assert len(await store.adopt("a", restarted=True)) == 1
 
 
-async def test_leases_are_held_by_one(store: Store) -> None:
-    assert await store.acquire("x", "one", 60)
-    assert not await store.acquire("x", "two", 60)
-    assert await store.acquire("x", "one", -1), "renewed, and over"
-    assert await store.acquire("x", "two", 60)
-    assert await store.acquire("x", "one", 60, force=True)
-    await store.release("x", "two")
-    assert not await store.acquire("x", "two", 60)
-    await store.release("x", "one")
-    assert await store.acquire("x", "two", 60)
+async def test_leases_are_held_by_one(leases: Leases) -> None:
+    assert await leases.acquire("x", "one", 60)
+    assert not await leases.acquire("x", "two", 60)
+    assert await leases.acquire("x", "one", -1), "renewed, and over"
+    assert await leases.acquire("x", "two", 60)
+    assert await leases.acquire("x", "one", 60, force=True)
+    await leases.release("x", "two")
+    assert not await leases.acquire("x", "two", 60)
+    await leases.release("x", "one")
+    assert await leases.acquire("x", "two", 60)
 
 
-async def test_a_reply_is_owed_from_the_turns_end_until_it_is_delivered(store: Store) -> None:
-    target = ReplyTarget("maze", "maze/assistant_response/s", "json")
+async def test_a_reply_is_owed_from_the_turns_end_until_it_is_delivered(store: Store, outbox: Outbox) -> None:
+    target = ReplyTarget("maze", "maze/assistant_response/s", "s", form="json")
     asked = request(request_id="r", reply_to=target)
     accepted = await accept(store, asked)
     assert accepted.delivery is not None
     assert not accepted.delivery.ready
-    assert await store.ready_deliveries("maze") == []
+    assert await outbox.ready("maze") == []
     ending, reply = final(accepted)
     ended = await store.end(accepted.turn, ending, reply=reply)
     assert [(d.id, d.target, d.ready) for d in ended.deliveries] == [(accepted.delivery.id, target, True)]
-    assert await store.ready_deliveries("maze") == list(ended.deliveries)
+    assert await outbox.ready("maze") == list(ended.deliveries)
     repeated = await accept(store, asked)
     assert repeated.delivery is None, "it is owed already"
-    await store.delivered([accepted.delivery.id])
-    assert await store.ready_deliveries("maze") == []
+    await outbox.delivered([accepted.delivery.id])
+    assert await outbox.ready("maze") == []
     repeated = await accept(store, asked)
     assert repeated.delivery is not None
     assert repeated.delivery.ready, "who asks again is answered again"
 
 
-async def test_a_new_attempt_owes_its_own_reply(store: Store) -> None:
-    asked = request(request_id="r", reply_to=ReplyTarget("maze", "maze/assistant_response/s"))
+async def test_a_new_attempt_owes_its_own_reply(store: Store, outbox: Outbox) -> None:
+    asked = request(request_id="r", reply_to=ReplyTarget("maze", "maze/assistant_response/s", "s"))
     first = await accept(store, asked)
     failed = Failed(first.turn.id, ErrorInfo("llm_unavailable", "away", True))
     ended = await store.end(first.turn, failed)
     again = await accept(store, asked)
     assert again.kind == "again"
-    await store.delivered([delivery.id for delivery in ended.deliveries])
+    await outbox.delivered([delivery.id for delivery in ended.deliveries])
     ending, reply = final(again)
     assert len((await store.end(again.turn, ending, reply=reply)).deliveries) == 1
 

@@ -16,6 +16,8 @@ PERMISSIONS = {
     "chat:use": "Send messages, stop answers, and clear a session's history",
     "sessions:read": "Read own sessions and follow their turns",
     "sessions:write": "Rename, delete and restore own sessions",
+    "projects:write": "Change the system prompt that a project's new sessions begin with",
+    "projects:clear": "Clear or delete all sessions of a project at once",
     "templates:read": "Read own templates and render them",
     "templates:write": "Save, delete and restore own templates",
     "keys:write": "Make, see and revoke own API keys",

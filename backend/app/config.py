@@ -76,6 +76,12 @@ class Settings(BaseSettings):
         description="Switch a model's thinking off where the server can, and leave out what comes all "
         "the same. With false it is streamed as `thinking` events, apart from the reply.",
     )
+    llm_tool_mode: Literal["auto", "native", "constrained", "off"] = Field(
+        "auto",
+        description="How a model is asked for tool calls: native (the server's own way), constrained (as "
+        "JSON that the server is made to keep to), off (not at all), or auto: native, and constrained "
+        "where llama.cpp says that the model's template knows no tools.",
+    )
     llm_max_history_tokens: int = Field(
         10000,
         ge=64,
@@ -197,6 +203,11 @@ class Settings(BaseSettings):
         ("maze", "driving", "bloodcell", "racing", "prompt_portal", "general"),
         description="Projects to serve, separated by commas or spaces: the first level of every topic.",
     )
+    projects_file: str = Field(
+        "projects.toml",
+        description="A file with projects of your own (docs/operations.md): prompts, tools, limits; relative "
+        "to this .env file. It need not exist.",
+    )
     mqtt_anonymous: Literal["allow", "deny"] | None = Field(
         None,
         description="Whether messages without a token are answered: allow or deny. Left empty, they are "
@@ -207,6 +218,12 @@ class Settings(BaseSettings):
         description="Who keeps MQTT devices to their own topics. `none`: nobody, so there are no devices. "
         "`mosquitto`: the portal writes their rights into Mosquitto's dynamic security plugin, as "
         "MQTT_USERNAME. `external`: the broker itself, as EMQX with tokens (docs/access.md).",
+    )
+
+    home_assistant_discovery: bool = Field(
+        False,
+        description="Whether each project shows itself to Home Assistant, under the topic homeassistant/: "
+        "its state, queue and model, and an entity to send messages to.",
     )
 
     instance: str = Field(
@@ -339,11 +356,14 @@ class Settings(BaseSettings):
         return self._base / name
 
     @property
+    def broker_is_local(self) -> bool:
+        """Whether the broker is reached over this machine's loopback interface."""
+        return is_loopback(urlsplit(self.mqtt_broker_url).hostname or "")
+
+    @property
     def anonymous_mqtt(self) -> bool:
         """Whether MQTT messages without a token are answered."""
-        if self.mqtt_anonymous is None:
-            return is_loopback(urlsplit(self.mqtt_broker_url).hostname or "")
-        return self.mqtt_anonymous == "allow"
+        return self.broker_is_local if self.mqtt_anonymous is None else self.mqtt_anonymous == "allow"
 
     def with_instance(self, name: str) -> Settings:
         """These settings, with `name` for an instance that has none."""

@@ -14,7 +14,8 @@ from app.config import Settings, load_settings
 from app.database import Database, migrate
 from app.logs import get_logger, quiet_unless_configured
 from app.loop import BackgroundLoop
-from app.mqtt.bridge import MqttBridge
+from app.mqtt.bridge import MqttBridge, Parts
+from app.mqtt.requests import Requests
 from app.services.accounting import Accounting
 from app.services.accounts import Accounts
 from app.services.admission import Admission
@@ -23,13 +24,16 @@ from app.services.api_keys import ApiKeys
 from app.services.audit import Audit, seal
 from app.services.authorizer import Authorizer
 from app.services.devices import DeviceRights, Devices
+from app.services.leases import Leases
 from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.outbound import Outbound
+from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.policies import Policies, read_roles
 from app.services.prices import Prices
+from app.services.projects import Projects, read_projects
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
@@ -46,9 +50,11 @@ class Container:
 
     settings: Settings
     store: Store
+    outbox: Outbox
     audit: Audit
     authorizer: Authorizer
     policies: Policies
+    projects: Projects
     accounts: Accounts
     sign_ins: SignIns
     keys: ApiKeys
@@ -79,11 +85,12 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         database = Database(settings.sqlalchemy_url, before_commit=seal)
         await database.open()
         stack.push_async_callback(database.close)
-        store = Store(database)
+        store, outbox, leases = Store(database), Outbox(database), Leases(database)
 
         audit = Audit(database)
         authorizer = Authorizer(audit)
-        policies = Policies(database, authorizer, settings.path(settings.roles_file))
+        projects = await stack.enter_async_context(_projects(settings, database, authorizer))
+        policies = Policies(database, authorizer, settings.path(settings.roles_file), projects.limits())
         await policies.open()
         await stack.enter_async_context(_background(policies.watch(), "policies"))
         ledger = _ledger(settings)
@@ -109,24 +116,33 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         accounting = Accounting(database, admission)
         templates = Templates(database, authorizer)
         sessions = SessionManager(
-            settings, store, llm, templates, authorizer, policies, admission, accounting
+            settings,
+            store,
+            leases,
+            llm,
+            templates,
+            authorizer,
+            policies,
+            projects,
+            admission,
+            accounting,
         )
         await sessions.open()
         stack.push_async_callback(sessions.close)
         await stack.enter_async_context(_background(sessions.heartbeat(), "heartbeat"))
         await stack.enter_async_context(_background(sessions.sweep(), "sweep"))
 
-        mqtt = None
-        if settings.mqtt_broker_url:
-            mqtt = MqttBridge(settings, sessions, accounts, authorizer, llm, store)
-            await mqtt.open()
-            stack.push_async_callback(mqtt.close)
+        requests = Requests(settings, sessions, projects, accounts, authorizer, devices)
+        parts = Parts(settings, sessions, requests, projects, llm, store, outbox, leases)
+        mqtt = await stack.enter_async_context(_mqtt(parts))
         container = Container(
             settings=settings,
             store=store,
+            outbox=outbox,
             audit=audit,
             authorizer=authorizer,
             policies=policies,
+            projects=projects,
             accounts=accounts,
             sign_ins=sign_ins,
             keys=keys,
@@ -151,6 +167,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 def check_files(settings: Settings) -> None:
     """Reads the files that settings name. Raises `InvalidRequest`, which says what is wrong in them."""
     read_roles(settings.path(settings.roles_file))
+    read_projects(settings.path(settings.projects_file))
     Prices(settings.path(settings.models_file))
 
 
@@ -165,6 +182,29 @@ def _ledger(settings: Settings) -> Ledger:
     from app.services.redis_ledger import RedisLedger
 
     return RedisLedger(settings.redis_url)
+
+
+@asynccontextmanager
+async def _projects(
+    settings: Settings, database: Database, authorizer: Authorizer
+) -> AsyncIterator[Projects]:
+    projects = Projects(database, authorizer, settings.path(settings.projects_file))
+    await projects.open()
+    async with _background(projects.watch(), "projects"):
+        yield projects
+
+
+@asynccontextmanager
+async def _mqtt(parts: Parts) -> AsyncIterator[MqttBridge | None]:
+    if not parts.settings.mqtt_broker_url:
+        yield None
+        return
+    bridge = MqttBridge(parts)
+    await bridge.open()
+    try:
+        yield bridge
+    finally:
+        await bridge.close()
 
 
 def _device_rights(settings: Settings) -> DeviceRights | None:

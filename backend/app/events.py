@@ -82,28 +82,55 @@ class GenerationOptions(BaseModel):
         return {name: value for name in fields if (value := getattr(self, name)) is not None}
 
 
-class ReplyTarget(msgspec.Struct, frozen=True):
-    """Where an MQTT client wants the end of a turn: published by the outbox, whatever happens to
-    the process in between. `format` is `text` or `json` (the ending event)."""
+Kind = Literal["message", "state"]
+"""What a turn answers: a message, or the state of a game."""
+
+
+class ReplyTarget(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where an MQTT client wants the end of a turn: published by the outbox, whatever happens to the
+    process in between.
+
+    `session_id` is the client's name for its session. `form` is `text`, `json` (the ending event) or
+    `hint`; with `json_errors` a failure is JSON even where the reply is text. `correlation` and `expiry`
+    (seconds) are MQTT 5's. The turn's events go to `stream`, if there is one, in packets of at most `chunk`
+    bytes.
+    """
 
     project: str
     topic: str
-    format: Literal["text", "json"] = "text"
+    session_id: str
+    form: Literal["text", "json", "hint"] = "text"
+    json_errors: bool = False
+    correlation: bytes | None = None
+    expiry: int | None = None
+    stream: str | None = None
+    chunk: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a broker's message without a request id is known by. `again` when the broker says that it may
+    have sent it before."""
+
+    hash: str
+    again: bool
 
 
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
-    """One message for a session, as a door hands it to `SessionManager.submit`.
+    """One message, or state of a game, for a session, as a door hands it to `SessionManager.submit`.
 
     `deadline` is a Unix time in seconds that bounds the wait for a place at the LLM server.
     `detached` turns run on when their last follower leaves. `system_prompt`, or the template with its
     `variables`, and `project` (empty: the default one) count only when the session is new;
-    `template_version` is the version that the prompt was rendered from.
+    `template_version` is the version that the prompt was rendered from. A state takes the place of one that
+    waits in the same session.
     """
 
     who: Identity
     session_id: str
     message: str
+    kind: Kind = "message"
     request_id: str | None = None
     system_prompt: str | None = None
     template_id: str | None = None
@@ -114,11 +141,14 @@ class TurnRequest:
     deadline: float | None = None
     detached: bool = True
     reply_to: ReplyTarget | None = None
+    mark: Mark | None = None
 
     def fingerprint(self) -> str:
         """A hash of message and parameters: the same request id with another one is a conflict."""
-        body = msgspec.json.encode([self.message, self.options.given()], order="deterministic")
-        return hashlib.sha256(body).hexdigest()
+        given: list[Any] = [self.message, self.options.given()]
+        if self.kind == "state":
+            given.append(self.kind)
+        return hashlib.sha256(msgspec.json.encode(given, order="deterministic")).hexdigest()
 
 
 # --- what is answered ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from app.cli.stack import HOST, Stack
 from app.config import Settings
 from app.events import new_id
 from app.mqtt.connection import request_once
-from app.mqtt.contract import ASSISTANT_RESPONSE, USER_INPUT
+from app.mqtt.topics import ASSISTANT_RESPONSE
 from app.services.accounts import operator_token
 
 SESSION = "setup-check"
@@ -107,7 +107,7 @@ def _over_mqtt(stack: Stack, settings: Settings, token: str) -> str:
     reply = msgspec.json.decode(
         request_once(
             stack.broker_address,
-            f"{project}/{USER_INPUT}/{SESSION}",
+            f"{project}/user_input/{SESSION}",
             f"{project}/{ASSISTANT_RESPONSE}/{SESSION}",
             msgspec.json.encode(body),
             timeout=TIMEOUT_S,

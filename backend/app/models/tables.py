@@ -53,6 +53,15 @@ leases = Table(
     comment="Who is in charge of what: `instance:NAME` of its turns, `mqtt:PROJECT` of its topics.",
 )
 
+projects = Table(
+    "projects",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("system_prompt", Text, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    comment="System prompts of projects as clients set them, above those of files.",
+)
+
 users = Table(
     "users",
     metadata,
@@ -220,6 +229,7 @@ turns = Table(
     Column("request_id", String(128), comment="null once its 24 hours are over"),
     Column("fingerprint", String(64), nullable=False),
     Column("message_id", String(28), nullable=False),
+    Column("kind", String(8), nullable=False, comment="message or state"),
     Column("options", JSON, nullable=False),
     Column("deadline", Float),
     Column("detached", Boolean, nullable=False),
@@ -243,12 +253,22 @@ outbox = Table(
     Column("id", String(28), primary_key=True),
     Column("turn_id", String(28), nullable=False),
     Column("project", String(64), nullable=False),
-    Column("topic", Text, nullable=False),
-    Column("format", String(8), nullable=False),
+    Column("target", LargeBinary, nullable=False, comment="where the reply goes, and how; JSON"),
+    Column("target_hash", String(64), nullable=False),
     Column("ready", Boolean, nullable=False, comment="its turn has ended"),
-    UniqueConstraint("turn_id", "topic", "format"),
+    UniqueConstraint("turn_id", "target_hash"),
     Index(None, "project", "ready"),
     comment="Replies owed over MQTT; a row goes when the broker has confirmed the publish.",
+)
+
+received = Table(
+    "received",
+    metadata,
+    Column("mark", String(64), primary_key=True, comment="hash of packet id, topic, payload and properties"),
+    Column("turn_id", String(28), comment="that it made; null for what made none"),
+    Column("at", Float, nullable=False),
+    Index(None, "at"),
+    comment="MQTT messages without a request id: a broker that sends one again means the same.",
 )
 
 usage = Table(

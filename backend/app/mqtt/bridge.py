@@ -7,73 +7,74 @@ published from the outbox, where it stays until the broker has confirmed it.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from app import __version__
-from app.access import Identity
 from app.config import Settings
 from app.database import insist
-from app.errors import Internal, NotFound, PortalError, StorageUnavailable, Unauthenticated
-from app.events import ReplyTarget, TurnRequest, is_id, new_id
+from app.errors import Internal, PortalError, StorageUnavailable
+from app.events import ReplyTarget, new_id
 from app.logs import get_logger
-from app.mqtt import contract
-from app.mqtt.connection import Broker, Incoming, MqttConnection, PublishRefused
-from app.services.accounts import Accounts
-from app.services.authorizer import Authorizer
+from app.mqtt import answers, home_assistant
+from app.mqtt.connection import Broker, Incoming, MqttConnection, Outgoing, PublishRefused
+from app.mqtt.contract import Command, Refusal, read
+from app.mqtt.requests import Requests
+from app.mqtt.topics import request_filters, status_topic
+from app.services.leases import Leases
 from app.services.llm_client import LLMClient
+from app.services.outbox import Delivery, Outbox
+from app.services.projects import Projects
 from app.services.session_manager import SessionManager
-from app.services.store import Delivery, Store
-from app.services.turns import Turn, recall
+from app.services.store import Store
+from app.services.turns import Position, Turn, recall
 
 LEASE_S = 10.0
 RENEW_S = 3.0
 STATUS_S = 1.0
 OUTBOX_S = 2.0
+MOST_AHEAD = 64
+"""Packets of one stream that may wait for the broker to confirm them."""
+
+JSON, TEXT = "application/json", "text/plain"
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the doors of all projects work with."""
+
+    settings: Settings
+    sessions: SessionManager
+    requests: Requests
+    projects: Projects
+    llm: LLMClient
+    store: Store
+    outbox: Outbox
+    leases: Leases
 
 
 class MqttBridge:
     """Serves the projects of the settings."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        sessions: SessionManager,
-        accounts: Accounts,
-        authorizer: Authorizer,
-        llm: LLMClient,
-        store: Store,
-    ) -> None:
-        self._sessions = sessions
-        self._store = store
-        self._settings = settings
-        self._accounts = accounts
-        self._authorizer = authorizer
-        self._llm = llm
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._projects: dict[str, ProjectDoor] = {}
 
     async def open(self) -> None:
         """Starts serving. The broker need not be there."""
-        self._sessions.on_delivery(self._deliver)
-        database_id = await self._store.database_id()
-        for name in self._settings.mqtt_projects:
-            door = self._projects[name] = ProjectDoor(
-                name,
-                database_id,
-                self._settings,
-                self._sessions,
-                self._accounts,
-                self._authorizer,
-                self._llm,
-                self._store,
-            )
+        parts = self._parts
+        database_id = await parts.store.database_id()
+        for name in parts.settings.mqtt_projects:
+            door = self._projects[name] = ProjectDoor(name, database_id, parts)
             door.open()
+        parts.sessions.on_delivery(self._deliver)
+        parts.sessions.on_taken_up(self._go_on)
 
     async def close(self) -> None:
         """Says goodbye on every status topic and disconnects."""
@@ -89,28 +90,20 @@ class MqttBridge:
         if door is not None:
             door.deliver(delivery, turn)
 
+    def _go_on(self, turn: Turn) -> None:
+        door = self._projects.get(turn.session.project)
+        if door is not None:
+            door.go_on(turn)
+
 
 class ProjectDoor:
     """One project: its requests, its replies, its status."""
 
-    def __init__(
-        self,
-        project: str,
-        database_id: str,
-        settings: Settings,
-        sessions: SessionManager,
-        accounts: Accounts,
-        authorizer: Authorizer,
-        llm: LLMClient,
-        store: Store,
-    ) -> None:
+    def __init__(self, project: str, database_id: str, parts: Parts) -> None:
+        settings = parts.settings
         self._project = project
-        self._settings = settings
-        self._sessions = sessions
-        self._accounts = accounts
-        self._authorizer = authorizer
-        self._llm = llm
-        self._store = store
+        self._database_id = database_id
+        self._parts = parts
         self._lease = f"mqtt:{project}"
         self._holder = settings.instance or new_id()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -118,6 +111,8 @@ class ProjectDoor:
         self._status = b""
         self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
         self._unacked: deque[tuple[Incoming, asyncio.Task[None]]] = deque()
+        self._last_in: dict[str, asyncio.Task[None]] = {}
+        self._streaming: set[tuple[str, str]] = set()
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
         """Since the outbox was read last: what was read then may be in it."""
@@ -128,7 +123,7 @@ class ProjectDoor:
                 settings.mqtt_broker_url, settings.mqtt_username, settings.mqtt_password.get_secret_value()
             ),
             f"portal-{database_id}-{project}",
-            contract.request_filters(project),
+            request_filters(project, devices=settings.mqtt_acl != "none"),
             will=self._will,
             on_message=self._inbox.put_nowait,
             on_connected=self._connected,
@@ -146,13 +141,12 @@ class ProjectDoor:
 
     async def close(self) -> None:
         """Stops serving; replies that are not confirmed stay in the outbox."""
-        topic = contract.status_topic(self._project)
-        await self._connection.close(topic, self._render_status("offline"))
+        await self._connection.close(status_topic(self._project), self._render_status("offline"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         with suppress(StorageUnavailable):
-            await self._store.release(self._lease, self._holder)
+            await self._parts.leases.release(self._lease, self._holder)
 
     def _start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine, name=f"mqtt {self._project}: {name}")
@@ -190,38 +184,41 @@ class ProjectDoor:
 
     async def _has_lease(self) -> bool:
         try:
-            return await self._store.acquire(self._lease, self._holder, LEASE_S)
+            return await self._parts.leases.acquire(self._lease, self._holder, LEASE_S)
         except StorageUnavailable as error:
             log.warning("the project's lease could not be written", reason=type(error).__name__)
             return self.is_connected
 
     def _will(self) -> tuple[str, bytes]:
         self._birth = new_id()
-        return contract.status_topic(self._project), self._render_status("offline")
+        return status_topic(self._project), self._render_status("offline")
 
     def _connected(self) -> None:
         log.info("MQTT project is served", project=self._project)
         self._status = b""  # a will may have said otherwise: say it again
+        if self._parts.settings.home_assistant_discovery:
+            self._connection.send(home_assistant.discovery(self._project, self._database_id))
 
     async def _report(self) -> None:
         """Keeps `P/status` true."""
-        topic = contract.status_topic(self._project)
+        topic = status_topic(self._project)
         while True:
-            health = self._llm.last_health
+            health = self._parts.llm.last_health
             status = self._render_status("online" if health.status == "ok" else "degraded")
             if self.is_connected and status != self._status:
                 self._status = status
-                await self._connection.publish(topic, status, retain=True)
+                with suppress(PublishRefused):
+                    await self._connection.send(Outgoing(topic, status, retain=True, content_type=JSON))
             await asyncio.sleep(STATUS_S)
 
     def _render_status(self, state: Any) -> bytes:
-        places = self._llm.places
-        return contract.status(
+        places = self._parts.llm.places
+        return answers.status(
             state,
             self._birth,
             since=self._since,
             version=__version__,
-            model=self._llm.last_health.model,
+            model=self._parts.llm.last_health.model,
             queue=places.waiting,
             eta_s=places.eta(places.waiting),
         )
@@ -230,15 +227,11 @@ class ProjectDoor:
 
     async def _consume(self) -> None:
         """Takes messages in their order; each is acknowledged when its own work is done, and not
-        before those that came earlier (MQTT 5, 4.6)."""
+        before those that came earlier (MQTT 5, 4.6). Those of one session are carried out one after the
+        other, also when the database makes one of them wait."""
         while True:
             message = await self._inbox.get()
-            try:
-                work = await self._begin(message)
-            except Exception:
-                log.exception("an MQTT request failed", project=self._project)
-                work = self._fail(message)
-            task = self._start(work, "request")
+            task = self._start(self._take(message), "request")
             self._unacked.append((message, task))
             task.add_done_callback(lambda _: self._acknowledge())
 
@@ -248,80 +241,52 @@ class ProjectDoor:
             if not task.cancelled():
                 self._connection.ack(message)
 
-    async def _begin(self, message: Incoming) -> Coroutine[Any, Any, None]:
-        """Reads a message and finds out who sent it; returns the rest of the work."""
+    async def _take(self, message: Incoming) -> None:
         if message.retain:
-            return _nothing()
-        topic_session = contract.session_of_topic(message.topic)
-        if not message.payload and topic_session:
-            return self._clear(topic_session)
-        request = contract.read_request(self._project, message.topic, message.payload)
-        if isinstance(request, contract.Refusal):
-            if isinstance(request.error, contract.ForeignReplyTopic):
-                await self._authorizer.deny(self._accounts.anonymous(self._project), "reply topic of another")
-            return self._refuse(request.target, request.error, request.request_id)
+            return  # it was meant for whoever listened then
+        command = read(self._project, message)
+        if isinstance(command, Refusal):
+            await self._parts.requests.refused(command)
+            self._refuse(command.target, command.error, command.request_id)
+        elif command is not None:
+            await self._in_order(command)
+
+    async def _in_order(self, command: Command) -> None:
+        task, lane = asyncio.current_task(), f"{command.address.device}/{command.session_id}"
+        assert task is not None
+        before, self._last_in[lane] = self._last_in.get(lane), task
+        if before is not None:
+            await asyncio.wait([before])
         try:
-            who = await self._who(request.input.token)
-        except PortalError as error:
-            return self._refuse(request.target, error, request.input.request_id)
-        return self._submit(request, who)
+            await self._carry_out(command)
+        finally:
+            if self._last_in.get(lane) is task:
+                del self._last_in[lane]
 
-    async def _fail(self, message: Incoming) -> None:
-        """Answers a message that could not even be read for a fault of the portal's."""
-        session_id = contract.session_of_topic(message.topic)
-        if session_id is not None and is_id(session_id):
-            target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
-            await self._refuse(target, Internal("The portal failed at this request."), None)
-
-    async def _who(self, token: str | None) -> Identity:
-        if token:
-            return await insist(lambda: self._accounts.identify(token, door="mqtt"))
-        if not self._settings.anonymous_mqtt:
-            raise Unauthenticated("token: messages without one are not answered here.")
-        return self._accounts.anonymous(self._project)
-
-    async def _submit(self, request: contract.Request, who: Identity) -> None:
-        body = request.input
-        turn = TurnRequest(
-            who=who,
-            session_id=request.session_id,
-            message=body.message,
-            request_id=body.request_id,
-            system_prompt=body.prompt,
-            project=self._project,
-            options=body,
-            deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
-            reply_to=request.target,
-        )
+    async def _carry_out(self, command: Command) -> None:
         try:
-            await insist(lambda: self._sessions.submit(turn))
+            answer = await self._parts.requests.carry_out(command)
         except PortalError as error:
-            await self._refuse(request.target, error, body.request_id)
+            self._refuse(command.target, error, command.request_id)
+            return
         except Exception:
             log.exception("an MQTT request failed", project=self._project)
             failure = Internal("The portal failed at this request.")
-            await self._refuse(request.target, failure, body.request_id)
-
-    async def _clear(self, session_id: str) -> None:
-        target = ReplyTarget(self._project, contract.reply_topic(self._project, session_id))
-        try:
-            who = await self._who(None)
-            await insist(lambda: self._sessions.clear(who, session_id))
-        except NotFound:
-            pass  # it is as empty as it should be
-        except PortalError as error:
-            await self._refuse(target, error, None)
+            self._refuse(command.target, failure, command.request_id)
             return
-        await self._connection.publish(target.topic, contract.CLEARED)
+        if isinstance(answer, bytes):
+            self._answer(command.target, answer)
+        elif answer is not None and command.target.stream is not None:
+            self._stream(answer, command.target, None)
 
-    async def _refuse(self, target: ReplyTarget | None, error: PortalError, request_id: str | None) -> None:
+    def _refuse(self, target: ReplyTarget | None, error: PortalError, request_id: str | None) -> None:
         log.info("MQTT request refused", project=self._project, code=error.code)
-        if target is None:
-            return
-        session_id = target.topic.split("/")[2]
-        await self._connection.publish(
-            target.topic, contract.refusal(target.format, error, session_id, request_id)
-        )
+        if target is not None:
+            self._answer(target, answers.refusal(target, error, request_id))
+
+    def _answer(self, target: ReplyTarget, payload: bytes) -> None:
+        """Publishes an answer that needs no outbox: whoever misses it asks again."""
+        self._connection.send(_outgoing(target, payload)).add_done_callback(_told)
 
     # --- replies ---
 
@@ -332,37 +297,84 @@ class ProjectDoor:
             self._start(self._deliver(delivery, turn), "reply")
 
     async def _deliver(self, delivery: Delivery, turn: Turn) -> None:
+        assert turn.ending is not None
+        target, project = delivery.target, self._parts.projects.project(turn.session.project)
+        payload = answers.answer(target, turn.ending, turn.row.request_id, project)
         try:
-            assert turn.ending is not None
-            target = delivery.target
-            payload = contract.answer(
-                target.format, turn.ending, turn.session.session_id, turn.row.request_id
-            )
-            await self._connection.publish(target.topic, payload)
-            await insist(lambda: self._store.delivered([delivery.id]))
-            self._delivered.add(delivery.id)
+            await self._connection.send(_outgoing(target, payload))
         except PublishRefused as error:
             # It stays in the outbox, and is tried again when the portal is started again.
             log.error("the broker refused a reply", topic=target.topic, reason=str(error))
             return
+        await insist(lambda: self._parts.outbox.delivered([delivery.id]))
+        self._delivered.add(delivery.id)
         self._delivering.discard(delivery.id)
 
     async def _deliver_stored(self) -> None:
         """Publishes the replies that an earlier process left, and those to turns that another process
         has ended. Runs until cancelled."""
+        parts = self._parts
         while True:
             self._delivered.clear()
-            for delivery in await insist(lambda: self._store.ready_deliveries(self._project)):
-                found = await insist(lambda turn=delivery.turn_id: self._store.turn(turn))  # type: ignore[misc]
+            for delivery in await insist(lambda: parts.outbox.ready(self._project)):
+                if delivery.id in self._delivering:
+                    continue
+                found = await insist(lambda turn=delivery.turn_id: parts.store.turn(turn))  # type: ignore[misc]
                 if delivery.id in self._delivered:
                     continue
                 if found is not None and found[0].ending is not None:
                     self.deliver(delivery, recall(*found))
             await asyncio.sleep(OUTBOX_S)
 
+    # --- streams ---
 
-async def _nothing() -> None:
-    """For messages that ask for nothing."""
+    def go_on(self, turn: Turn) -> None:
+        """A turn was taken up: whoever follows its stream is told that it begins again."""
+        self._start(self._stream_again(turn), "streams")
+
+    async def _stream_again(self, turn: Turn) -> None:
+        for delivery in await insist(lambda: self._parts.outbox.of_turn(turn.id)):
+            if delivery.target.stream is not None:
+                self._stream(turn, delivery.target, (turn.row.attempt - 1, 0))
+
+    def _stream(self, turn: Turn, target: ReplyTarget, after: Position | None) -> None:
+        topic = f"{target.stream}/{turn.row.request_id}"
+        if (turn.id, topic) not in self._streaming:
+            self._streaming.add((turn.id, topic))
+            self._start(self._publish_events(turn, topic, target, after), "stream")
+
+    async def _publish_events(
+        self, turn: Turn, topic: str, target: ReplyTarget, after: Position | None
+    ) -> None:
+        packets, ahead = answers.Packets(topic, target.chunk), deque[asyncio.Future[None]]()
+        try:
+            async with aclosing(turn.follow(after)) as batches:
+                async for batch in batches:
+                    for payload in packets.of(batch):
+                        ahead.append(self._connection.send(Outgoing(topic, payload, content_type=JSON)))
+                        if len(ahead) > MOST_AHEAD:
+                            await ahead.popleft()
+            await asyncio.gather(*ahead)
+        except PublishRefused as error:
+            log.warning("the broker refused a stream", topic=topic, reason=str(error))
+        finally:
+            self._streaming.discard((turn.id, topic))
+
+
+def _outgoing(target: ReplyTarget, payload: bytes) -> Outgoing:
+    is_text = target.form == "text" and not payload.startswith(b'{"error":')
+    return Outgoing(
+        target.topic,
+        payload,
+        correlation=target.correlation,
+        expiry=None if target.expiry is None else max(1, target.expiry),
+        content_type=TEXT if is_text else JSON,
+    )
+
+
+def _told(answer: asyncio.Future[None]) -> None:
+    if not answer.cancelled() and answer.exception() is not None:
+        log.warning("the broker refused an answer", reason=str(answer.exception()))
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:

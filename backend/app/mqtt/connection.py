@@ -12,9 +12,9 @@ import asyncio
 import queue
 import random
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -33,6 +33,9 @@ SESSION_EXPIRY_S = 7 * 24 * 3600
 RECEIVE_MAXIMUM = 256
 """Messages that the broker may send before the first of them is acknowledged: the back-pressure."""
 
+MOST_UNCONFIRMED = 1000
+"""Publishes that may wait to be confirmed; further ones wait to be sent."""
+
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 
 log = get_logger(__name__)
@@ -40,14 +43,33 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A message from the broker. `connection` counts the connections of this process."""
+    """A message from the broker. `connection` counts the connections of this process; `again` when the
+    broker may have sent it before. The rest is MQTT 5's: `expiry` in seconds that are left, `user` the
+    first value of each user property."""
 
     topic: str
     payload: bytes
-    qos: int
-    retain: bool
-    mid: int
-    connection: int
+    qos: int = 1
+    retain: bool = False
+    mid: int = 0
+    connection: int = 0
+    again: bool = False
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    expiry: int | None = None
+    user: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message for the broker; `expiry` in seconds, `content_type` as MIME has it."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+    correlation: bytes | None = None
+    expiry: int | None = None
+    content_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +140,15 @@ class MqttConnection:
             self.is_subscribed = False
             self._client.disconnect()
 
-    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Publishes at QoS 1 and returns when the broker has confirmed it, after however many
-        reconnects. Raises `PublishRefused`."""
-        info = self._client.publish(topic, payload, qos=1, retain=retain)
+    def send(self, message: Outgoing) -> asyncio.Future[None]:
+        """Publishes at QoS 1. The future is done when the broker has confirmed it, after however many
+        reconnects, or has `PublishRefused`."""
+        properties = _properties(message)
+        info = self._client.publish(
+            message.topic, message.payload, qos=1, retain=message.retain, properties=properties
+        )
         confirmed = self._unconfirmed[info.mid] = asyncio.get_running_loop().create_future()
-        await confirmed
+        return confirmed
 
     def ack(self, message: Incoming) -> None:
         """Acknowledges a message, unless its connection is gone: then the broker sends it again."""
@@ -135,7 +160,7 @@ class MqttConnection:
         if self._client.is_connected():
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
-                    await self.publish(topic, farewell, retain=True)
+                    await self.send(Outgoing(topic, farewell, retain=True))
             self._client.disconnect()
 
     # --- the connection's life ---
@@ -207,6 +232,8 @@ class MqttConnection:
                 message.retain,
                 message.mid,
                 self._connections,
+                message.dup,
+                **_said(message.properties),
             )
         )
 
@@ -246,6 +273,36 @@ class MqttConnection:
             self._client.loop_read()
 
 
+def _properties(message: Outgoing) -> Properties | None:
+    """MQTT 5's properties of a publish (section 3.3.2.3)."""
+    if message.correlation is None and message.expiry is None and message.content_type is None:
+        return None
+    found = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    if message.correlation is not None:
+        found.CorrelationData = message.correlation
+    if message.expiry is not None:
+        found.MessageExpiryInterval = message.expiry
+    if message.content_type is not None:
+        found.ContentType = message.content_type
+        found.PayloadFormatIndicator = 1  # UTF-8
+    return found
+
+
+def _said(properties: Properties | None) -> dict[str, Any]:
+    """What a publish says in its properties, as fields of `Incoming`."""
+    if properties is None:
+        return {}
+    user: dict[str, str] = {}
+    for name, value in getattr(properties, "UserProperty", ()):
+        user.setdefault(name, value)
+    return {
+        "response_topic": getattr(properties, "ResponseTopic", None),
+        "correlation": getattr(properties, "CorrelationData", None),
+        "expiry": getattr(properties, "MessageExpiryInterval", None),
+        "user": user,
+    }
+
+
 def _client(url: SplitResult, client_id: str, username: str, password: str) -> paho.Client:
     client = paho.Client(
         CallbackAPIVersion.VERSION2,
@@ -254,6 +311,7 @@ def _client(url: SplitResult, client_id: str, username: str, password: str) -> p
         transport="websockets" if url.scheme in {"ws", "wss"} else "tcp",
         manual_ack=True,
     )
+    client.max_inflight_messages_set(MOST_UNCONFIRMED)
     if url.scheme in {"ws", "wss"}:
         client.ws_set_options(path=url.path or "/mqtt")
     if url.scheme in {"mqtts", "wss"}:

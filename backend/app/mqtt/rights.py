@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.mqtt.contract import ASSISTANT_RESPONSE, STATUS, USER_INPUT
+from app.mqtt.topics import ASSISTANT_RESPONSE, DEVICE, HINT, NEW_SESSION, STATUS, STREAM, VERBS
 
-HINT = "hint"
-STREAM = "stream"
 SESSION = "session"
-SESSION_RESPONSE = "session/response"
-REQUESTS = (USER_INPUT, "state", "template", "clear_history", "delete_session", "cancel")
-"""What is asked for at these topics and at those of a session below them."""
+"""The one request topic that has no session below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +25,8 @@ class Rights:
 
 def device_rights(name: str, projects: Sequence[str]) -> Rights:
     """A device's own tree in its projects, and how the portal is there."""
-    trees = [f"{project}/device/{name}" for project in projects]
-    replies = (ASSISTANT_RESPONSE, HINT, STREAM, SESSION_RESPONSE)
+    trees = [f"{project}/{DEVICE}/{name}" for project in projects]
+    replies = (ASSISTANT_RESPONSE, HINT, STREAM, NEW_SESSION)
     return Rights(
         publish=tuple(topic for tree in trees for topic in _requests(tree)),
         receive=(
@@ -44,7 +40,7 @@ def anonymous_rights(projects: Sequence[str]) -> Rights:
     """The classic topics of the projects. Whoever knows a session's id may follow it, so none is told."""
     return Rights(
         publish=tuple(topic for project in projects for topic in _requests(project)),
-        receive=tuple(f"{project}/{name}" for project in projects for name in (STATUS, SESSION_RESPONSE)),
+        receive=tuple(f"{project}/{name}" for project in projects for name in (STATUS, NEW_SESSION)),
         below=tuple(
             f"{project}/{name}" for project in projects for name in (ASSISTANT_RESPONSE, HINT, STREAM)
         ),
@@ -52,7 +48,7 @@ def anonymous_rights(projects: Sequence[str]) -> Rights:
 
 
 def _requests(tree: str) -> list[str]:
-    return [*(f"{tree}/{name}/#" for name in REQUESTS), f"{tree}/{SESSION}"]
+    return [f"{tree}/{verb}" if verb == SESSION else f"{tree}/{verb}/#" for verb in VERBS]
 
 
 def emqx_claims(name: str, projects: Sequence[str]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, Objects,
 from app.hardening import StrictRoute
 from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
 from app.services.llm_client import Health
+from app.services.rows import MessageRow
 from app.services.session_manager import HistoryPage, SessionManager
-from app.services.store import MessageRow
 from app.services.turns import Turn, answer_of, parse_position
 
 router = APIRouter(prefix="/api/llm", tags=["chat"], route_class=StrictRoute)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from app.dependencies import CurrentUser, SessionsDep, TemplatesDep
 from app.hardening import StrictRoute
-from app.services.store import SessionRow
+from app.services.rows import SessionRow
 from app.services.templates import Templates, TemplateVersion
 
 router = APIRouter(prefix="/api/sessions", tags=["sessions"], route_class=StrictRoute)

@@ -22,7 +22,7 @@ from app.services.api_keys import PREFIX, ApiKeys
 from app.services.audit import DENIED, note
 from app.services.authorizer import Authorizer
 from app.services.ledger import Ledger, Window
-from app.services.policies import ANONYMOUS, Policies
+from app.services.policies import ANONYMOUS, NEIGHBOUR, Policies
 from app.services.sign_ins import SignIns, Tokens
 from app.services.tokens import sign, verify
 
@@ -209,8 +209,8 @@ class Accounts:
 
     def anonymous(self, project: str) -> Identity:
         """Whoever sends MQTT messages in a project without showing who they are."""
-        role = self._policies.role(ANONYMOUS)
-        return Identity(f"anon:{project}", ANONYMOUS, role, door="mqtt")
+        name = NEIGHBOUR if self._settings.broker_is_local else ANONYMOUS
+        return Identity(f"anon:{project}", name, self._policies.role(name), door="mqtt")
 
 
 def operator_token(settings: Settings) -> str:

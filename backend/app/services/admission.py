@@ -181,7 +181,7 @@ class Admission:
 
     def _ticket(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
         own = self.limits_of(who)
-        others = [(subject, self._policies.limits(subject)) for subject in _subjects(who, request)]
+        others = [(subject, self._limits_beside(subject, request)) for subject in _subjects(who, request)]
         windows = [
             Window(_kind(subject), f"{subject}|1h", limits.requests_per_hour, 3600)
             for subject, limits in [(who.owner, own), *others]
@@ -192,6 +192,13 @@ class Admission:
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
         holds, budgets = self._holds([(who.owner, own), *others], request, model)
         return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
+
+    def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
+        """What is set for a subject; for a device also what its project's file says of devices."""
+        found = self._policies.limits(subject)
+        if _kind(subject) == "device":
+            return found.over(self._policies.limits(f"devices:{request.project}"))
+        return found
 
     def _holds(
         self, subjects: Sequence[tuple[str, Limits]], request: TurnRequest, model: str

@@ -2,7 +2,7 @@
 
 An LLM server keeps what it computed for a prompt, and a prompt that begins the same is answered
 sooner. A history that drops one exchange a turn never begins the same; so it is cut rarely, and then
-down to half of its budget, on whole exchanges.
+down to half of its budget, on whole exchanges. Of the states of a game only the newest is kept, at the end.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import InvalidRequest
-from app.events import Usage
-from app.services.store import MessageRow
+from app.events import Kind, Usage
+from app.services.rows import MessageRow
 
 CUT_TO = 0.5
 """How much of its budget a history keeps when it is cut."""
 
 MESSAGE_OVERHEAD = 16
 """Most tokens that a chat template adds to a message."""
+
+AGAIN = "The player has now sent this very state {times} times. Give another hint than before."
 
 CountTokens = Callable[[Sequence[dict[str, Any]]], Awaitable[int | None]]
 
@@ -32,6 +34,7 @@ class Exchange:
     first_message: str
     messages: list[dict[str, Any]]
     tokens: int | None = None
+    kind: Kind = "message"
 
 
 class History:
@@ -40,6 +43,8 @@ class History:
     def __init__(self, system_prompt: str, exchanges: list[Exchange] | None = None) -> None:
         self.system_prompt = system_prompt
         self._exchanges = exchanges or []
+        self._last_state: str | None = None
+        self._times = 0
 
     @property
     def _system(self) -> list[dict[str, Any]]:
@@ -54,7 +59,7 @@ class History:
             if row.role == "user":
                 question = row
             elif row.role == "assistant" and question is not None:
-                history.add(question.id, question.content, row.content, row.usage)
+                history.add(question.id, question.content, row.content, row.usage, question.kind)
                 question = None
         return history
 
@@ -63,31 +68,59 @@ class History:
         """The id of the oldest message that is sent."""
         return self._exchanges[0].first_message if self._exchanges else None
 
-    def add(self, message_id: str, question: str, answer: str, usage: Usage | None) -> None:
+    def add(
+        self, message_id: str, question: str, answer: str, usage: Usage | None, kind: Kind = "message"
+    ) -> None:
         """An exchange has ended."""
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        exchange = Exchange(message_id, messages)
+        asked = {"role": "user", "content": _state(question) if kind == "state" else question}
+        exchange = Exchange(message_id, [asked, {"role": "assistant", "content": answer}], kind=kind)
         if usage is not None and not usage.estimated:
             exchange.tokens = usage.prompt_tokens + usage.completion_tokens - usage.reasoning_tokens
+        if kind == "state":
+            self.saw_state(question)
+            self._exchanges = [kept for kept in self._exchanges if kept.kind != "state"]
         self._exchanges.append(exchange)
 
-    def prompt(self, question: str) -> list[dict[str, Any]]:
-        """The messages for the model, `question` the newest."""
-        sent = [message for exchange in self._exchanges for message in exchange.messages]
+    def saw_state(self, state: str) -> None:
+        """A state was answered: the next one may be the same."""
+        self._times = self._times + 1 if state == self._last_state else 1
+        self._last_state = state
+
+    def worded(self, question: str, kind: Kind) -> str:
+        """What the model is asked: of a state, also whether the player has sent it before."""
+        if kind == "message":
+            return question
+        again = question == self._last_state
+        return f"{_state(question)}\n\n{AGAIN.format(times=self._times + 1)}" if again else _state(question)
+
+    def prompt(self, question: str, kind: Kind = "message") -> list[dict[str, Any]]:
+        """The messages for the model, `question` the newest. A state takes the place of a state."""
+        kept = self._exchanges
+        if kind == "state" and kept and kept[-1].kind == "state":
+            kept = kept[:-1]
+        sent = [message for exchange in kept for message in exchange.messages]
         return [*self._system, *sent, {"role": "user", "content": question}]
 
     async def fit(
-        self, question: str, *, budget: int, max_messages: int, context: int | None, count: CountTokens
+        self,
+        question: str,
+        *,
+        kind: Kind = "message",
+        budget: int,
+        max_messages: int,
+        context: int | None,
+        count: CountTokens,
     ) -> list[dict[str, Any]]:
-        """The messages for the model, after a cut if they would not fit into `budget` tokens or
-        `max_messages` (0: no bound).
+        """The messages for the model, `question` worded for it, after a cut if they would not fit into
+        `budget` tokens or `max_messages` (0: no bound).
 
         Raises `InvalidRequest` when the system prompt and `question` alone are longer than `context`.
         """
+        question = self.worded(question, kind)
         if max_messages and 2 * len(self._exchanges) + 1 > max_messages:
             self._keep(max(0, int(max_messages * CUT_TO) // 2))
         if self._upper_bound(question) <= budget:
-            return self.prompt(question)
+            return self.prompt(question, kind)
         alone = History(self.system_prompt)
         least = await alone._size(question, count)
         if context is not None and least >= context:
@@ -98,7 +131,7 @@ class History:
         while size > budget and self._exchanges:
             self._cut(size, budget)
             size = await self._size(question, count)
-        return self.prompt(question)
+        return self.prompt(question, kind)
 
     def _upper_bound(self, question: str) -> int:
         """Tokens that the prompt has at most: a token is at least a byte of text."""
@@ -145,3 +178,7 @@ def estimate_tokens(text: str) -> int:
     """Roughly how many tokens a text has, rather too many than too few: used only where the server
     does not tell."""
     return len(text.encode()) // 3 + 1
+
+
+def _state(text: str) -> str:
+    return f"The state of the game:\n{text}"

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
@@ -30,7 +30,9 @@ from app.events import GenerationOptions, Usage
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.services.places import Meter, Places
+from app.services.prompts import with_system
 from app.services.thinking import Kind, ThinkSplitter
+from app.services.tools import ConstrainedReply, constrained, instructions
 
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
@@ -164,6 +166,18 @@ class _Models(msgspec.Struct):
     data: list[_Model] | None = None
 
 
+class _TemplateCaps(msgspec.Struct):
+    supports_tools: bool = True
+
+
+class _Props(msgspec.Struct):
+    """The part of llama.cpp's `/props` that tells of the chat template."""
+
+    chat_template: str = ""
+    chat_template_caps: _TemplateCaps | None = None
+
+
+_decode_props = msgspec.json.Decoder(_Props).decode
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_models = msgspec.json.Decoder(_Models).decode
 
@@ -171,11 +185,13 @@ _decode_models = msgspec.json.Decoder(_Models).decode
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model that the server serves. `id` is the server's name for it, `context` its length in
-    tokens where the server tells."""
+    tokens where the server tells; `knows_tools` is False where its chat template is known to leave tools
+    out."""
 
     id: str
     server: str
     context: int | None
+    knows_tools: bool = True
 
     @property
     def name(self) -> str:
@@ -210,6 +226,7 @@ class LLMClient:
         self.places = Places(settings.llm_max_concurrency, settings.llm_max_queue)
         self._models: list[ModelInfo] = []
         self._problem: PortalError | None = LLMUnavailable("The LLM server has not been asked yet.")
+        self._knows_tools = True
         self._latency_ms: int | None = None
         self._probed_at = float("-inf")
         self._probe_lock = asyncio.Lock()
@@ -302,8 +319,11 @@ class LLMClient:
         clock = _Clock(self._settings)
         model = await self._resolve(options.model)
         meter.model = model.name
+        tools = None
+        if options.tools:
+            messages, options, tools = self._with_tools(model, messages, options)
         response = await self._post(self._body(model, messages, options), clock)
-        reply = _ReplyReader(self._settings.llm_skip_thinking)
+        reply = _ReplyReader(self._settings.llm_skip_thinking, tools)
         try:
             if response.status != 200:
                 raise await _refusal(response, model.name)
@@ -324,6 +344,18 @@ class LLMClient:
             if not response.content.at_eof():
                 await _drain(response) if reply.complete else None
             response.close()
+
+    def _with_tools(
+        self, model: ModelInfo, messages: Sequence[Message], options: GenerationOptions
+    ) -> tuple[Sequence[Message], GenerationOptions, ConstrainedReply | None]:
+        """The request as `LLM_TOOL_MODE` wants tools to be asked for, and who reads the reply."""
+        mode = self._settings.llm_tool_mode
+        if mode == "off":
+            return messages, options.model_copy(update={"tools": None, "tool_choice": None}), None
+        if mode == "native" or (mode == "auto" and model.knows_tools):
+            return messages, options, None
+        told = with_system(messages, after=instructions(options.tools or ()))
+        return told, constrained(options), ConstrainedReply()
 
     def _body(self, model: ModelInfo, messages: Sequence[Message], options: GenerationOptions) -> bytes:
         settings = self._settings
@@ -489,7 +521,9 @@ class LLMClient:
                 models = _decode_models(await response.read()).data or []
             if not models:
                 raise LLMError("The LLM server serves no model.")
-            self._models = [_model_info(model) for model in models]
+            if [model.id for model in models] != [known.id for known in self._models]:
+                self._knows_tools = await self._asks_for_tools(models[0])
+            self._models = [_model_info(model, self._knows_tools) for model in models]
             self._latency_ms = round((time.monotonic() - began) * 1000)
             self._note(None)
         except (TimeoutError, aiohttp.ClientError, OSError):
@@ -499,6 +533,20 @@ class LLMClient:
         except PortalError as error:
             self._note(error)
         self._probed_at = time.monotonic()
+
+    async def _asks_for_tools(self, model: _Model) -> bool:
+        """Whether the chat template of a llama.cpp server knows tools: it leaves them out without a word
+        where it does not. Of other servers it is taken for granted."""
+        if model.owned_by != "llamacpp":
+            return True
+        try:
+            async with self._http.get(f"{self._base}/props", allow_redirects=False) as response:
+                props = _decode_props(await response.read())
+        except (aiohttp.ClientError, OSError, msgspec.MsgspecError):
+            return True
+        if props.chat_template_caps is not None:
+            return props.chat_template_caps.supports_tools
+        return "tools" in props.chat_template
 
     def _note(self, problem: PortalError | None) -> None:
         if (problem is None) != (self._problem is None):
@@ -527,7 +575,7 @@ class LLMClient:
             if wanted in {model.id, model.name}:
                 return model
         first = self._models[0]
-        return first if wanted == "default" else ModelInfo(wanted, first.server, first.context)
+        return first if wanted == "default" else replace(first, id=wanted)
 
     async def _resolve(self, wanted: str | None) -> ModelInfo:
         """The model to ask for. Servers such as vLLM refuse names they do not know, so `default`
@@ -589,10 +637,11 @@ class _Clock:
 
 
 class _ReplyReader:
-    """Turns the bytes of a streamed chat completion into pieces."""
+    """Turns the bytes of a streamed chat completion into pieces. `tools` takes a constrained reply apart."""
 
-    def __init__(self, skip_thinking: bool) -> None:
+    def __init__(self, skip_thinking: bool, tools: ConstrainedReply | None = None) -> None:
         self._skip_thinking = skip_thinking
+        self._tools = tools
         self._buffer = b""
         self._body = b""
         self._splitter = ThinkSplitter()
@@ -626,11 +675,17 @@ class _ReplyReader:
         if self._finish_reason is None and not self.complete:
             raise LLMError("The LLM server broke off its answer.", retryable=True)
         parts += self._splitter.flush()
-        return self._pieces(parts)
+        pieces = self._pieces(parts)
+        rest = self._tools.flush() if self._tools is not None else ""
+        return [*pieces, Piece("text", rest)] if rest else pieces
 
     def done(self) -> Done:
         """What the reply ends with."""
-        return Done(self._finish_reason or "stop", self._read_usage(), list(self._tool_calls.values()))
+        calls = [*self._tool_calls.values(), *(self._tools.tool_calls if self._tools else ())]
+        reason = self._finish_reason or "stop"
+        if self._tools and calls and reason == "stop":
+            reason = "tool_calls"
+        return Done(reason, self._read_usage(), calls)
 
     def _read_event(self, data: bytes, parts: list[tuple[Kind, str]]) -> None:
         if data == b"[DONE]":
@@ -676,8 +731,13 @@ class _ReplyReader:
                 joined[-1][1].append(content)
             else:
                 joined.append((kind, [content]))
-        # PostgreSQL stores no NUL, and no reader wants one.
-        return [Piece(kind, "".join(contents).replace("\0", "")) for kind, contents in joined]
+        pieces = [self._piece(kind, "".join(contents)) for kind, contents in joined]
+        return [piece for piece in pieces if piece.content]
+
+    def _piece(self, kind: Kind, content: str) -> Piece:
+        if kind == "text" and self._tools is not None:
+            content = self._tools.feed(content)
+        return Piece(kind, content.replace("\0", ""))  # PostgreSQL stores no NUL, and no reader wants one
 
     def _read_usage(self) -> Usage | None:
         usage = self._usage
@@ -743,9 +803,9 @@ def _seconds(header: str | None) -> float | None:
     return float(header) if header and header.isdecimal() else None
 
 
-def _model_info(model: _Model) -> ModelInfo:
+def _model_info(model: _Model, knows_tools: bool) -> ModelInfo:
     context = model.max_model_len or (model.meta.n_ctx if model.meta else None)
-    return ModelInfo(model.id, model.owned_by or "", context)
+    return ModelInfo(model.id, model.owned_by or "", context, knows_tools)
 
 
 # --- the documented accessors for plain Python ---------------------------------------------------

@@ -35,9 +35,14 @@ ADMIN = "admin"
 ANONYMOUS = "player"
 """The role of MQTT clients that show no token."""
 
+NEIGHBOUR = "neighbour"
+"""Their role where the broker is on this machine."""
+
 ALL = "all"
 SUBJECT = re.compile(r"all|local|(user|anon|project|key|device):[A-Za-z0-9_.:-]{1,128}")
 """What limits can be set for: everything together, a project, a key, a device, or an owner."""
+
+_NONE = Limits()
 
 UNDEFINED = Role(description="This role is not defined any more", permissions=frozenset())
 
@@ -67,8 +72,15 @@ def read_roles(file: Path) -> dict[str, Role]:
 class Policies:
     """What roles and limits there are."""
 
-    def __init__(self, database: Database, authorizer: Authorizer, roles_file: Path) -> None:
-        """Raises `InvalidRequest` when `roles_file` is wrong."""
+    def __init__(
+        self,
+        database: Database,
+        authorizer: Authorizer,
+        roles_file: Path,
+        limits_of_files: Mapping[str, Limits] | None = None,
+    ) -> None:
+        """`limits_of_files` hold, limit by limit, where the database sets none. Raises `InvalidRequest` when
+        `roles_file` is wrong."""
         self._database = database
         self._authorizer = authorizer
         self._from_files = {
@@ -76,7 +88,9 @@ class Policies:
             **{name: DefinedRole(name, role, "file") for name, role in read_roles(roles_file).items()},
         }
         self._roles = self._from_files
-        self._limits: Mapping[str, Limits] = {}
+        self._set: Mapping[str, Limits] = {}
+        self._below = {subject: found for subject, found in (limits_of_files or {}).items() if found != _NONE}
+        self._limits: Mapping[str, Limits] = self._below
 
     async def open(self) -> None:
         """Reads what the database has."""
@@ -101,7 +115,9 @@ class Policies:
         stored_roles, stored_limits = await self._database.read(operation)
         defined = {name: DefinedRole(name, Role.model_validate(body), "api") for name, body in stored_roles}
         self._roles = {**self._from_files, **defined}
-        self._limits = {subject: Limits.model_validate(body) for subject, body in stored_limits}
+        self._set = {subject: Limits.model_validate(body) for subject, body in stored_limits}
+        over = {subject: found.over(self._below.get(subject, _NONE)) for subject, found in self._set.items()}
+        self._limits = {**self._below, **over}
 
     # --- roles ---
 
@@ -182,7 +198,7 @@ class Policies:
     async def all_limits(self, who: Identity) -> Mapping[str, Limits]:
         """What is set, by subject. Raises `Forbidden`."""
         await self._authorizer.check(who, "usage:read-all")
-        return self._limits
+        return self._set
 
     async def set_limits(self, who: Identity, subject: str, new: Limits) -> None:
         """Sets the limits of a subject. Raises `InvalidRequest`."""
@@ -214,9 +230,6 @@ class Policies:
         if not await self._database.write(operation):
             raise NotFound("No limits are set for this.")
         await self._refresh()
-
-
-_NONE = Limits()
 
 
 def _put(connection: Connection, table: Table, key: dict[str, Any], body: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from ipaddress import ip_address
+from typing import Any
 
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
@@ -35,3 +37,18 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def redacted_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A chat message, its text masked: a plain one, or the text parts of one in parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": redact(content)}
+    if isinstance(content, list):
+        return {**message, "content": [_masked_part(part) for part in content]}
+    return message
+
+
+def _masked_part(part: Any) -> Any:
+    is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+    return {**part, "text": redact(part["text"])} if is_text else part

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,10 +23,15 @@ from app.errors import Expired, Internal, PortalError, StorageUnavailable
 from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
 from app.logs import get_logger
 from app.services.accounting import Accounting
+from app.services.endings import Ended, Reply
 from app.services.history import History, estimate_tokens
 from app.services.llm_client import Done, InQueue, LLMClient, Message
+from app.services.outbox import Delivery
 from app.services.policies import Policies
-from app.services.store import Delivery, Ended, Reply, SessionRow, StaleAttempt, Store, TurnRow
+from app.services.projects import Projects
+from app.services.rows import SessionRow, TurnRow
+from app.services.store import StaleAttempt, Store
+from app.services.tools import instructions
 from app.services.turns import Interruption, Turn, recall
 
 T = TypeVar("T")
@@ -63,10 +68,12 @@ class Runner:
         store: Store,
         llm: LLMClient,
         policies: Policies,
+        projects: Projects,
         accounting: Accounting,
         instance: str,
     ) -> None:
         self._settings = settings
+        self._projects = projects
         self._store = store
         self._llm = llm
         self._policies = policies
@@ -75,6 +82,7 @@ class Runner:
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._bells: dict[tuple[str, str], list[asyncio.Event]] = {}
         self.turns: dict[str, Turn] = {}
         self.on_delivery: Callable[[Delivery, Turn], None] = lambda _delivery, _turn: None
 
@@ -215,9 +223,10 @@ class Runner:
         """The ending to store, and the reply with it; no ending when the turn must stay active."""
         try:
             history = await self._insist(lambda: self._history(live, turn))
-            options = GenerationOptions(**turn.row.options)
+            options = self._options(turn)
             fitting = history.fit(
                 turn.question or "",
+                kind=turn.row.kind,
                 budget=self._budget(options),
                 max_messages=self._settings.llm_max_history_messages,
                 context=self._llm.context,
@@ -239,12 +248,28 @@ class Runner:
             turn.question = rows[-1].content if rows else ""
             live.history = History.from_rows(prompt, rows)
             live.version = live.row.version
+            if turn.row.kind == "state":
+                before = await self._store.last_state(live.row.id)
+                if before is not None:
+                    live.history.saw_state(before)
         live.history.system_prompt = prompt  # a role may have got another one
         return live.history
 
     def _role_of(self, turn: Turn) -> Role:
         """The role of who asked."""
         return self._policies.role(turn.row.role)
+
+    def _options(self, turn: Turn) -> GenerationOptions:
+        """What was asked for, above what the project has; a state is answered with the project's tools."""
+        project = self._projects.project(turn.session.project)
+        given: dict[str, Any] = {
+            name: value
+            for name in ("temperature", "top_p", "max_tokens")
+            if (value := getattr(project, name)) is not None
+        }
+        if turn.row.kind == "state" and (tools := project.tools_for(self._role_of(turn).tools)):
+            given["tools"] = tools
+        return GenerationOptions(**{**given, **turn.row.options})
 
     def _budget(self, options: GenerationOptions) -> int:
         """Tokens for the prompt: what the setting allows, and what the server's context has room for
@@ -254,6 +279,8 @@ class Runner:
         if context is None:
             return budget
         reserve = options.max_tokens or self._settings.llm_max_tokens
+        if options.tools:
+            reserve += estimate_tokens(instructions(options.tools))
         return min(budget, max(context - reserve, context // 4))
 
     async def _generate(
@@ -339,7 +366,7 @@ class Runner:
             self.watch_elsewhere(turn)
             return
         if history is not None and reply is not None:
-            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage)
+            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage, turn.row.kind)
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
         live.version = ended.version
@@ -356,12 +383,31 @@ class Runner:
         log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
+        for event in self._bells.get((turn.session.owner, turn.session.session_id), ()):
+            event.set()
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeats a transaction until the database takes it, or until this process ends."""
         return await insist(call, unless=lambda: self._closing)
 
+    @contextmanager
+    def bell(self, owner: str, session_id: str, event: asyncio.Event) -> Iterator[None]:
+        """Sets `event` whenever a turn of the session has ended here."""
+        bells = self._bells.setdefault((owner, session_id), [])
+        bells.append(event)
+        try:
+            yield
+        finally:
+            bells.remove(event)
+            if not bells:
+                self._bells.pop((owner, session_id), None)
+
     # --- turns of other instances ---
+
+    def is_here(self, turn: Turn) -> bool:
+        """Whether the turn runs, or waits, in this process."""
+        live = self._sessions.get(turn.session.id)
+        return turn.task is not None or (live is not None and turn in live.waiting)
 
     def turn_elsewhere(self, row: TurnRow, session: SessionRow) -> Turn:
         """A turn that is not, or no longer, this process's: recalled, or watched until it ends."""

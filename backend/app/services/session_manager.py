@@ -8,33 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import msgspec
 
-from app.access import LOCAL, Door, Identity, KeyUse, Role
+from app.access import LOCAL, Door, Identity, KeyUse
 from app.config import Settings
 from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, StorageUnavailable
-from app.events import Cancelled, GenerationOptions, TurnRequest, is_id, new_id
+from app.events import Cancelled, Final, GenerationOptions, Mark, TurnRequest, decode_ending, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
+from app.services.acceptance import Acceptance
 from app.services.accounting import Accounting
 from app.services.admission import NO_TICKET, Admission, Ticket
 from app.services.authorizer import Authorizer
+from app.services.endings import Ended
+from app.services.hints import Hint, hint_of
+from app.services.leases import Leases
 from app.services.llm_client import LLMClient, Message
+from app.services.outbox import Delivery
 from app.services.policies import Policies
-from app.services.redaction import redact
+from app.services.projects import Projects
+from app.services.prompts import with_system
+from app.services.redaction import redact, redacted_message
+from app.services.rows import MessageRow, SessionRow, TurnRow
 from app.services.runner import Runner
-from app.services.store import Acceptance, Delivery, Ended, MessageRow, SessionRow, Store, TurnRow
+from app.services.store import EVERYBODY, Store
 from app.services.templates import Templates
 from app.services.turns import Turn, answer_of
 
 LEASE_S = 10.0
 HEARTBEAT_S = 3.0
 SWEEP_S = 1.0
+FORGET_S = 3600.0
+
+HINT_POLL_S = 1.0
+"""How often hints are looked for that another process may have made."""
 
 DEFAULT_PROJECT = "prompt_portal"
 ANY = ("*",)
@@ -51,6 +63,15 @@ class HistoryPage:
     is_first: bool
 
 
+@dataclass(frozen=True, slots=True)
+class HintOf:
+    """A hint, and the turn and the request that it answers."""
+
+    turn_id: str
+    request_id: str | None
+    hint: Hint
+
+
 class SessionManager:
     """Runs turns. Everything but `process_message` and `aprocess_message` belongs to the portal's
     own event loop."""
@@ -59,14 +80,18 @@ class SessionManager:
         self,
         settings: Settings,
         store: Store,
+        leases: Leases,
         llm: LLMClient,
         templates: Templates,
         authorizer: Authorizer,
         policies: Policies,
+        projects: Projects,
         admission: Admission,
         accounting: Accounting,
     ) -> None:
         self._store = store
+        self._leases = leases
+        self._projects = projects
         self._llm = llm
         self._templates = templates
         self._authorizer = authorizer
@@ -74,19 +99,28 @@ class SessionManager:
         self._admission = admission
         self._epoch = new_id()
         self._instance = settings.instance or f"python-{self._epoch}"
-        self._runner = Runner(settings, store, llm, policies, accounting, self._instance)
+        self._runner = Runner(settings, store, llm, policies, projects, accounting, self._instance)
         self._accepting: set[asyncio.Task[Turn]] = set()
+        self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
 
     def on_delivery(self, listener: Callable[[Delivery, Turn], None]) -> None:
         """Calls `listener` whenever a reply that the outbox owes is ready."""
         self._runner.on_delivery = listener
+
+    def on_taken_up(self, listener: Callable[[Turn], None]) -> None:
+        """Calls `listener` with every turn that this process takes up from another one, or from its own
+        life before; also with those that it has taken up already."""
+        self._on_taken_up = listener
+        for turn in list(self._runner.turns.values()):
+            if turn.row.attempt > 1 and turn.ending is None:
+                listener(turn)
 
     # --- life ---
 
     async def open(self) -> None:
         """Takes up the turns that an earlier process of this instance left behind."""
         self._door = LoopDoor(asyncio.get_running_loop())
-        await self._store.acquire(self._lease, self._epoch, LEASE_S, force=True)
+        await self._leases.acquire(self._lease, self._epoch, LEASE_S, force=True)
         await self._take_up(await self._store.adopt(self._instance, restarted=True))
 
     async def close(self) -> None:
@@ -94,7 +128,7 @@ class SessionManager:
         await asyncio.gather(*self._accepting, return_exceptions=True)
         await self._runner.close()
         with suppress(StorageUnavailable):
-            await self._store.release(self._lease, self._epoch)
+            await self._leases.release(self._lease, self._epoch)
 
     @property
     def _lease(self) -> str:
@@ -105,16 +139,21 @@ class SessionManager:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                if not await self._store.acquire(self._lease, self._epoch, LEASE_S):
+                if not await self._leases.acquire(self._lease, self._epoch, LEASE_S):
                     log.error("another process took over under this instance's name", instance=self._instance)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next beat may succeed
                 log.warning("the heartbeat could not be written", reason=type(error).__name__)
 
     async def sweep(self) -> None:
-        """Takes up the turns of instances that died. Runs until cancelled."""
+        """Takes up the turns of instances that died, and forgets what is kept for a time only. Runs until
+        cancelled."""
+        forgot_at = float("-inf")
         while True:
             await asyncio.sleep(SWEEP_S)
             try:
+                if time.monotonic() - forgot_at > FORGET_S:
+                    forgot_at = time.monotonic()
+                    await self._store.forget_old()
                 if await self._store.has_orphans(self._instance):
                     await self._take_up(await self._store.adopt(self._instance))
             except Exception as error:  # noqa: BLE001 - likewise
@@ -131,6 +170,7 @@ class SessionManager:
                 turn.restart(row)
             turn.ticket = ticket
             self._runner.enqueue(turn)
+            self._on_taken_up(turn)
             if not row.detached and turn.followers == 0:
                 self._runner.interrupt(turn, "stop")
 
@@ -169,8 +209,7 @@ class SessionManager:
         if "\0" in request.message:
             raise InvalidRequest("message: it holds a NUL character")
         request = await self._allowed(await self._placed(request))
-        if request.template_id is not None:
-            request = await self._with_prompt(request)
+        request = await self._with_prompt(request)
         # What is committed must be run, also when who asked is cancelled in between.
         accepting = asyncio.create_task(self._accept(request), name="accept")
         self._accepting.add(accepting)
@@ -217,6 +256,8 @@ class SessionManager:
             raise
         if acceptance.kind == "known":
             await self._admission.give_back(ticket)
+        for ended in acceptance.superseded:
+            self._cut_off_turn(ended)
         turn = self._taken_in(acceptance, request.message, ticket)
         if acceptance.delivery is not None and acceptance.delivery.ready:
             self._runner.on_delivery(acceptance.delivery, turn)
@@ -236,8 +277,11 @@ class SessionManager:
             return Ticket(turn_id)
 
     async def _with_prompt(self, request: TurnRequest) -> TurnRequest:
-        """The request with the prompt of its template, if it makes a session."""
-        assert request.template_id is not None
+        """The request with the prompt that a new session begins with: its own, its template's, or its
+        project's."""
+        if request.template_id is None:
+            default = self._projects.project(request.project).system_prompt
+            return request if request.system_prompt is not None else replace(request, system_prompt=default)
         if request.system_prompt is not None:
             raise InvalidRequest("template_id: give either this or system_prompt")
         if await self._store.session(request.who.owner, request.session_id) is not None:
@@ -280,8 +324,8 @@ class SessionManager:
         text = "\n".join(str(message.get("content", "")) for message in messages)
         request = await self._allowed(await self._placed(TurnRequest(who, "", text, options=options)))
         if who.role.redaction:
-            messages = [_redacted(message) for message in messages]
-        messages = _with_role(messages, who.role)
+            messages = [redacted_message(message) for message in messages]
+        messages = with_system(messages, before=who.role.system_prompt)
         self._llm.places.check()
         now, turn_id = time.time(), new_id()
         ticket = await self._admission.admit(who, request, turn_id, self._llm.known_model(options.model))
@@ -292,6 +336,7 @@ class SessionManager:
             position=0,
             request_id=None,
             message_id="",
+            kind="message",
             options={},
             deadline=None,
             detached=False,
@@ -361,18 +406,66 @@ class SessionManager:
             messages += await self._store.waiting_messages(session.id)
         return HistoryPage(session, messages, is_first)
 
-    async def clear(self, who: Identity, session_id: str) -> None:
+    async def clear(self, who: Identity, session_id: str, mark: Mark | None = None) -> None:
         """Deletes the messages of a session; its running turn is stopped and the waiting ones are
-        dropped, each ending as cancelled. Raises `NotFound`."""
+        dropped, each ending as cancelled. Not again for the same `mark`. Raises `NotFound`."""
         await self._check(who, "chat:use", session_id)
         partial = self._partial(who.owner, session_id)
-        self._cut_off(*await self._store.clear(who.owner, session_id, partial))
+        self._cut_off(*await self._store.clear(who.owner, session_id, partial, mark))
 
-    async def delete(self, who: Identity, session_id: str) -> None:
-        """Deletes a session, and stops and drops its turns; `restore` brings it back. Raises `NotFound`."""
+    async def delete(self, who: Identity, session_id: str, mark: Mark | None = None) -> None:
+        """Deletes a session, and stops and drops its turns; `restore` brings it back. Not again for the
+        same `mark`. Raises `NotFound`."""
         await self._check(who, "sessions:write", session_id)
         partial = self._partial(who.owner, session_id)
-        self._cut_off(*await self._store.delete_session(who.owner, session_id, partial))
+        self._cut_off(*await self._store.delete_session(who.owner, session_id, partial, mark))
+
+    async def set_prompt(
+        self,
+        who: Identity,
+        session_id: str,
+        prompt: str,
+        *,
+        project: str,
+        reset: bool,
+        mark: Mark | None = None,
+    ) -> None:
+        """Gives a session another system prompt, making it in `project` if it is new; with `reset` it is
+        cleared too. Not again for the same `mark`. Raises `InvalidRequest`."""
+        if not is_id(session_id):
+            raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
+        if "\0" in prompt:
+            raise InvalidRequest("template: it holds a NUL character")
+        await self._authorizer.check(who, "sessions:write", project=project, what="session")
+        if await self._store.session(who.owner, session_id) is not None:
+            await self._check(who, "sessions:write", session_id)
+        partial = self._partial(who.owner, session_id)
+        changed = await self._store.set_prompt(
+            who.owner, session_id, prompt, project=project, reset=reset, partial=partial, mark=mark
+        )
+        self._cut_off(*changed)
+
+    async def set_prompts(self, who: Identity, project: str, prompt: str) -> None:
+        """Gives every session of who asks in a project another system prompt, and clears it."""
+        await self._authorizer.check(who, "sessions:write", project=project, what="project")
+        for owner, name in await self._store.names_in_project(project, who.owner):
+            partial = self._partial(owner, name)
+            changed = self._store.set_prompt(
+                owner, name, prompt, project=project, reset=True, partial=partial
+            )
+            self._cut_off(*await changed)
+
+    async def clear_all(self, who: Identity, project: str, *, delete: bool = False) -> int:
+        """Clears, or with `delete` deletes, every session of a project: everybody's, or, asked by those who
+        have no account, theirs. Returns how many. Raises `Forbidden`."""
+        await self._authorizer.check(who, "projects:clear", project=project, what="project")
+        owner = EVERYBODY if who.user is not None or who.owner == LOCAL.owner else who.owner
+        names = await self._store.names_in_project(project, owner)
+        change = self._store.delete_session if delete else self._store.clear
+        for of, name in names:
+            with suppress(NotFound):  # it went in the meantime
+                self._cut_off(*await change(of, name, self._partial(of, name)))
+        return len(names)
 
     def _partial(self, owner: str, session_id: str) -> dict[str, str]:
         """What the live turns of a session have answered so far."""
@@ -382,11 +475,14 @@ class SessionManager:
     def _cut_off(self, session: str, all_ended: Sequence[Ended]) -> None:
         """The turns of a session were ended in the database: tells them so."""
         for ended in all_ended:
-            turn = self._runner.turns.get(ended.turn_id)
-            if turn is not None:
-                self._runner.interrupt(turn, "ended")
-                self._runner.settle(turn, ended)
+            self._cut_off_turn(ended)
         self._runner.forget_history(session)
+
+    def _cut_off_turn(self, ended: Ended) -> None:
+        turn = self._runner.turns.get(ended.turn_id)
+        if turn is not None:
+            self._runner.interrupt(turn, "ended")
+            self._runner.settle(turn, ended)
 
     async def restore(self, who: Identity, session_id: str) -> SessionRow:
         """Brings back a deleted session. Raises `NotFound`, or `Conflict` when its id is in use again."""
@@ -408,20 +504,56 @@ class SessionManager:
         project = _project_of(who)
         return await self._store.sessions_of(who.owner, text, project=project, limit=limit, offset=offset)
 
-    async def stop(self, who: Identity, session_id: str) -> str | None:
-        """Stops the running turn and returns its id once it has ended; None when none runs. Raises
-        `NotFound`."""
+    async def stop(self, who: Identity, session_id: str, request_id: str | None = None) -> str | None:
+        """Stops the running turn, or that of the request, also while it waits. Returns its id once it has
+        ended; None when there is none. Raises `NotFound`."""
         session = await self._session(who, "chat:use", session_id)
-        running = [row for row in await self._store.active_turns(session.id) if row.state == "running"]
-        if not running:
+        active = await self._store.active_turns(session.id)
+        wanted = [row for row in active if request_id in {None, row.request_id}]
+        if request_id is None:
+            wanted = [row for row in wanted if row.state == "running"]
+        if not wanted:
             return None
-        turn = self._runner.turns.get(running[0].id)
-        if turn is not None and turn.task is not None:
+        row = wanted[0]
+        turn = self._runner.turns.get(row.id)
+        if turn is not None and self._runner.is_here(turn):
             self._runner.interrupt(turn, "stop")
             await turn.ended()
         else:
-            await self._store.end(running[0], Cancelled(running[0].id, "", None))
-        return running[0].id
+            await self._store.end(row, Cancelled(row.id, "", None))
+        return row.id
+
+    # --- hints ---
+
+    async def last_hint(self, who: Identity, session_id: str) -> HintOf | None:
+        """The answer to the session's newest state that has one. Raises `NotFound`."""
+        session = await self._session(who, "sessions:read", session_id)
+        found = await self._store.last_hint(session.id)
+        if found is None or found[0].ending is None:
+            return None
+        ending = decode_ending(found[0].ending)
+        assert isinstance(ending, Final)
+        hint = hint_of(ending, self._projects.project(session.project))
+        return HintOf(found[0].id, found[0].request_id, hint)
+
+    async def hints(self, who: Identity, session_id: str) -> AsyncGenerator[HintOf, None]:
+        """The answers to the session's states from now on, as they come, from whichever process. Of those
+        that come faster than they are taken, the newest."""
+        await self._authorizer.check(who, "sessions:read")
+        bell, seen = asyncio.Event(), None
+        with suppress(NotFound):
+            seen = await self.last_hint(who, session_id)
+        with self._runner.bell(who.owner, session_id, bell):
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(HINT_POLL_S):
+                        await bell.wait()
+                bell.clear()
+                with suppress(NotFound, StorageUnavailable):
+                    newest = await self.last_hint(who, session_id)
+                    if newest is not None and (seen is None or newest.turn_id != seen.turn_id):
+                        seen = newest
+                        yield newest
 
     async def session(self, who: Identity, session_id: str) -> SessionRow:
         """The session that who asks calls so. Raises `NotFound`, also for another owner's."""
@@ -450,30 +582,3 @@ def _project_of(who: Identity) -> str | None:
 
 def _door(name: str) -> Door:
     return next((door for door in get_args(Door) if door == name), "http")
-
-
-def _with_role(messages: Sequence[Message], role: Role) -> Sequence[Message]:
-    """The messages with the role's system prompt at their beginning. In one message with theirs: many
-    chat templates take no second one."""
-    if not role.system_prompt:
-        return messages
-    first = messages[0]
-    if first.get("role") == "system" and isinstance(first.get("content"), str):
-        joined = {**first, "content": f"{role.system_prompt}\n\n{first['content']}"}
-        return [joined, *messages[1:]]
-    return [{"role": "system", "content": role.system_prompt}, *messages]
-
-
-def _redacted(message: Message) -> Message:
-    """The message, its text masked: a plain one, or the text parts of one in parts."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": redact(content)}
-    if isinstance(content, list):
-        return {**message, "content": [_redacted_part(part) for part in content]}
-    return message
-
-
-def _redacted_part(part: Any) -> Any:
-    is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
-    return {**part, "text": redact(part["text"])} if is_text else part

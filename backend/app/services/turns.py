@@ -33,7 +33,7 @@ from app.events import (
 )
 from app.services.admission import NO_TICKET
 from app.services.places import Meter
-from app.services.store import SessionRow, TurnRow
+from app.services.rows import SessionRow, TurnRow
 
 Interruption = Literal["stop", "expired", "ended", "shutdown"]
 """Why a turn's generation is cut off."""

@@ -1,0 +1,133 @@
+"""What the MQTT door does with a request: finds out who asks, and calls the middle."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from app.access import Identity
+from app.config import Settings
+from app.database import insist
+from app.errors import Forbidden, NotFound, Unauthenticated
+from app.events import TurnRequest
+from app.mqtt.answers import new_session, notice
+from app.mqtt.contract import Ask, Command, ForeignReplyTopic, Refusal, TargetBody, TemplateBody
+from app.mqtt.topics import EVERY_SESSION
+from app.services.accounts import Accounts
+from app.services.authorizer import Authorizer
+from app.services.devices import Devices
+from app.services.projects import Projects
+from app.services.session_manager import SessionManager
+from app.services.turns import Turn
+
+
+class Requests:
+    """Carries out the requests of all projects."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: SessionManager,
+        projects: Projects,
+        accounts: Accounts,
+        authorizer: Authorizer,
+        devices: Devices,
+    ) -> None:
+        self._settings = settings
+        self._sessions = sessions
+        self._projects = projects
+        self._accounts = accounts
+        self._authorizer = authorizer
+        self._devices = devices
+
+    async def carry_out(self, command: Command) -> Turn | bytes | None:
+        """Does what is asked for: the turn that answers, the payload of the answer, or nothing where the
+        answer comes by itself. It is done when this returns, also through a database that is away for a
+        while. Raises `PortalError`."""
+        who = await self._who(command)
+        if command.verb in {"user_input", "state"}:
+            return await self._ask(command, who)
+        if command.verb == "session":
+            return new_session(command)
+        if command.verb == "template":
+            return await self._set_prompt(command, who)
+        if command.verb == "cancel":
+            return await self._cancel(command, who)
+        return await self._clear(command, who)
+
+    async def refused(self, refusal: Refusal) -> None:
+        """Writes down what somebody tried, where it was no slip."""
+        if isinstance(refusal.error, ForeignReplyTopic):
+            address = refusal.address
+            who = self._devices.identity(address.device, address.project) if address.device else None
+            asker = who or self._accounts.anonymous(address.project)
+            await self._authorizer.deny(asker, "reply topic of another")
+
+    async def _who(self, command: Command) -> Identity:
+        address, token = command.address, command.token
+        if address.device is not None:
+            device = self._devices.identity(address.device, address.project)
+            if device is None:
+                raise Forbidden(f"There is no device {address.device!r} in the project {address.project!r}.")
+            return device
+        if token:
+            return await insist(lambda: self._accounts.identify(token, door="mqtt"))
+        if not self._settings.anonymous_mqtt:
+            raise Unauthenticated("token: messages without one are not answered here.")
+        return self._accounts.anonymous(address.project)
+
+    async def _ask(self, command: Command, who: Identity) -> Turn:
+        body = command.body
+        assert isinstance(body, Ask)
+        request = TurnRequest(
+            who=who,
+            session_id=command.key or "",
+            message=command.text,
+            kind="state" if command.verb == "state" else "message",
+            request_id=command.request_id,
+            system_prompt=body.prompt,
+            project=command.address.project,
+            options=body,
+            deadline=command.deadline,
+            reply_to=command.target,
+            mark=None if command.request_id else command.mark,
+        )
+        return await insist(lambda: self._sessions.submit(request))
+
+    async def _set_prompt(self, command: Command, who: Identity) -> bytes:
+        body, project, key = command.body, command.address.project, command.key
+        assert isinstance(body, TemplateBody)
+        prompt = body.prompt
+        if key is not None and key != EVERY_SESSION:
+            await insist(
+                lambda: self._sessions.set_prompt(
+                    who, key, prompt, project=project, reset=body.reset, mark=command.mark
+                )
+            )
+        else:
+            await insist(lambda: self._projects.set_prompt(who, project, prompt))
+            if body.reset:
+                await insist(lambda: self._sessions.set_prompts(who, project, prompt))
+        return notice(command.target, "Template updated", command.request_id)
+
+    async def _clear(self, command: Command, who: Identity) -> bytes:
+        key, project, deletes = command.key, command.address.project, command.verb == "delete_session"
+        assert isinstance(command.body, TargetBody)
+        if key is None or (key == EVERY_SESSION and command.address.session is None):
+            await insist(lambda: self._sessions.clear_all(who, project, delete=deletes))
+        else:
+            change = self._sessions.delete if deletes else self._sessions.clear
+            with suppress(NotFound):  # it is as empty as it should be
+                await insist(lambda: change(who, key, command.mark))
+        if command.address.verb == "user_input":
+            return notice(command.target, "Session cleared", command.request_id)
+        done = "Session deleted" if deletes else "History cleared"
+        return notice(command.target, done, command.request_id)
+
+    async def _cancel(self, command: Command, who: Identity) -> bytes | None:
+        try:
+            stopped = await insist(lambda: self._sessions.stop(who, command.key or "", command.request_id))
+        except NotFound:
+            stopped = None
+        if stopped is not None:
+            return None  # whoever asked for the turn is told that it is cancelled
+        return notice(command.target, "Nothing to cancel", command.request_id)

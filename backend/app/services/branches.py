@@ -1,0 +1,61 @@
+"""Where messages stand in a session's history, which is a tree: a session points at the leaf of its path."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, bindparam, select, text, update
+
+from app.models.tables import ACTIVE, messages, turns
+from app.services.rows import SessionRow, TurnRow
+
+_leaf = messages.alias("leaf")
+
+_LAST = (
+    select(turns.c.kind, messages.c.parent_id)
+    .join(_leaf, _leaf.c.turn_id == turns.c.id)
+    .join(messages, messages.c.id == turns.c.message_id)
+    .where(_leaf.c.id == bindparam("leaf"))
+)
+_RUNNING = select(turns.c.message_id).where(
+    turns.c.session == bindparam("session"), turns.c.state == "running", text(ACTIVE)
+)
+
+
+def parent_for(connection: Connection, session: SessionRow, kind: str) -> str | None:
+    """What a message that comes to the end of the history follows. A state takes the place of a state
+    there: however many there were in a row, the history has one."""
+    if kind == "state" and session.leaf_id is not None:
+        last = connection.execute(_LAST, {"leaf": session.leaf_id}).first()
+        if last is not None and last.kind == "state":
+            parent: str | None = last.parent_id
+            return parent
+    return session.leaf_id
+
+
+def move(connection: Connection, session: SessionRow, turn: TurnRow) -> None:
+    """Puts the user message of a turn at the end of the history, from wherever it was."""
+    if session.leaf_id == turn.message_id:
+        return
+    mine = messages.c.id == turn.message_id
+    if turn.attempt > 1:
+        # A failed message may have been answered over: those after it close the gap.
+        before = select(messages.c.parent_id).where(mine).scalar_subquery()
+        connection.execute(
+            update(messages)
+            .where(messages.c.session == session.id, messages.c.parent_id == turn.message_id)
+            .values(parent_id=before)
+        )
+    parent = parent_for(connection, session, turn.kind)
+    connection.execute(update(messages).where(mine).values(parent_id=parent))
+
+
+def slip_in(connection: Connection, session: SessionRow, turn: TurnRow) -> str | None:
+    """Keeps the message of a turn that never ran in the history: before the running turn's message,
+    which must stay the leaf, or at the end. Returns the leaf."""
+    running = connection.execute(_RUNNING, {"session": session.id}).scalar()
+    if running is None or running == turn.message_id:
+        move(connection, session, turn)
+        return turn.message_id
+    before = select(messages.c.parent_id).where(messages.c.id == running).scalar_subquery()
+    connection.execute(update(messages).where(messages.c.id == turn.message_id).values(parent_id=before))
+    connection.execute(update(messages).where(messages.c.id == running).values(parent_id=turn.message_id))
+    return session.leaf_id

@@ -1,0 +1,185 @@
+"""The transactions that give a turn its place as the running one, and that end turns: the first writer
+wins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
+
+from app.errors import NotFound
+from app.events import Cancelled, Ending, Usage, decode_ending, encode, type_of
+from app.models.tables import ACTIVE, messages, sessions, turns
+from app.services.branches import move, slip_in
+from app.services.outbox import Delivery, make_ready
+from app.services.rows import (
+    SESSION_COLUMNS,
+    TURN_COLUMNS,
+    SessionRow,
+    TurnRow,
+    locked_session,
+    session_named,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The assistant's message that a turn ends with."""
+
+    message_id: str
+    content: str
+    tool_calls: list[dict[str, Any]]
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An ending that is stored: by this call (`first`) or by somebody else before."""
+
+    first: bool
+    turn_id: str
+    ending: Ending
+    version: int
+    deliveries: tuple[Delivery, ...] = ()
+
+
+_CURRENT = (
+    select(turns.c.state, turns.c.attempt, turns.c.ending, *SESSION_COLUMNS)
+    .join(sessions, sessions.c.id == turns.c.session)
+    .where(turns.c.id == bindparam("turn"))
+    .with_for_update(of=sessions)
+)
+_END = (
+    update(turns)
+    .where(turns.c.id == bindparam("turn"))
+    .values(
+        state=bindparam("outcome"),
+        ending=bindparam("event"),
+        trace=bindparam("cuts"),
+        ended_at=bindparam("now"),
+    )
+)
+_CHANGE = (
+    update(sessions)
+    .where(sessions.c.id == bindparam("session"))
+    .values(
+        leaf_id=bindparam("leaf"),
+        window_start=bindparam("window"),
+        version=bindparam("changed"),
+        updated_at=bindparam("now"),
+    )
+)
+_REPLY = insert(messages)
+_TURN = select(*TURN_COLUMNS).where(turns.c.id == bindparam("turn"))
+_EARLIER = (
+    select(turns.c.id)
+    .where(turns.c.session == bindparam("session"), text(ACTIVE), turns.c.position < bindparam("mine"))
+    .limit(1)
+)
+
+
+def active_turns(session: str) -> Any:
+    """The waiting and running turns of a session, in order."""
+    return select(*TURN_COLUMNS).where(turns.c.session == session, text(ACTIVE)).order_by(turns.c.position)
+
+
+def claim(connection: Connection, turn_id: str, instance: str) -> SessionRow | None:
+    """Makes a waiting turn the running one of its session; None when it cannot be that now."""
+    found = connection.execute(_TURN, {"turn": turn_id}).first()
+    if found is None:
+        return None
+    row = TurnRow(*found)
+    session = locked_session(connection, row.session)
+    if connection.execute(_EARLIER, {"session": session.id, "mine": row.position}).first() is not None:
+        return None
+    claimed = connection.execute(
+        update(turns)
+        .where(turns.c.id == turn_id, turns.c.state == "waiting", turns.c.instance == instance)
+        .values(state="running")
+    )
+    if not claimed.rowcount:
+        return None
+    move(connection, session, row)
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(leaf_id=row.message_id))
+    return msgspec.structs.replace(session, leaf_id=row.message_id)
+
+
+def end(
+    connection: Connection,
+    turn: TurnRow,
+    ending: Ending,
+    reply: Reply | None,
+    trace: bytes | None,
+    window_start: str | None,
+    also: Callable[[Connection], None] | None,
+) -> Ended | None:
+    """Ends a turn; None when it is active in another attempt."""
+    state, attempt, stored, *rest = connection.execute(_CURRENT, {"turn": turn.id}).one()
+    session = SessionRow(*rest)
+    if state not in {"waiting", "running"}:
+        return Ended(False, turn.id, decode_ending(stored), session.version)
+    if attempt != turn.attempt:
+        return None
+    now, leaf = time.time(), session.leaf_id
+    connection.execute(
+        _END,
+        {"turn": turn.id, "outcome": type_of(ending), "event": encode(ending), "cuts": trace, "now": now},
+    )
+    if state == "waiting" and turn.kind == "message":  # a state that never ran is of no use to anybody
+        leaf = slip_in(connection, session, turn)
+    if reply is not None:
+        leaf = reply.message_id
+        _insert_reply(connection, turn, reply, now)
+    version = session.version + 1
+    changes = {"leaf": leaf, "window": window_start or session.window_start, "changed": version, "now": now}
+    connection.execute(_CHANGE, {"session": session.id, **changes})
+    if also is not None:
+        also(connection)
+    return Ended(True, turn.id, ending, version, make_ready(connection, turn.id))
+
+
+def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: float) -> None:
+    row = {
+        "id": reply.message_id,
+        "session": turn.session,
+        "parent_id": turn.message_id,
+        "turn_id": turn.id,
+        "role": "assistant",
+        "content": reply.content,
+        "tool_calls": reply.tool_calls or None,
+        "usage": None if reply.usage is None else msgspec.to_builtins(reply.usage),
+        "created_at": now,
+    }
+    connection.execute(_REPLY, row)
+
+
+def clear(connection: Connection, session: SessionRow, partial: dict[str, str]) -> list[Ended]:
+    """Deletes the messages of a session, and cuts its turns off."""
+    ended = cut_off(connection, session, partial)
+    connection.execute(delete(messages).where(messages.c.session == session.id))
+    changes = {"leaf_id": None, "window_start": None, "updated_at": time.time()}
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
+    return ended
+
+
+def cut_off(connection: Connection, session: SessionRow, partial: dict[str, str]) -> list[Ended]:
+    """Ends the active turns of a locked session, whose history is then another one."""
+    ended = []
+    version = session.version + 1
+    for row in connection.execute(active_turns(session.id)).all():
+        ending = Cancelled(row.id, response=partial.get(row.id, ""), message_id=None)
+        changes = {"state": "cancelled", "ending": encode(ending), "ended_at": time.time()}
+        connection.execute(update(turns).where(turns.c.id == row.id).values(changes))
+        ended.append(Ended(True, row.id, ending, version, make_ready(connection, row.id)))
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(version=version))
+    return ended
+
+
+def locked_by_name(connection: Connection, owner: str, session_id: str) -> SessionRow | NotFound:
+    """The session that an owner calls so, locked for the transaction."""
+    found = session_named(connection, owner, session_id)
+    return NotFound("There is no such session.") if found is None else locked_session(connection, found.id)

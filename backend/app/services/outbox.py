@@ -1,0 +1,91 @@
+"""The outbox: replies that are owed to MQTT clients. A row is made when a request is accepted, is ready when
+its turn has ended, and goes when the broker has confirmed the publish."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, bindparam, delete, select, update
+
+from app.database import Database, insert_new
+from app.events import ReplyTarget, new_id
+from app.models.tables import outbox
+
+MOST_READ = 500
+"""Replies that are read at once."""
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """A row of the outbox: a reply owed to `target`."""
+
+    id: str
+    turn_id: str
+    target: ReplyTarget
+    ready: bool
+
+
+_COLUMNS = [outbox.c[name] for name in ("id", "turn_id", "target", "ready")]
+_READY = update(outbox).where(outbox.c.turn_id == bindparam("turn")).values(ready=True).returning(*_COLUMNS)
+_GONE = delete(outbox).where(outbox.c.id == bindparam("gone"))
+
+_decode = msgspec.json.Decoder(ReplyTarget).decode
+
+
+def owe(connection: Connection, turn_id: str, target: ReplyTarget | None, *, ready: bool) -> Delivery | None:
+    """Puts the reply to `target` into the outbox, unless it waits there already."""
+    if target is None:
+        return None
+    delivery, encoded = Delivery(new_id(), turn_id, target, ready), msgspec.json.encode(target)
+    values = {
+        "id": delivery.id,
+        "turn_id": turn_id,
+        "project": target.project,
+        "target": encoded,
+        "target_hash": hashlib.sha256(encoded).hexdigest(),
+        "ready": ready,
+    }
+    return delivery if insert_new(connection, outbox, values) else None
+
+
+def make_ready(connection: Connection, turn_id: str) -> tuple[Delivery, ...]:
+    """The turn has ended: what is owed for it."""
+    return tuple(_delivery(row) for row in connection.execute(_READY, {"turn": turn_id}).all())
+
+
+def owe_again(connection: Connection, turn_id: str) -> None:
+    """A new attempt begins: whoever is owed the failure gets the new ending instead. A publish of the
+    failure that is under way, and then deletes its row, must not take the new one."""
+    for (owed,) in connection.execute(select(outbox.c.id).where(outbox.c.turn_id == turn_id)).all():
+        connection.execute(update(outbox).where(outbox.c.id == owed).values(id=new_id(), ready=False))
+
+
+class Outbox:
+    """Reads what is owed, and forgets what has been delivered."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def ready(self, project: str) -> list[Delivery]:
+        """The replies owed to a project's clients now, oldest first, at most `MOST_READ`."""
+        wanted = select(*_COLUMNS).where(outbox.c.project == project, outbox.c.ready)
+        return await self._read(wanted.order_by(outbox.c.id).limit(MOST_READ))
+
+    async def of_turn(self, turn_id: str) -> list[Delivery]:
+        """What is, or will be, owed for a turn."""
+        return await self._read(select(*_COLUMNS).where(outbox.c.turn_id == turn_id))
+
+    async def _read(self, statement: Any) -> list[Delivery]:
+        rows = await self._database.read(lambda c: c.execute(statement).all())
+        return [_delivery(row) for row in rows]
+
+    async def delivered(self, delivery_ids: Sequence[str]) -> None:
+        """Forgets replies that the broker has confirmed."""
+        gone = [{"gone": delivery} for delivery in delivery_ids]
+        await self._database.write(lambda c: c.execute(_GONE, gone))
+
+
+def _delivery(row: Row[Any]) -> Delivery:
+    return Delivery(row.id, row.turn_id, _decode(row.target), row.ready)
