@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from app.access import ALL_RIGHTS, Identity, Role
 from app.cli.broker import BrokerConfig, find_plugin, make_credentials
@@ -308,6 +310,8 @@ class GameClient:
 
     def __init__(self, port: int, *subscriptions: str, protocol: MQTTProtocolVersion | None = None) -> None:
         self.received: list[tuple[str, bytes, bool]] = []
+        self.properties: list[Any] = []
+        """MQTT 5's, of each that was received."""
         self._change = threading.Condition()
         self._subscribed = threading.Event()
         self._client = paho.Client(
@@ -323,6 +327,7 @@ class GameClient:
         def message(_client: Any, _data: Any, received: paho.MQTTMessage) -> None:
             with self._change:
                 self.received.append((received.topic, bytes(received.payload), received.retain))
+                self.properties.append(received.properties)
                 self._change.notify_all()
 
         self._client.on_connect, self._client.on_subscribe = connected, subscribed
@@ -331,10 +336,18 @@ class GameClient:
         self._client.loop_start()
         assert self._subscribed.wait(10)
 
-    def publish(self, topic: str, payload: Any, *, retain: bool = False) -> None:
-        """Publishes at QoS 1 and waits for the broker's confirmation. Dicts go as JSON."""
+    def publish(self, topic: str, payload: Any, *, retain: bool = False, **properties: Any) -> None:
+        """Publishes at QoS 1 and waits for the broker's confirmation. Dicts go as JSON; `properties` are
+        MQTT 5's, such as `ResponseTopic`."""
         data = json.dumps(payload) if isinstance(payload, dict) else payload
-        self._client.publish(topic, data, qos=1, retain=retain).wait_for_publish(10)
+        said = Properties(PacketTypes.PUBLISH) if properties else None  # type: ignore[no-untyped-call]
+        for name, value in properties.items():
+            setattr(said, name, value)
+        self._client.publish(topic, data, qos=1, retain=retain, properties=said).wait_for_publish(10)
+
+    def json_replies(self, topic: str) -> list[dict[str, Any]]:
+        """What has come on a topic, as JSON."""
+        return [json.loads(payload) for payload in self.messages(topic)]
 
     def messages(self, topic: str) -> list[bytes]:
         """What has come on a topic."""

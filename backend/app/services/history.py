@@ -77,14 +77,14 @@ class History:
         if usage is not None and not usage.estimated:
             exchange.tokens = usage.prompt_tokens + usage.completion_tokens - usage.reasoning_tokens
         if kind == "state":
-            self.saw_state(question)
+            self._times = self._times + 1 if question == self._last_state else 1
+            self._last_state = question
             self._exchanges = [kept for kept in self._exchanges if kept.kind != "state"]
         self._exchanges.append(exchange)
 
-    def saw_state(self, state: str) -> None:
-        """A state was answered: the next one may be the same."""
-        self._times = self._times + 1 if state == self._last_state else 1
-        self._last_state = state
+    def begin_after(self, state: str) -> None:
+        """The newest state was this one, whether or not it is among the exchanges."""
+        self._last_state, self._times = state, 1
 
     def worded(self, question: str, kind: Kind) -> str:
         """What the model is asked: of a state, also whether the player has sent it before."""

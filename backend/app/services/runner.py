@@ -251,7 +251,7 @@ class Runner:
             if turn.row.kind == "state":
                 before = await self._store.last_state(live.row.id)
                 if before is not None:
-                    live.history.saw_state(before)
+                    live.history.begin_after(before)
         live.history.system_prompt = prompt  # a role may have got another one
         return live.history
 
