@@ -1,4 +1,4 @@
-"""States, hints and the other topics of games, against a real broker, with an LLM server that does as told."""
+"""States, hints and the other topics of games: a real broker, and an LLM server that does as it is told."""
 
 from __future__ import annotations
 

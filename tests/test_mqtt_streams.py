@@ -16,7 +16,7 @@ from tests.support import GameClient, MakePortal, Mosquitto, Portal, wait_until
 pytestmark = pytest.mark.slow
 
 HEADER = 5
-"""Bytes of an MQTT packet beside topic and payload: type, length, length of the topic, packet id (at most)."""
+"""Bytes of a packet beside topic and payload: type, length, length of the topic, packet id (at most)."""
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.access import Identity
+from app.config import Settings
 from app.errors import Unauthenticated
 from app.services.accounts import Accounts
 from app.services.admission import Admission
@@ -20,6 +22,7 @@ from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.people import People
 from app.services.policies import Policies
+from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
@@ -116,10 +119,24 @@ class MqttDoor(Protocol):
     def is_connected(self) -> bool:
         """Whether every project is subscribed at the broker."""
 
+    @property
+    def projects(self) -> Mapping[str, bool]:
+        """The projects, and whether each is subscribed."""
+
 
 async def _mqtt(request: Request) -> MqttDoor | None:
     mqtt: MqttDoor | None = request.app.state.container.mqtt
     return mqtt
+
+
+async def _projects(request: Request) -> Projects:
+    projects: Projects = request.app.state.container.projects
+    return projects
+
+
+async def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.container.settings
+    return settings
 
 
 AccountsDep = Annotated[Accounts, Depends(_accounts)]
@@ -138,6 +155,8 @@ SessionsDep = Annotated[SessionManager, Depends(_sessions)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
 StoreDep = Annotated[Store, Depends(_store)]
+ProjectsDep = Annotated[Projects, Depends(_projects)]
+SettingsDep = Annotated[Settings, Depends(_settings)]
 MqttDep = Annotated[MqttDoor | None, Depends(_mqtt)]
 
 

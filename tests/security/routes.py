@@ -74,6 +74,12 @@ ROUTES: dict[str, Route] = {
     "POST /api/keys": Route("keys:write", {"name": "k"}),
     "DELETE /api/keys/{key_id}": Route("keys:write"),
     "GET /api/stats": Route("usage:read"),
+    "POST /api/mqtt/publish_state": Route("chat:use", {"session_id": "{session_id}", "state": {"x": 1}}),
+    "POST /api/mqtt/publish_template": Route(
+        "sessions:write", {"session_id": "{session_id}", "template": "Be kind.", "reset": False}
+    ),
+    "GET /api/mqtt/last_hint": Route("sessions:read", params={"session_id": "{session_id}"}),
+    "GET /api/mqtt/status": Route(SIGNED_IN),
     "GET /api/admin/users": Route("users:read"),
     "PATCH /api/admin/users/{user_id}": Route("users:write", {}),
     "POST /api/admin/users/{user_id}/password-reset": Route("users:write"),

@@ -64,34 +64,39 @@ class MqttBridge:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._projects: dict[str, ProjectDoor] = {}
+        self._doors: dict[str, ProjectDoor] = {}
 
     async def open(self) -> None:
         """Starts serving. The broker need not be there."""
         parts = self._parts
         database_id = await parts.store.database_id()
         for name in parts.settings.mqtt_projects:
-            door = self._projects[name] = ProjectDoor(name, database_id, parts)
+            door = self._doors[name] = ProjectDoor(name, database_id, parts)
             door.open()
         parts.sessions.on_delivery(self._deliver)
         parts.sessions.on_taken_up(self._go_on)
 
     async def close(self) -> None:
         """Says goodbye on every status topic and disconnects."""
-        await asyncio.gather(*(door.close() for door in self._projects.values()))
+        await asyncio.gather(*(door.close() for door in self._doors.values()))
 
     @property
     def is_connected(self) -> bool:
         """Whether every project is subscribed."""
-        return all(door.is_connected for door in self._projects.values())
+        return all(self.projects.values())
+
+    @property
+    def projects(self) -> dict[str, bool]:
+        """The projects, and whether each is subscribed."""
+        return {name: door.is_connected for name, door in self._doors.items()}
 
     def _deliver(self, delivery: Delivery, turn: Turn) -> None:
-        door = self._projects.get(delivery.target.project)
+        door = self._doors.get(delivery.target.project)
         if door is not None:
             door.deliver(delivery, turn)
 
     def _go_on(self, turn: Turn) -> None:
-        door = self._projects.get(turn.session.project)
+        door = self._doors.get(turn.session.project)
         if door is not None:
             door.go_on(turn)
 

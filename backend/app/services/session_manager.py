@@ -525,6 +525,13 @@ class SessionManager:
 
     # --- hints ---
 
+    async def may_read(self, who: Identity, session_id: str) -> None:
+        """Returns when who asks may read the session, which need not be there yet. Raises `InvalidRequest`,
+        `Forbidden`."""
+        if not is_id(session_id):
+            raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
+        await self._authorizer.check(who, "sessions:read")
+
     async def last_hint(self, who: Identity, session_id: str) -> HintOf | None:
         """The answer to the session's newest state that has one. Raises `NotFound`."""
         session = await self._session(who, "sessions:read", session_id)
@@ -539,7 +546,7 @@ class SessionManager:
     async def hints(self, who: Identity, session_id: str) -> AsyncGenerator[HintOf, None]:
         """The answers to the session's states from now on, as they come, from whichever process. Of those
         that come faster than they are taken, the newest."""
-        await self._authorizer.check(who, "sessions:read")
+        await self.may_read(who, session_id)
         bell, seen = asyncio.Event(), None
         with suppress(NotFound):
             seen = await self.last_hint(who, session_id)

@@ -1,0 +1,228 @@
+"""`/api/mqtt`: what games do over MQTT, for programs that speak HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing, suppress
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query, WebSocket
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
+from starlette.websockets import WebSocketDisconnect
+
+from app.access import Identity
+from app.dependencies import CurrentUser, MqttDep, ProjectsDep, SessionsDep, SettingsDep, TemplatesDep
+from app.errors import InvalidRequest, NotFound, PortalError, http_body
+from app.events import ID_PATTERN, GenerationOptions, Object, ReplyTarget, TurnRequest, new_id
+from app.hardening import StrictRoute
+from app.services.session_manager import HintOf, SessionManager
+from app.services.states import compact
+from app.services.templates import Templates
+from app.sockets import socket_user, subprotocol
+
+router = APIRouter(prefix="/api/mqtt", tags=["mqtt"], route_class=StrictRoute)
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+Project = Annotated[
+    str | None,
+    Field(
+        max_length=64, description="Of a session that is new; the first one of MQTT_PROJECTS when left out"
+    ),
+]
+Prompt = Annotated[str | None, Field(max_length=1_000_000)]
+
+
+class State(GenerationOptions):
+    """The state of a game. `template_id` and `project` count only when the session is new."""
+
+    session_id: Id
+    state: Annotated[Object, Field(min_length=1, description="Whatever the game has")]
+    template_id: Annotated[str | None, Field(description="A template of mine, for the system prompt")] = None
+    project: Project = None
+    request_id: Annotated[Id | None, Field(description="Makes the request safe to repeat")] = None
+    deadline_s: Annotated[float | None, Field(gt=0, le=86400)] = None
+
+
+class Published(BaseModel):
+    """The state is taken; its hint comes by `last_hint`, the WebSocket, and the MQTT topic, where there is
+    one."""
+
+    session_id: str
+    turn_id: str
+    request_id: str | None
+    hint_topic: str | None
+
+
+class Template(BaseModel):
+    """Another system prompt: for a session, or for the sessions that a project will have."""
+
+    session_id: Id | None = None
+    template: Prompt = None
+    template_id: Annotated[str | None, Field(description="A template of mine; its newest version")] = None
+    variables: Annotated[dict[str, Any], Field(default_factory=dict, description="What the template needs")]
+    reset: Annotated[bool, Field(description="Whether the session begins anew")] = True
+    project: Project = None
+
+
+class Updated(BaseModel):
+    """It was done."""
+
+    ok: bool = True
+    message: str = "Template updated"
+
+
+class FunctionCall(BaseModel):
+    """An action of the game that the model asks for."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Hint(BaseModel):
+    """The answer to a state."""
+
+    session_id: str
+    turn_id: str
+    request_id: str | None
+    hint: str
+    suggestion: str | None = None
+    function_calls: list[FunctionCall] | None = None
+
+
+class ProjectStatus(BaseModel):
+    """A project; `connected` when its requests reach the portal."""
+
+    project: str
+    connected: bool
+
+
+class Status(BaseModel):
+    """How the MQTT door is; `enabled` when the portal has a broker at all."""
+
+    enabled: bool
+    connected: bool
+    projects: list[ProjectStatus]
+
+
+@router.post("/publish_state", status_code=202)
+async def publish_state(
+    body: State, user: CurrentUser, sessions: SessionsDep, mqtt: MqttDep, settings: SettingsDep
+) -> Published:
+    """Takes the state of a game. Of states that wait in a session only the newest is answered."""
+    project = await _project(body.session_id, body.project, user, sessions, settings.mqtt_projects)
+    target = None
+    if mqtt is not None and project in mqtt.projects:
+        target = ReplyTarget(project, f"{project}/hint/{body.session_id}", body.session_id, form="hint")
+    turn = await sessions.submit(
+        TurnRequest(
+            who=user,
+            session_id=body.session_id,
+            message=compact(body.state),
+            kind="state",
+            request_id=body.request_id,
+            template_id=body.template_id,
+            project=project,
+            options=body,
+            deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
+            reply_to=target,
+        )
+    )
+    topic = None if target is None else target.topic
+    return Published(
+        session_id=body.session_id, turn_id=turn.id, request_id=turn.row.request_id, hint_topic=topic
+    )
+
+
+@router.post("/publish_template")
+async def publish_template(
+    body: Template,
+    user: CurrentUser,
+    sessions: SessionsDep,
+    templates: TemplatesDep,
+    projects: ProjectsDep,
+    settings: SettingsDep,
+) -> Updated:
+    """Gives a session another system prompt, or, without a session, a project."""
+    prompt = await _prompt(body, user, templates)
+    if body.session_id is None:
+        await projects.set_prompt(user, body.project or settings.mqtt_projects[0], prompt)
+    else:
+        project = await _project(body.session_id, body.project, user, sessions, settings.mqtt_projects)
+        await sessions.set_prompt(user, body.session_id, prompt, project=project, reset=body.reset)
+    return Updated()
+
+
+@router.get("/last_hint", response_model_exclude_none=True)
+async def last_hint(
+    session_id: Annotated[str, Query(pattern=ID_PATTERN)], user: CurrentUser, sessions: SessionsDep
+) -> Hint:
+    """The answer to the session's newest state that has one."""
+    found = await sessions.last_hint(user, session_id)
+    if found is None:
+        raise NotFound("This session has no hint yet.")
+    return Hint(**_shown(session_id, found))
+
+
+@router.get("/status")
+async def status(_user: CurrentUser, mqtt: MqttDep) -> Status:
+    """Whether the portal is at its broker."""
+    projects = {} if mqtt is None else mqtt.projects
+    found = [ProjectStatus(project=name, connected=connected) for name, connected in projects.items()]
+    return Status(enabled=mqtt is not None, connected=mqtt is not None and mqtt.is_connected, projects=found)
+
+
+@router.websocket("/ws/hints/{session_id}")
+async def follow_hints(socket: WebSocket, session_id: str) -> None:
+    """Sends `connection_established`, then the hints of a session as they come: `{"type": "hint", …}`."""
+    container = socket.app.state.container
+    try:
+        user = await socket_user(socket, container.accounts, container.settings.cors_origins)
+        await container.sessions.may_read(user, session_id)
+    except PortalError as error:
+        await socket.send_denial_response(JSONResponse(http_body(error, new_id()), error.status))
+        return
+    await socket.accept(subprotocol(socket))
+    sending = asyncio.create_task(_send_hints(socket, user, session_id, container.sessions), name="hints")
+    try:
+        while True:
+            await socket.receive_text()
+    except (WebSocketDisconnect, KeyError):
+        pass
+    finally:
+        sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
+
+
+async def _send_hints(socket: WebSocket, user: Identity, session_id: str, sessions: SessionManager) -> None:
+    async with aclosing(sessions.hints(user, session_id)) as hints:
+        await socket.send_json({"type": "connection_established", "session_id": session_id})
+        with suppress(WebSocketDisconnect):
+            async for found in hints:
+                await socket.send_json({"type": "hint", **_shown(session_id, found)})
+
+
+def _shown(session_id: str, found: HintOf) -> dict[str, Any]:
+    ids = {"session_id": session_id, "turn_id": found.turn_id, "request_id": found.request_id}
+    return {**ids, **msgspec.to_builtins(found.hint)}
+
+
+async def _project(
+    session_id: str, wanted: str | None, user: Identity, sessions: SessionManager, known: tuple[str, ...]
+) -> str:
+    """The project of a session that is there, or of one that is to be."""
+    try:
+        return (await sessions.session(user, session_id)).project
+    except NotFound:
+        return wanted or (user.key.project if user.key else None) or known[0]
+
+
+async def _prompt(body: Template, user: Identity, templates: Templates) -> str:
+    if (body.template is None) == (body.template_id is None):
+        raise InvalidRequest("template: give either this or template_id")
+    if body.template_id is None:
+        return body.template or ""
+    return (await templates.get(user, body.template_id)).render(body.variables)
