@@ -15,6 +15,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from pydantic import SecretStr
 
 from app.access import LOCAL
 from app.config import Settings
@@ -504,6 +505,14 @@ async def test_without_the_broker_nothing_is_said_to_be_done(
     finally:
         broker.start()
     assert connect("cab-7", password).connected == "Success"
+
+
+async def test_a_portal_that_may_not_change_the_rules_says_so(
+    broker: GuardedMosquitto, settings_for: Callable[..., Settings]
+) -> None:
+    wrong = settings_at(broker, settings_for, mqtt_password=SecretStr("wrong"))
+    with pytest.raises(BrokerUnavailable, match="MQTT_PASSWORD"):
+        await DynamicSecurity(wrong).ready()
 
 
 # --- who they are --------------------------------------------------------------------------------

@@ -180,8 +180,14 @@ class DynamicSecurity:
             )
         except (OSError, ValueError) as error:
             log.warning("the broker's dynamic security does not answer", reason=str(error))
-            raise BrokerUnavailable("The broker does not answer; try again when it is there.") from None
+            raise BrokerUnavailable(_problem(error)) from None
         return _responses(reply)
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "The broker does not let the portal change its rules: see MQTT_USERNAME and MQTT_PASSWORD."
+    return "The broker's dynamic security does not answer; try again when it is there."
 
 
 def _responses(payload: bytes) -> list[dict[str, Any]]:
