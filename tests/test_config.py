@@ -35,6 +35,7 @@ def test_every_setting_is_described() -> None:
         ("MQTT_BROKER_URL=http://localhost", "mqtt_broker_url"),
         ("MQTT_PROJECTS=maze,a/b", "mqtt_projects"),
         ("CORS_ORIGINS=*", "cors_origins"),
+        ("MQTT_ACL=mosquitto", "mqtt_acl"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, line: str, name: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +15,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from pydantic import SecretStr
 
 from app.access import LOCAL
 from app.config import Settings
@@ -21,7 +24,7 @@ from app.errors import BrokerUnavailable, Conflict, Forbidden, InvalidRequest, N
 from app.mqtt.dynsec import CONTROL, DynamicSecurity
 from app.mqtt.rights import device_rights, emqx_claims
 from app.services.audit import AuditFilter
-from tests.support import GuardedMosquitto, person, wait_until
+from tests.support import GuardedMosquitto, MakePortal, can_sign_in, person, wait_until
 
 REFUSED = "Not authorized"
 WAIT_S = 10.0
@@ -157,6 +160,13 @@ async def portal(broker: GuardedMosquitto, settings_for: Callable[..., Settings]
         yield container
         for device in await container.devices.all(LOCAL):
             await container.devices.remove(LOCAL, device.name)
+
+
+async def becomes(condition: Callable[[], bool]) -> None:
+    """Waits, on the event loop, until something is so."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0.02)
 
 
 async def add(portal: Container, name: str, *projects: str) -> str:
@@ -440,6 +450,18 @@ async def test_a_broker_that_lost_its_file_gets_the_rules_again(
     assert connect().publish("maze/user_input") != REFUSED
 
 
+async def test_a_broker_that_comes_late_gets_the_rules(
+    broker: GuardedMosquitto, settings_for: Callable[..., Settings], connect: Connect
+) -> None:
+    broker.stop()
+    (broker.config.data / "dynamic-security.json").unlink()
+    async with open_container(settings_at(broker, settings_for)):
+        broker.start()
+        await asyncio.to_thread(
+            wait_until, lambda: connect().publish("maze/user_input") != REFUSED, what="the rules"
+        )
+
+
 async def test_what_a_crash_left_at_the_broker_is_cleared(
     portal: Container, broker: GuardedMosquitto, settings_for: Callable[..., Settings], connect: Connect
 ) -> None:
@@ -485,6 +507,14 @@ async def test_without_the_broker_nothing_is_said_to_be_done(
     assert connect("cab-7", password).connected == "Success"
 
 
+async def test_a_portal_that_may_not_change_the_rules_says_so(
+    broker: GuardedMosquitto, settings_for: Callable[..., Settings]
+) -> None:
+    wrong = settings_at(broker, settings_for, mqtt_password=SecretStr("wrong"))
+    with pytest.raises(BrokerUnavailable, match="MQTT_PASSWORD"):
+        await DynamicSecurity(wrong).ready()
+
+
 # --- who they are --------------------------------------------------------------------------------
 
 
@@ -506,20 +536,19 @@ async def test_a_device_asks_in_its_owners_name(portal: Container) -> None:
 async def test_a_closed_account_has_no_devices(portal: Container) -> None:
     device, _ = await portal.devices.add(LOCAL, "cab-7", ["maze"], "ada")
     await portal.people.change(LOCAL, device.owner, closed=True)
-    await portal.devices.open()
-    assert portal.devices.identity("cab-7", "maze") is None
+    await becomes(lambda: portal.devices.identity("cab-7", "maze") is None)
     with pytest.raises(InvalidRequest, match="closed"):
         await portal.devices.add(LOCAL, "cab-8", ["maze"], "ada")
 
 
-async def test_another_process_knows_what_this_one_added(
+async def test_another_process_soon_knows(
     portal: Container, broker: GuardedMosquitto, settings_for: Callable[..., Settings]
 ) -> None:
     async with open_container(settings_at(broker, settings_for)) as other:
         await add(portal, "cab-7")
-        assert other.devices.identity("cab-7", "maze") is None
-        await other.devices.open()
-        assert other.devices.identity("cab-7", "maze") is not None
+        await becomes(lambda: other.devices.identity("cab-7", "maze") is not None)
+        await portal.devices.remove(LOCAL, "cab-7")
+        await becomes(lambda: other.devices.identity("cab-7", "maze") is None)
 
 
 @pytest.mark.parametrize(
@@ -577,6 +606,29 @@ async def test_the_audit_log_tells_of_it_without_the_password(portal: Container)
         ("device.remove", "device:cab-7"),
     ]
     assert not any(password in str(row) for password in passwords for row in rows)
+
+
+def test_devices_over_http(broker: GuardedMosquitto, make_portal: MakePortal, tmp_path: Path) -> None:
+    settings = {"LLM_SERVER_URL": "http://127.0.0.1:9", "MQTT_PROJECTS": "maze", **broker.settings}
+    portal = make_portal(tmp_path, **settings).start(ready=False)
+    with portal.client("root", role="admin") as root, portal.client("bob"):
+        added = root.post("/api/admin/devices", json={"name": "cab-7", "projects": ["maze"], "owner": "bob"})
+        device = added.json()
+        first = device.pop("password")
+        assert (added.status_code, device["owner"], device["at_broker"]) == (201, "bob", True)
+        listed = root.get("/api/admin/devices").json()
+        assert listed == {"devices": [device], "projects": ["maze"], "acl": "mosquitto"}
+        second = root.post("/api/admin/devices/cab-7/password").json()["password"]
+        assert [can_sign_in(broker.port, "cab-7", password) for password in (first, second)] == [False, True]
+        again = root.post("/api/admin/devices", json={"name": "cab-7", "projects": ["maze"]})
+        assert again.json()["error"]["code"] == "conflict"
+        wrong = root.post("/api/admin/devices", json={"name": "cab-8", "projects": ["chess"]})
+        assert (wrong.status_code, "there are maze" in wrong.json()["detail"]) == (422, True)
+        secret = root.post("/api/keys", json={"name": "script"}).json()["secret"]
+        by_key = root.delete("/api/admin/devices/cab-7", headers={"Authorization": f"Bearer {secret}"})
+        assert by_key.status_code == 403, "no key may, whatever its owner may"
+        assert root.delete("/api/admin/devices/cab-7").status_code == 204
+        assert root.delete("/api/admin/devices/cab-7").status_code == 404
 
 
 # --- other brokers -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -286,6 +286,15 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r} cannot be a level of an MQTT topic")
         return tuple(dict.fromkeys(value))
 
+    @field_validator("mqtt_acl")
+    @classmethod
+    def _admin_of_broker(cls, value: str, others: ValidationInfo) -> str:
+        if value == "mosquitto" and not others.data.get("mqtt_username"):
+            raise ValueError(
+                "with mosquitto, MQTT_USERNAME must be a user who may change the rights of others"
+            )
+        return value
+
     @field_validator("cors_origins")
     @classmethod
     def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -330,14 +339,6 @@ class Settings(BaseSettings):
     def _first_token_within_total(self) -> Settings:
         if self.llm_connect_timeout > self.llm_timeout:
             raise ValueError("LLM_CONNECT_TIMEOUT is longer than LLM_TIMEOUT")
-        return self
-
-    @model_validator(mode="after")
-    def _admin_of_broker(self) -> Settings:
-        if self.mqtt_acl == "mosquitto" and not self.mqtt_username:
-            raise ValueError(
-                "MQTT_ACL=mosquitto needs MQTT_USERNAME: a user who may change the rights of others"
-            )
         return self
 
     @property

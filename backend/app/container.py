@@ -208,7 +208,7 @@ async def _mqtt(parts: Parts) -> AsyncIterator[MqttBridge | None]:
 
 
 def _device_rights(settings: Settings) -> DeviceRights | None:
-    if settings.mqtt_acl != "mosquitto" or not settings.mqtt_broker_url:
+    if settings.mqtt_acl != "mosquitto":
         return None
     from app.mqtt.dynsec import DynamicSecurity
 
@@ -224,7 +224,10 @@ async def _devices(
         yield devices
         return
     await devices.open()
-    async with _background(devices.watch(), "devices"), _background(devices.keep_in_sync(), "device rights"):
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_background(devices.watch(), "devices"))
+        if settings.mqtt_broker_url:
+            await stack.enter_async_context(_background(devices.keep_in_sync(), "device rights"))
         yield devices
 
 

@@ -135,6 +135,8 @@ class Stack:
                 "This Mosquitto has no dynamic security plugin, so whoever reached it could do everything.",
                 "Install a Mosquitto that has it, or leave out --mqtt-listen.",
             )
+        if not is_loopback(self.mqtt_listen) and self.mqtt_certificate is None:
+            note("Without --mqtt-cert the passwords of devices cross the network as they are.")
         if plugin is None:
             note("This Mosquitto has no dynamic security plugin: there can be no devices (MQTT_ACL=none).")
         if web and not has_websockets(program):

@@ -24,7 +24,7 @@ from app.mqtt.connection import request_once
 from app.mqtt.rights import Rights, anonymous_rights, device_rights
 
 CONTROL = "$CONTROL/dynamic-security/v1"
-TIMEOUT_S = 5.0
+TIMEOUT_S = 10.0
 
 PREFIX = "device:"
 ANONYMOUS = "portal:anonymous"
@@ -34,7 +34,11 @@ LOCKED = "Waits for a new password"
 """The description of a client whose password nobody knows."""
 
 PAGE = 50
-"""So many of a list are asked for, and so many commands sent, at once."""
+"""So many of a list are asked for at once."""
+
+BATCH = 10
+"""So many commands are sent at once: with each, the plugin writes its whole file, and the broker does nothing
+else meanwhile."""
 
 DEPTH = 4
 """So many levels of nothing but wildcards are refused below topics of which one must know a level."""
@@ -65,11 +69,16 @@ class DynamicSecurity:
             )
         rules = {"rolename": PREFIX + name, "acls": _as_json(_acls(device_rights(name, projects)))}
         client = {"username": name, "roles": [{"rolename": PREFIX + name}]}
+        if "error" in found:
+            new = [
+                {"command": "createRole", **rules},
+                {"command": "createClient", **client, "password": password},
+            ]
+            if not any("error" in answer for answer in await self._ask(new)):
+                return
         await self._do(
             [
-                {"command": "createRole", **rules},
                 {"command": "modifyRole", **rules},
-                {"command": "createClient", **client, "password": password},
                 {"command": "modifyClient", **client, "textdescription": ""},
                 {"command": "setClientPassword", "username": name, "password": password},
                 {"command": "enableClient", "username": name},
@@ -96,8 +105,8 @@ class DynamicSecurity:
         for name in {*clients, *(role.removeprefix(PREFIX) for role in roles if role.startswith(PREFIX))}:
             if name not in devices:
                 commands += _removal(name)
-        for start in range(0, len(commands), PAGE):
-            await self._do(commands[start : start + PAGE])
+        for start in range(0, len(commands), BATCH):
+            await self._do(commands[start : start + BATCH])
         if commands:
             log.info("the broker's rules were brought up to date", commands=len(commands))
 
@@ -144,10 +153,13 @@ class DynamicSecurity:
 
     async def _do(self, commands: Sequence[Command]) -> None:
         for answer in await self._ask(commands):
-            problem = answer.get("error", "")
+            command, problem = answer["command"], answer.get("error", "")
             # Whoever repeats what is done already has what they want.
-            if problem and not problem.endswith(("already exists", "not found")):
-                raise BrokerUnavailable(f"The broker refused {answer['command']}: {problem}.")
+            is_done = (command.startswith("create") and problem.endswith("already exists")) or (
+                command.startswith("delete") and problem.endswith("not found")
+            )
+            if problem and not is_done:
+                raise BrokerUnavailable(f"The broker refused {command}: {problem}.")
 
     async def _ask(self, commands: Sequence[Command]) -> list[dict[str, Any]]:
         return await asyncio.to_thread(self._exchange, commands)
@@ -168,8 +180,14 @@ class DynamicSecurity:
             )
         except (OSError, ValueError) as error:
             log.warning("the broker's dynamic security does not answer", reason=str(error))
-            raise BrokerUnavailable("The broker does not answer; try again when it is there.") from None
+            raise BrokerUnavailable(_problem(error)) from None
         return _responses(reply)
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "The broker does not let the portal change its rules: see MQTT_USERNAME and MQTT_PASSWORD."
+    return "The broker's dynamic security does not answer; try again when it is there."
 
 
 def _responses(payload: bytes) -> list[dict[str, Any]]:

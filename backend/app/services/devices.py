@@ -149,9 +149,8 @@ class Devices:
             try:
                 await self.sync()
                 pause = SYNC_S
-            except (BrokerUnavailable, StorageUnavailable) as error:
-                log.warning("the rights of devices wait for the broker", reason=error.message)
-                pause = SYNC_RETRY_S
+            except (BrokerUnavailable, StorageUnavailable):
+                pause = SYNC_RETRY_S  # whoever failed has logged why
             await asyncio.sleep(pause)
 
     async def sync(self) -> None:
