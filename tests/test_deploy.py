@@ -114,6 +114,13 @@ def test_with_serve_it_starts_the_starter_model_itself(
     assert not again.is_running()
 
 
+def test_its_llama_dies_with_it(deploy: Deploy, project: str, starter_model: Path) -> None:
+    running = deploy("--serve", str(starter_model), "--projects", project).serving(project)
+    (llm,) = psutil.Process(running.pid).children()
+    running.kill()
+    wait_until(lambda: not llm.is_running() or llm.status() == psutil.STATUS_ZOMBIE, what="the end of it")
+
+
 @pytest.mark.parametrize("notation", [["{a}", "{b}"], ["{a} {b}"], ["{a},{b}"]])
 def test_projects_are_given_in_three_notations(
     deploy: Deploy, project: str, llama: LlamaServer, notation: list[str]
@@ -199,6 +206,13 @@ def test_a_broker_may_come_later(deploy: Deploy, project: str, tmp_path: Path, l
     broker = Mosquitto(tmp_path, port)
     running.serving(project)
     running.stop()
+    broker.stop()
+
+
+def test_a_broker_that_lets_it_not_in(deploy: Deploy, project: str, tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path, open_to_all=False)
+    said = deploy("--projects", project, "--mqtt-username", "ada", port=broker.port).refused()
+    assert "--mqtt_password" in said
     broker.stop()
 
 

@@ -42,12 +42,9 @@ class Portal:
         if reason.is_failure:
             print(f"The broker refuses: {reason}", file=sys.stderr)
             return
-        kinds = (
-            f"hint/{self.session}",
-            f"assistant_response/{self.session}",
-            f"stream/{self.session}/+",
-        )
-        client.subscribe([(f"{self.root}/{kind}", 1) for kind in kinds])
+        topics = [f"{self.root}/{kind}/{self.session}" for kind in ("hint", "assistant_response", "stream")]
+        topics[2] += "/+"  # one for each request
+        client.subscribe([(topic, 1) for topic in topics])
 
     def received(self, _client, _data, message) -> None:
         """Hands a message to the main thread."""
@@ -93,7 +90,7 @@ class Portal:
         return None
 
     def show(self, event: dict) -> None:
-        """Prints an event of a stream. They have numbers: what a repeated request brings again is left out."""
+        """Prints an event of a stream. What a repeated request brings again is left out."""
         if event["type"] == "restarted":
             self.next_piece = 0
             print("\n(it begins again)")

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from app.events import new_id
 from tests.e2e.support import scrolls_sideways, serious_findings
@@ -150,27 +150,6 @@ def test_the_chat_shows_an_answer_as_it_comes(
     expect(talk.first).to_have_text("You: Which way?")
 
 
-def test_a_question_is_asked_again_until_it_is_answered(
-    page: Page, broker: Mosquitto, adviser: Portal, fake_thread: FakeLLM, watcher: GameClient
-) -> None:
-    session = play(page, broker)
-    connected(page)
-    adviser.kill()
-    expect(page.get_by_text("Connected, but the portal is not running")).to_be_visible()
-    broker.stop()
-    expect(page.get_by_text("No connection to the broker")).to_be_visible()
-    page.get_by_role("textbox", name="Message").fill("Which way?")
-    page.keyboard.press("Enter")
-    expect(page.get_by_text("waits for a connection")).to_be_visible()
-    broker.start()
-    topic = f"maze/user_input/{session}"
-    watcher.wait_for(lambda: len(watcher.messages_unlocked(topic)) >= 2, 40)
-    adviser.start()
-    expect(page.get_by_text("Adviser: Hello there")).to_be_visible(timeout=40_000)
-    assert len({json.loads(asked)["requestId"] for asked in watcher.messages(topic)}) == 1
-    assert len(fake_thread.requests) == 1
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_use_it(
     page: Page,
@@ -205,3 +184,40 @@ def test_everybody_can_use_it(
     expect(page.get_by_text("Move to begin")).not_to_be_visible()
     shot(page, f"maze-{width}-{scheme}-playing")
     assert serious_findings(page) == []
+
+
+class TestTheConnection:
+    """At one width."""
+
+    @pytest.fixture
+    def context(self, browser: Browser) -> Iterator[BrowserContext]:
+        opened = browser.new_context(locale="en-GB")
+        yield opened
+        opened.close()
+
+    def test_a_question_is_asked_again_until_it_is_answered(
+        self, page: Page, broker: Mosquitto, adviser: Portal, fake_thread: FakeLLM, watcher: GameClient
+    ) -> None:
+        session = play(page, broker)
+        connected(page)
+        adviser.kill()
+        expect(page.get_by_text("Connected, but the portal is not running")).to_be_visible()
+        broker.stop()
+        expect(page.get_by_text("No connection to the broker")).to_be_visible()
+        page.get_by_role("textbox", name="Message").fill("Which way?")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("waits for a connection")).to_be_visible()
+        broker.start()
+        topic = f"maze/user_input/{session}"
+        watcher.wait_for(lambda: len(watcher.messages_unlocked(topic)) >= 2, 40)
+        adviser.start()
+        expect(page.get_by_text("Adviser: Hello there")).to_be_visible(timeout=40_000)
+        assert len({json.loads(asked)["requestId"] for asked in watcher.messages(topic)}) == 1
+        assert len(fake_thread.requests) == 1
+
+    def test_a_broker_that_refuses_says_why(self, page: Page, tmp_path: Path) -> None:
+        broker = Mosquitto(tmp_path, websockets=True, open_to_all=False)
+        play(page, broker, username="ada")
+        expect(page.get_by_text("The broker refuses: this user may not connect")).to_be_visible()
+        expect(page.get_by_label("Password")).to_be_visible()
+        broker.stop()

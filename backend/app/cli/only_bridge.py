@@ -20,8 +20,8 @@ log = get_logger(__name__)
 
 
 def check_alone(settings: Settings) -> None:
-    """Raises `Failure` when another bridge answers on a project's topics; blocks. A broker that cannot be
-    asked is told in the log and lets pass: the bridge waits for it."""
+    """Raises `Failure` when another bridge answers on a project's topics, or the broker refuses the user;
+    blocks. A broker that cannot be reached is told in the log and lets pass: the bridge waits for it."""
     password = settings.mqtt_password.get_secret_value()
     topics = {status_topic(project): project for project in settings.mqtt_projects}
     try:
@@ -32,6 +32,11 @@ def check_alone(settings: Settings) -> None:
             username=settings.mqtt_username,
             password=password,
         )
+    except PermissionError as error:
+        raise Failure(
+            f"The broker {settings.mqtt_broker_url} does not let the portal in: {error}.",
+            "Check MQTT_USERNAME and MQTT_PASSWORD, or --mqtt_username and --mqtt_password.",
+        ) from None
     except OSError as error:
         log.warning("the broker cannot be asked for other bridges", reason=str(error) or type(error).__name__)
         return

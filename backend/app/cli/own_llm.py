@@ -88,18 +88,18 @@ class _Server:
         """Ends it."""
         if self._process is None:
             return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with self._process as process:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with self._file.open("wb") as output:
             self._process = subprocess.Popen(
-                self._part.command,
-                stdin=subprocess.DEVNULL,
+                [*self._part.command, "--with-parent"],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 env=child_environment(self._part.settings),

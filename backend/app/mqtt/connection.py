@@ -34,6 +34,9 @@ SESSION_EXPIRY_S = 7 * 24 * 3600
 RECEIVE_MAXIMUM = 256
 """Messages that the broker may send before the first of them is acknowledged: the back-pressure."""
 
+REFUSED_USER = {0x86, 0x87}
+"""Bad user name or password, not authorized (MQTT 5, 3.2.2.2)."""
+
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 
 log = get_logger(__name__)
@@ -307,14 +310,15 @@ def retained(
     broker_url: str, topics: list[str], *, timeout: float, username: str = "", password: str = ""
 ) -> dict[str, bytes]:
     """What the broker keeps on `topics`, as far as it comes within `timeout` seconds; blocks. For checks
-    from the command line. Raises `OSError` when the broker cannot be reached or lets nobody in."""
+    from the command line. Raises `OSError` when the broker cannot be reached, `PermissionError` when it
+    refuses this user."""
     url = urlsplit(broker_url)
     found: queue.Queue[tuple[str, bytes] | OSError] = queue.Queue()
     client = _client(url, "", username, password)
 
     def connected(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
-            found.put(OSError(str(reason)))
+            found.put((PermissionError if reason.value in REFUSED_USER else OSError)(str(reason)))
         else:
             client.subscribe([(topic, SubscribeOptions(qos=0)) for topic in topics])
 
