@@ -15,6 +15,7 @@ import pytest
 
 from app.config import child_environment
 from app.events import new_id
+from tests.fake_llm import FakeLLM
 from tests.support import (
     ROOT,
     GameClient,
@@ -34,11 +35,11 @@ PROGRAM = str(ROOT / "llamacpp_mqtt_deploy.py")
 class Deployment(Process):
     """The program with a database in `directory`."""
 
-    def __init__(self, directory: Path, port: int, *flags: str) -> None:
+    def __init__(self, directory: Path, port: int, flags: tuple[str, ...], **settings: str) -> None:
         directory.mkdir(exist_ok=True)
         command = [sys.executable, PROGRAM, "--mqtt_broker", "127.0.0.1", "--mqtt_port", str(port)]
         command += ["--database", str(directory / "mqtt.db"), *flags]
-        super().__init__(command, directory / "deploy.log", child_environment({}))
+        super().__init__(command, directory / "deploy.log", child_environment(settings))
 
     def said(self) -> str:
         return self.log.read_text()
@@ -71,8 +72,8 @@ def deploy(tmp_path: Path, mosquitto: Mosquitto) -> Iterator[Deploy]:
     """Starts the program; what is left at the end is stopped."""
     made: list[Deployment] = []
 
-    def start(*flags: str, name: str = "one", port: int = mosquitto.port) -> Deployment:
-        made.append(Deployment(tmp_path / name, port, *flags))
+    def start(*flags: str, name: str = "one", port: int = mosquitto.port, **settings: str) -> Deployment:
+        made.append(Deployment(tmp_path / name, port, flags, **settings))
         return made[-1]
 
     yield start
@@ -97,6 +98,11 @@ def state_of(game: GameClient, project: str) -> str:
     """What the status topic said last."""
     found = game.messages(f"{project}/status")
     return str(json.loads(found[-1])["state"]) if found else ""
+
+
+def online(game: GameClient, project: str) -> None:
+    """Waits until the model answers."""
+    game.wait_for(lambda: any(b'"online"' in said for said in game.messages_unlocked(f"{project}/status")))
 
 
 def test_with_serve_it_starts_the_starter_model_itself(
@@ -130,13 +136,43 @@ def test_projects_are_given_in_three_notations(
     deploy("--projects", *words, "--server-url", llama.url).serving(*names)
 
 
+def test_flags_go_before_the_environment(
+    deploy: Deploy, game: GameClient, project: str, llama: LlamaServer
+) -> None:
+    settings = {"MQTT_PROJECTS": project, "LLM_SERVER_URL": llama.url, "LLM_MAX_TOKENS": "1"}
+    deploy("--max-tokens", "3", "--temperature", "0", **settings).serving(project)
+    online(game, project)
+    game.publish(f"{project}/user_input/s", {"message": "Say hi", "format": "json"})
+    answer = json.loads(game.reply(f"{project}/assistant_response/s"))
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_so_many_sessions_are_answered_or_wait(
+    deploy: Deploy, game: GameClient, project: str, fake_thread: FakeLLM
+) -> None:
+    fake_thread.script.before_first = 5
+    flags = ["--projects", project, "--server_url", fake_thread.url]
+    deploy(*flags, "--num_workers", "1", "--max_concurrent_sessions", "2").serving(project)
+    statuses = f"{project}/status"
+    asked = {"message": "hi", "format": "json"}
+    game.publish(f"{project}/user_input/s1", asked)
+    wait_until(lambda: fake_thread.running, what="a generation")
+    game.publish(f"{project}/user_input/s2", asked)
+    game.wait_for(lambda: any(b'"queue":1,' in said for said in game.messages_unlocked(statuses)))
+    game.publish(f"{project}/user_input/s3", asked)
+    refused = json.loads(game.reply(f"{project}/assistant_response/s3"))
+    assert refused["error"]["code"] == "overloaded"
+    for session in ("s1", "s2"):
+        assert json.loads(game.reply(f"{project}/assistant_response/{session}"))["type"] == "final"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_well(
     deploy: Deploy, game: GameClient, project: str, llama: LlamaServer, number: signal.Signals
 ) -> None:
     running = deploy("--projects", project, "--server_url", llama.url, "--max_tokens", "4")
     running.serving(project)
-    game.wait_for(lambda: b'"online"' in b"".join(game.messages_unlocked(f"{project}/status")))
+    online(game, project)
     for session in ("s1", "s2"):
         game.publish(f"{project}/user_input/{session}", "Say hi")
         game.reply(f"{project}/assistant_response/{session}")
@@ -157,6 +193,7 @@ def test_sessions_outlive_it(deploy: Deploy, game: GameClient, project: str, lla
     replies = []
     for number in (1, 2):
         running = deploy("--projects", project, "--server_url", llama.url).serving(project)
+        online(game, project)
         game.publish(f"{project}/user_input/s", asked)
         replies.append(json.loads(game.reply(f"{project}/assistant_response/s", number)))
         running.stop()
@@ -174,7 +211,7 @@ def test_it_refuses_beside_a_portal_of_the_same_project(
 ) -> None:
     settings = {"LLM_SERVER_URL": llama.url, "MQTT_BROKER_URL": mosquitto.url, "MQTT_PROJECTS": project}
     make_portal(tmp_path, **settings).start()
-    game.wait_for(lambda: b'"online"' in b"".join(game.messages_unlocked(f"{project}/status")))
+    online(game, project)
     said = deploy("--projects", project, "--server_url", llama.url).refused()
     assert f"Another bridge serves {project} on mqtt://127.0.0.1:{mosquitto.port}" in said
     assert "--projects" in said
