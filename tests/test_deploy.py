@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.cli.deploy import main
 from app.config import child_environment
 from app.events import new_id
 from tests.fake_llm import FakeLLM
@@ -287,12 +288,12 @@ def test_a_model_that_is_none(deploy: Deploy, tmp_path: Path) -> None:
         (["--temprature", "1"], "--temprature"),
     ],
 )
-def test_wrong_flags_are_named_in_one_line(flags: list[str], named: str) -> None:
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *flags], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_wrong_flags_are_named_in_one_line(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main(flags))
+    (line,) = capsys.readouterr().err.splitlines()
     assert named in line
     assert "tulip" not in line
 
