@@ -157,14 +157,21 @@ class LlamaServer:
 
 
 class Mosquitto:
-    """A broker on a port of its own, with its state in `directory`."""
+    """A broker on a port of its own, with its state in `directory`; for browsers also with WebSockets. It
+    lets everybody in, or nobody."""
 
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
+    def __init__(
+        self, directory: Path, port: int | None = None, *, websockets: bool = False, open_to_all: bool = True
+    ) -> None:
+        self.port = port or free_port()
         self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.ws_port = free_port() if websockets else 0
         self._config = directory / "mosquitto.conf"
-        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
+        lines = [f"allow_anonymous {str(open_to_all).lower()}", f"listener {self.port} 127.0.0.1"]
+        lines += ["set_tcp_nodelay true"]
         lines += ["persistence true", f"persistence_location {directory}/", "max_queued_messages 100000"]
+        if websockets:
+            lines += [f"listener {self.ws_port} 127.0.0.1", "protocol websockets"]
         self._config.write_text("\n".join([*lines, "user root", ""]))
         self.start()
 

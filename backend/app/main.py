@@ -25,7 +25,7 @@ from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
 from app.events import TurnEvent, is_id, new_id
 from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
-from app.routers import admin, auth, devices, health, keys, llm, page, sessions, stats, templates
+from app.routers import admin, auth, devices, health, keys, llm, mqtt, page, sessions, stats, templates
 
 log = get_logger(__name__)
 

@@ -108,6 +108,18 @@ ROUTES: dict[str, Route] = {
     "GET /health/ready": Route(PUBLIC),
 }
 
+TOPICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "user_input/{session_id}": ("chat:use", {"message": "hi"}),
+    "state/{session_id}": ("chat:use", {"x": 1}),
+    "cancel/{session_id}": ("chat:use", {}),
+    "clear_history/{session_id}": ("chat:use", {}),
+    "delete_session/{session_id}": ("sessions:write", {}),
+    "template/{session_id}": ("sessions:write", {"template": "Be kind."}),
+    "template": ("projects:write", {"template": "Be kind.", "reset": False}),
+    "clear_history": ("projects:clear", {"target": "all"}),
+}
+"""Every request topic of a project, with the permission that it needs and what it takes."""
+
 NOBODYS = {
     "session_id": "nobodys",
     "turn_id": "nobodys",

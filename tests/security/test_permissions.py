@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -10,8 +11,9 @@ import pytest
 
 from app.access import PERMISSIONS, Role
 from app.events import new_id
+from app.mqtt.topics import VERBS
 from app.services.policies import SHIPPED_ROLES, read_roles
-from tests.security.routes import NOBODYS, PUBLIC, ROUTES, SIGNED_IN, call, operations
+from tests.security.routes import NOBODYS, PUBLIC, ROUTES, SIGNED_IN, TOPICS, call, operations
 from tests.support import GameClient, Mosquitto, Portal, token_of
 
 SHIPPED = read_roles(SHIPPED_ROLES)
@@ -40,6 +42,8 @@ def test_the_table_is_the_routes_that_there_are(fake_portal: Portal) -> None:
     document = httpx.get(f"{fake_portal.url}/openapi.json").json()
     assert set(operations(document)) == set(ROUTES)
     needed = {route.needs for route in ROUTES.values()} - {PUBLIC, SIGNED_IN}
+    needed |= {permission for permission, _ in TOPICS.values()}
+    assert {topic.partition("/")[0] for topic in TOPICS} == {*VERBS} - {"session"}
     assert needed == set(PERMISSIONS), "every permission is for something"
 
 
@@ -73,9 +77,17 @@ def test_nobody_gets_in_without_showing_who_they_are(fake_portal: Portal, name: 
 def test_over_mqtt_a_role_may_the_same(
     people: dict[str, httpx.Client], mosquitto: Mosquitto, role: str
 ) -> None:
-    session = new_id()
-    game = GameClient(mosquitto.port, f"maze/assistant_response/{session}")
-    game.publish(f"maze/user_input/{session}", {"message": "hi", "token": token_of(people[role])})
-    reply = game.reply(f"maze/assistant_response/{session}").decode()
+    session, everywhere = new_id(), ("assistant_response", "hint")
+    game = GameClient(
+        mosquitto.port, *(f"maze/{kind}/{name}" for kind in everywhere for name in (session, "all"))
+    )
+    for number, (topic, (permission, body)) in enumerate(TOPICS.items()):
+        request_id = f"r{number}"
+        asked = {**body, "token": token_of(people[role]), "requestId": request_id, "format": "json"}
+        game.publish(f"maze/{topic.format(session_id=session)}", asked)
+        marker = request_id.encode()
+        game.wait_for(lambda marker=marker: any(marker in payload for _, payload, _ in game.received))  # type: ignore[misc]
+        told = next(json.loads(payload) for _, payload, _ in game.received if marker in payload)
+        code = told.get("error", {}).get("code")
+        assert (code == "forbidden") != allows(role, permission), (topic, told)
     game.close()
-    assert reply.startswith("Error: ") != allows(role, "chat:use")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import socket
@@ -29,12 +30,20 @@ def main() -> None:
         trained = trained_context(arguments.model)
     except (NotGguf, OSError) as error:
         _fail(str(error))
+    if arguments.with_parent:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     # llama.cpp allots the memory for what is asked, and only then finds it too much for the model.
     context = min(arguments.ctx, trained or arguments.ctx)
     _check_port(arguments.host, arguments.port)
     server = _serve(arguments, context)
     print(f"listening on {server.listening_address}", flush=True)
     threading.Event().wait()
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the one that holds the other end of its input, however that one ends."""
+    sys.stdin.buffer.read()
+    os._exit(0)
 
 
 def alias_of(model: Path) -> str:
@@ -86,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=8, help="generations at once (%(default)s)")
     parser.add_argument("--ctx", type=int, default=4096, help="context of each, in tokens (%(default)s)")
     parser.add_argument("--alias", default="", help="the model's public name (from the file's name)")
+    parser.add_argument("--with-parent", action="store_true", help="end when standard input does")
     return parser.parse_args()
 
 

@@ -51,14 +51,15 @@ def parts_of(stack: Stack, model: Path | None, mosquitto: str | None, settings: 
     """The parts to start, in the order of need."""
     found = []
     if model is not None:
-        found.append(_llm_server(stack, model, settings.llm_max_concurrency))
+        found.append(llm_server(stack, model, settings.llm_max_concurrency))
     if mosquitto is not None:
         found.append(_broker(stack, mosquitto))
     found.append(_portal(stack, settings))
     return found
 
 
-def _llm_server(stack: Stack, model: Path, slots: int) -> Part:
+def llm_server(stack: Stack, model: Path, slots: int) -> Part:
+    """llama.cpp with a model, for so many generations at once."""
     command = [sys.executable, "-m", "app.cli.llm_server", "--model", str(model)]
     command += ["--host", HOST, "--port", str(stack.llm_port), "--slots", str(slots)]
     return Part(

@@ -130,7 +130,7 @@ class Supervisor:
             for part in self._parts:
                 check_port(part)
             self._write()
-            _on_signals(self._stop.set)
+            on_signals(self._stop.set)
             tasks = [asyncio.create_task(self._keep(part), name=part.name) for part in self._parts]
             tasks.append(asyncio.create_task(self._await_ready(), name="ready"))
             try:
@@ -254,7 +254,8 @@ def _rotate(log: Path) -> None:
         log.replace(log.with_suffix(".old.log"))
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
+def on_signals(stop: Callable[[], None]) -> None:
+    """Has `stop` called on the running loop by Ctrl-C and by what service managers send."""
     loop = asyncio.get_running_loop()
     if sys.platform == "win32":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -272,7 +273,7 @@ def _lock(stack: Stack) -> Iterator[None]:
     process dies, however it dies."""
     with (stack.state / "supervisor.lock").open("a") as file:
         try:
-            _lock_file(file)
+            lock_file(file)
         except OSError:
             state = read_state(stack)
             where = f" at {state.url}" if state else ""
@@ -282,7 +283,8 @@ def _lock(stack: Stack) -> Iterator[None]:
         yield
 
 
-def _lock_file(file: IO[str]) -> None:
+def lock_file(file: IO[str]) -> None:
+    """Takes the lock of an open file, for as long as it is open. Raises `OSError` when it is taken."""
     if sys.platform == "win32":
         import msvcrt
 

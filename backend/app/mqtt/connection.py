@@ -12,6 +12,7 @@ import asyncio
 import queue
 import random
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ RECEIVE_MAXIMUM = 256
 
 MOST_UNCONFIRMED = 1000
 """Publishes that may wait to be confirmed; further ones wait to be sent."""
+
+REFUSED_USER = {0x86, 0x87}
+"""Bad user name or password, not authorized (MQTT 5, 3.2.2.2)."""
 
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 
@@ -386,3 +390,42 @@ def _ask_when_connected(
 
     client.on_connect, client.on_subscribe = connected, subscribed
     client.on_publish, client.on_message = published, received
+
+
+def retained(
+    broker_url: str, topics: list[str], *, timeout: float, username: str = "", password: str = ""
+) -> dict[str, bytes]:
+    """What the broker keeps on `topics`, as far as it comes within `timeout` seconds; blocks. For checks
+    from the command line. Raises `OSError` when the broker cannot be reached, `PermissionError` when it
+    refuses this user."""
+    url = urlsplit(broker_url)
+    found: queue.Queue[tuple[str, bytes] | OSError] = queue.Queue()
+    client = _client(url, "", username, password)
+
+    def connected(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        if reason.is_failure:
+            found.put((PermissionError if reason.value in REFUSED_USER else OSError)(str(reason)))
+        else:
+            client.subscribe([(topic, SubscribeOptions(qos=0)) for topic in topics])
+
+    def received(_client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        if message.retain:
+            found.put((message.topic, bytes(message.payload)))
+
+    client.on_connect, client.on_message = connected, received
+    client.connect(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme])
+    client.loop_start()
+    kept: dict[str, bytes] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(kept) < len(topics):
+            message = found.get(timeout=max(0.0, deadline - time.monotonic()))
+            if isinstance(message, OSError):
+                raise message
+            kept.update([message])
+    except queue.Empty:
+        pass  # there is no message that says "no more"
+    finally:
+        client.disconnect()
+        client.loop_stop()
+    return kept

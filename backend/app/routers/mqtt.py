@@ -214,10 +214,8 @@ async def _project(
     session_id: str, wanted: str | None, user: Identity, sessions: SessionManager, known: tuple[str, ...]
 ) -> str:
     """The project of a session that is there, or of one that is to be."""
-    try:
-        return (await sessions.session(user, session_id)).project
-    except NotFound:
-        return wanted or (user.key.project if user.key else None) or known[0]
+    own = await sessions.project_of(user, session_id)
+    return own or wanted or (user.key.project if user.key else None) or known[0]
 
 
 async def _prompt(body: Template, user: Identity, templates: Templates) -> str:

@@ -437,7 +437,7 @@ class SessionManager:
         if "\0" in prompt:
             raise InvalidRequest("template: it holds a NUL character")
         await self._authorizer.check(who, "sessions:write", project=project, what="session")
-        if await self._store.session(who.owner, session_id) is not None:
+        if await self.project_of(who, session_id) is not None:
             await self._check(who, "sessions:write", session_id)
         partial = self._partial(who.owner, session_id)
         changed = await self._store.set_prompt(
@@ -565,6 +565,11 @@ class SessionManager:
     async def session(self, who: Identity, session_id: str) -> SessionRow:
         """The session that who asks calls so. Raises `NotFound`, also for another owner's."""
         return await self._session(who, "sessions:read", session_id)
+
+    async def project_of(self, who: Identity, session_id: str) -> str | None:
+        """The project of the session that who asks calls so, if there is one."""
+        session = await self._store.session(who.owner, session_id) if is_id(session_id) else None
+        return None if session is None else session.project
 
     async def _check(self, who: Identity, permission: str, session_id: str) -> None:
         """As `_session`, but it looks at the session only for keys of a project: what changes a session

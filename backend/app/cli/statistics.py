@@ -1,0 +1,65 @@
+"""What a bridge without a web page tells of itself: a line in the log every minute."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from app.container import Container
+from app.database import Database
+from app.errors import StorageUnavailable
+from app.logs import get_logger
+from app.models.tables import turns, usage
+
+INTERVAL_S = 60.0
+
+log = get_logger(__name__)
+
+
+async def tell_statistics(container: Container) -> None:
+    """Logs what was done in each minute, and at the end in the rest of one. Runs until cancelled."""
+    database = Database(container.settings.sqlalchemy_url)
+    await database.open()
+    since = time.time()
+    try:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            since = await _tell(container, database, since)
+    finally:
+        await _tell(container, database, since)
+        await database.close()
+
+
+async def _tell(container: Container, database: Database, since: float) -> float:
+    now = time.time()
+    try:
+        done = await database.read(lambda connection: _between(connection, since, now))
+    except StorageUnavailable:
+        return since  # the next line tells of this time too
+    places = container.llm.places
+    log.info("statistics", seconds=round(now - since), in_flight=places.taken, waiting=places.waiting, **done)
+    return now
+
+
+def _between(connection: Connection, since: float, until: float) -> dict[str, Any]:
+    # Ids begin with their time, so that this needs no index of its own.
+    age = turns.c.id.between(f"{int(since * 1000):012x}", f"{int(until * 1000):012x}")
+    requests = connection.scalar(select(func.count()).where(age, turns.c.door == "mqtt"))
+    ended = (usage.c.at > since, usage.c.at <= until, usage.c.door == "mqtt")
+    sums = select(
+        func.count(),
+        func.coalesce(func.sum(usage.c.prompt_tokens + usage.c.completion_tokens), 0),
+    )
+    attempts, tokens = connection.execute(sums.where(*ended)).one()
+    replied = select(func.count(), func.avg(usage.c.elapsed_ms)).where(*ended, usage.c.outcome == "final")
+    replies, mean_ms = connection.execute(replied).one()
+    return {
+        "requests": requests,
+        "replies": replies,
+        "without_reply": attempts - replies,
+        "tokens": tokens,
+        "mean_latency_s": round(float(mean_ms or 0) / 1000, 2),
+    }
