@@ -28,7 +28,7 @@ def adviser(
 ) -> Portal:
     """The portal, with a model that says what a test tells it to; not started yet."""
     settings = {"LLM_SERVER_URL": fake_thread.url, "MQTT_BROKER_URL": mosquitto.url}
-    return make_portal(tmp_path, **settings, MQTT_PROJECTS=project)
+    return make_portal(tmp_path, **settings, MQTT_PROJECTS=project, PROJECTS_FILE="none.toml")
 
 
 Start = Callable[..., Process]

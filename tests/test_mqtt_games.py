@@ -36,7 +36,7 @@ def portal(
         LLM_MAX_CONCURRENCY="2",
         MQTT_BROKER_URL=mosquitto.url,
         MQTT_PROJECTS="maze driving",
-        PROJECTS_FILE="projects.toml",
+        PROJECTS_FILE="none.toml",
         HOME_ASSISTANT_DISCOVERY="true",
     ).start()
     yield running

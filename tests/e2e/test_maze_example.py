@@ -34,7 +34,11 @@ def adviser(
 ) -> Iterator[Portal]:
     """The portal, with a model that says what a test tells it to."""
     yield make_portal(
-        tmp_path, LLM_SERVER_URL=fake_thread.url, MQTT_BROKER_URL=broker.url, MQTT_PROJECTS="maze"
+        tmp_path,
+        LLM_SERVER_URL=fake_thread.url,
+        MQTT_BROKER_URL=broker.url,
+        MQTT_PROJECTS="maze",
+        PROJECTS_FILE="none.toml",
     ).start()
 
 
