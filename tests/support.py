@@ -315,7 +315,14 @@ def token_of(client: httpx.Client) -> str:
 class GameClient:
     """An MQTT client as games have it: it keeps what it receives."""
 
-    def __init__(self, port: int, *subscriptions: str, protocol: MQTTProtocolVersion | None = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        *subscriptions: str,
+        protocol: MQTTProtocolVersion | None = None,
+        username: str = "",
+        password: str = "",
+    ) -> None:
         self.received: list[tuple[str, bytes, bool]] = []
         self.properties: list[Any] = []
         """MQTT 5's, of each that was received."""
@@ -324,6 +331,9 @@ class GameClient:
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2, protocol=protocol or MQTTProtocolVersion.MQTTv311
         )
+
+        if username:
+            self._client.username_pw_set(username, password)
 
         def connected(*_: Any) -> None:
             self._client.subscribe([(topic, 1) for topic in subscriptions])

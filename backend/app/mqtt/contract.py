@@ -133,6 +133,12 @@ class Command:
         """The session's name in the portal: a device's are its own."""
         return _key(self.address, self.session_id)
 
+    @property
+    def is_for_all(self) -> bool:
+        """Whether it is about no single session."""
+        by_name = self.session_id == EVERY_SESSION and self.address.session is None
+        return self.session_id is None or by_name
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

@@ -11,7 +11,6 @@ from app.errors import Forbidden, NotFound, Unauthenticated
 from app.events import TurnRequest
 from app.mqtt.answers import new_session, notice
 from app.mqtt.contract import Ask, Command, ForeignReplyTopic, Refusal, TargetBody, TemplateBody
-from app.mqtt.topics import EVERY_SESSION
 from app.services.accounts import Accounts
 from app.services.authorizer import Authorizer
 from app.services.devices import Devices
@@ -97,7 +96,7 @@ class Requests:
         body, project, key = command.body, command.address.project, command.key
         assert isinstance(body, TemplateBody)
         prompt = body.prompt
-        if key is not None and key != EVERY_SESSION:
+        if key is not None and not command.is_for_all:
             await insist(
                 lambda: self._sessions.set_prompt(
                     who, key, prompt, project=project, reset=body.reset, mark=command.mark
@@ -112,7 +111,7 @@ class Requests:
     async def _clear(self, command: Command, who: Identity) -> bytes:
         key, project, deletes = command.key, command.address.project, command.verb == "delete_session"
         assert isinstance(command.body, TargetBody)
-        if key is None or (key == EVERY_SESSION and command.address.session is None):
+        if key is None or command.is_for_all:
             await insist(lambda: self._sessions.clear_all(who, project, delete=deletes))
         else:
             change = self._sessions.delete if deletes else self._sessions.clear
