@@ -40,7 +40,8 @@ def publish(client: httpx.Client, session: str, **body: Any) -> dict[str, Any]:
 
 def follow(portal: Portal, session: str, **options: Any) -> ClientConnection:
     url = portal.url.replace("http://", "ws://")
-    return connect(f"{url}/api/mqtt/ws/hints/{session}", **options)
+    socket: ClientConnection = connect(f"{url}/api/mqtt/ws/hints/{session}", **options)
+    return socket
 
 
 def bearer(client: httpx.Client) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ cuts = st.lists(st.integers(0, 400), max_size=12)
 
 def pieces(raw: str, at: list[int]) -> list[str]:
     borders = [0, *sorted({min(cut, len(raw)) for cut in at}), len(raw)]
-    return [raw[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    return [raw[start:end] for start, end in pairwise(borders)]
 
 
 def read(raw: str, at: list[int]) -> tuple[str, list[dict[str, Any]]]:
