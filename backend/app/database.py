@@ -16,6 +16,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,8 +212,13 @@ def _commit_group(
 
 def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
     """Inserts a row unless there is such a one already; tells whether it did."""
-    statement = insert_of(connection.dialect.name, table).values(values).on_conflict_do_nothing()
-    return connection.execute(statement.returning(*table.primary_key)).first() is not None
+    statement = _insert_new(connection.dialect.name, table)
+    return connection.execute(statement, values).first() is not None
+
+
+@cache
+def _insert_new(dialect: str, table: Table) -> Any:
+    return insert_of(dialect, table).on_conflict_do_nothing().returning(*table.primary_key)
 
 
 def insert_of(dialect: str, table: Table) -> Any:

@@ -96,8 +96,7 @@ class MqttBridge:
             door.deliver(delivery, turn)
 
     def _go_on(self, turn: Turn) -> None:
-        door = self._doors.get(turn.session.project)
-        if door is not None:
+        for door in self._doors.values():  # a session can be asked on the topics of any project
             door.go_on(turn)
 
 
@@ -339,8 +338,9 @@ class ProjectDoor:
 
     async def _stream_again(self, turn: Turn) -> None:
         for delivery in await insist(lambda: self._parts.outbox.of_turn(turn.id)):
-            if delivery.target.stream is not None:
-                self._stream(turn, delivery.target, (turn.row.attempt - 1, 0))
+            target = delivery.target
+            if target.project == self._project and target.stream is not None:
+                self._stream(turn, target, (turn.row.attempt - 1, 0))
 
     def _stream(self, turn: Turn, target: ReplyTarget, after: Position | None) -> None:
         topic = f"{target.stream}/{turn.row.request_id}"
