@@ -24,6 +24,7 @@ from app.services.api_keys import ApiKeys
 from app.services.audit import Audit, seal
 from app.services.authorizer import Authorizer
 from app.services.devices import DeviceRights, Devices
+from app.services.hint_feed import HintFeed
 from app.services.leases import Leases
 from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
@@ -67,6 +68,7 @@ class Container:
     llm: LLMClient
     templates: Templates
     sessions: SessionManager
+    hints: HintFeed
     mqtt: MqttBridge | None
 
 
@@ -155,6 +157,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             llm=llm,
             templates=templates,
             sessions=sessions,
+            hints=HintFeed(store, sessions, projects, authorizer),
             mqtt=mqtt,
         )
         previous, _current = _current, container

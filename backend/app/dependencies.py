@@ -18,6 +18,7 @@ from app.services.api_keys import ApiKeys
 from app.services.audit import Audit
 from app.services.authorizer import Authorizer
 from app.services.devices import Devices
+from app.services.hint_feed import HintFeed
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.people import People
@@ -129,6 +130,11 @@ async def _mqtt(request: Request) -> MqttDoor | None:
     return mqtt
 
 
+async def _hints(request: Request) -> HintFeed:
+    hints: HintFeed = request.app.state.container.hints
+    return hints
+
+
 async def _projects(request: Request) -> Projects:
     projects: Projects = request.app.state.container.projects
     return projects
@@ -155,6 +161,7 @@ SessionsDep = Annotated[SessionManager, Depends(_sessions)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
 StoreDep = Annotated[Store, Depends(_store)]
+HintsDep = Annotated[HintFeed, Depends(_hints)]
 ProjectsDep = Annotated[Projects, Depends(_projects)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 MqttDep = Annotated[MqttDoor | None, Depends(_mqtt)]

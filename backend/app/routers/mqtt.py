@@ -14,11 +14,20 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocketDisconnect
 
 from app.access import Identity
-from app.dependencies import CurrentUser, MqttDep, ProjectsDep, SessionsDep, SettingsDep, TemplatesDep
+from app.dependencies import (
+    CurrentUser,
+    HintsDep,
+    MqttDep,
+    ProjectsDep,
+    SessionsDep,
+    SettingsDep,
+    TemplatesDep,
+)
 from app.errors import InvalidRequest, NotFound, PortalError, http_body
 from app.events import ID_PATTERN, GenerationOptions, Object, ReplyTarget, TurnRequest, new_id
 from app.hardening import StrictRoute
-from app.services.session_manager import HintOf, SessionManager
+from app.services.hint_feed import HintFeed, HintOf
+from app.services.session_manager import SessionManager
 from app.services.states import compact
 from app.services.templates import Templates
 from app.sockets import socket_user, subprotocol
@@ -157,10 +166,10 @@ async def publish_template(
 
 @router.get("/last_hint", response_model_exclude_none=True)
 async def last_hint(
-    session_id: Annotated[str, Query(pattern=ID_PATTERN)], user: CurrentUser, sessions: SessionsDep
+    session_id: Annotated[str, Query(pattern=ID_PATTERN)], user: CurrentUser, hints: HintsDep
 ) -> Hint:
     """The answer to the session's newest state that has one."""
-    found = await sessions.last_hint(user, session_id)
+    found = await hints.last(user, session_id)
     if found is None:
         raise NotFound("This session has no hint yet.")
     return Hint(**_shown(session_id, found))
@@ -180,12 +189,12 @@ async def follow_hints(socket: WebSocket, session_id: str) -> None:
     container = socket.app.state.container
     try:
         user = await socket_user(socket, container.accounts, container.settings.cors_origins)
-        await container.sessions.may_read(user, session_id)
+        await container.hints.may_read(user, session_id)
     except PortalError as error:
         await socket.send_denial_response(JSONResponse(http_body(error, new_id()), error.status))
         return
     await socket.accept(subprotocol(socket))
-    sending = asyncio.create_task(_send_hints(socket, user, session_id, container.sessions), name="hints")
+    sending = asyncio.create_task(_send_hints(socket, user, session_id, container.hints), name="hints")
     try:
         while True:
             await socket.receive_text()
@@ -197,12 +206,14 @@ async def follow_hints(socket: WebSocket, session_id: str) -> None:
             await sending
 
 
-async def _send_hints(socket: WebSocket, user: Identity, session_id: str, sessions: SessionManager) -> None:
-    async with aclosing(sessions.hints(user, session_id)) as hints:
-        await socket.send_json({"type": "connection_established", "session_id": session_id})
+async def _send_hints(socket: WebSocket, user: Identity, session_id: str, feed: HintFeed) -> None:
+    async with aclosing(feed.follow(user, session_id)) as hints:
+        await anext(hints)  # what comes after this moment is new
         with suppress(WebSocketDisconnect):
+            await socket.send_json({"type": "connection_established", "session_id": session_id})
             async for found in hints:
-                await socket.send_json({"type": "hint", **_shown(session_id, found)})
+                if found is not None:
+                    await socket.send_json({"type": "hint", **_shown(session_id, found)})
 
 
 def _shown(session_id: str, found: HintOf) -> dict[str, Any]:

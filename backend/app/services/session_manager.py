@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ import msgspec
 from app.access import LOCAL, Door, Identity, KeyUse
 from app.config import Settings
 from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, StorageUnavailable
-from app.events import Cancelled, Final, GenerationOptions, Mark, TurnRequest, decode_ending, is_id, new_id
+from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.services.acceptance import Acceptance
@@ -26,7 +26,6 @@ from app.services.accounting import Accounting
 from app.services.admission import NO_TICKET, Admission, Ticket
 from app.services.authorizer import Authorizer
 from app.services.endings import Ended
-from app.services.hints import Hint, hint_of
 from app.services.leases import Leases
 from app.services.llm_client import LLMClient, Message
 from app.services.outbox import Delivery
@@ -45,9 +44,6 @@ HEARTBEAT_S = 3.0
 SWEEP_S = 1.0
 FORGET_S = 3600.0
 
-HINT_POLL_S = 1.0
-"""How often hints are looked for that another process may have made."""
-
 DEFAULT_PROJECT = "prompt_portal"
 ANY = ("*",)
 
@@ -61,15 +57,6 @@ class HistoryPage:
     session: SessionRow
     messages: list[MessageRow]
     is_first: bool
-
-
-@dataclass(frozen=True, slots=True)
-class HintOf:
-    """A hint, and the turn and the request that it answers."""
-
-    turn_id: str
-    request_id: str | None
-    hint: Hint
 
 
 class SessionManager:
@@ -523,44 +510,9 @@ class SessionManager:
             await self._store.end(row, Cancelled(row.id, "", None))
         return row.id
 
-    # --- hints ---
-
-    async def may_read(self, who: Identity, session_id: str) -> None:
-        """Returns when who asks may read the session, which need not be there yet. Raises `InvalidRequest`,
-        `Forbidden`."""
-        if not is_id(session_id):
-            raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
-        await self._authorizer.check(who, "sessions:read")
-
-    async def last_hint(self, who: Identity, session_id: str) -> HintOf | None:
-        """The answer to the session's newest state that has one. Raises `NotFound`."""
-        session = await self._session(who, "sessions:read", session_id)
-        found = await self._store.last_hint(session.id)
-        if found is None or found[0].ending is None:
-            return None
-        ending = decode_ending(found[0].ending)
-        assert isinstance(ending, Final)
-        hint = hint_of(ending, self._projects.project(session.project))
-        return HintOf(found[0].id, found[0].request_id, hint)
-
-    async def hints(self, who: Identity, session_id: str) -> AsyncGenerator[HintOf, None]:
-        """The answers to the session's states from now on, as they come, from whichever process. Of those
-        that come faster than they are taken, the newest."""
-        await self.may_read(who, session_id)
-        bell, seen = asyncio.Event(), None
-        with suppress(NotFound):
-            seen = await self.last_hint(who, session_id)
-        with self._runner.bell(who.owner, session_id, bell):
-            while True:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(HINT_POLL_S):
-                        await bell.wait()
-                bell.clear()
-                with suppress(NotFound, StorageUnavailable):
-                    newest = await self.last_hint(who, session_id)
-                    if newest is not None and (seen is None or newest.turn_id != seen.turn_id):
-                        seen = newest
-                        yield newest
+    def bell(self, who: Identity, session_id: str, event: asyncio.Event) -> AbstractContextManager[None]:
+        """Sets `event` whenever a turn of the session has ended in this process."""
+        return self._runner.bell(who.owner, session_id, event)
 
     async def session(self, who: Identity, session_id: str) -> SessionRow:
         """The session that who asks calls so. Raises `NotFound`, also for another owner's."""
