@@ -137,7 +137,8 @@ class TestWithAnLLMThatDoesAsItIsTold:
     """The starter model cannot think, and does not fail when it is told to."""
 
     @pytest.fixture(scope="class")
-    def portal(self, module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
+    @classmethod
+    def portal(cls, module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
         directory = tmp_path_factory.mktemp("portal")
         running = Portal(directory, LLM_SERVER_URL=module_fake.url, LLM_SKIP_THINKING="false")
         yield running
