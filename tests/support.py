@@ -29,6 +29,13 @@ from app.config import child_environment
 from app.events import new_id
 
 ROOT = Path(__file__).resolve().parent.parent
+
+_told = os.environ  # noqa: TID251 - by pytest-xdist
+WORKERS = int(_told.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+"""How many processes run tests at once."""
+WORKER = int(_told.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Which of them this is, from 0 on."""
+
 SECRET = "kT9vQ2mX7pLw4ZrN8sBd3HfYc6JgUeA1oRiV5tKy"
 
 
@@ -50,9 +57,8 @@ def person(name: str = "1", role: Role = ALL_RIGHTS, **changes: Any) -> Identity
 def _ports() -> Iterator[int]:
     """Each once, in any order. They lie below those that the system gives to outgoing connections, one of
     which could take a port before it is used; those of another worker of pytest are not among them."""
-    told = os.environ  # noqa: TID251 - by pytest-xdist
-    share = 12_000 // int(told.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    first = 20_000 + share * int(told.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 12_000 // WORKERS
+    first = 20_000 + share * WORKER
     yield from random.sample(range(first, first + share), share)
 
 
