@@ -6,8 +6,8 @@ BIN := .venv/bin
 
 check: lint types imports  ## everything that reads the code without running it
 
-test:  ## every test
-	$(PY) -m pytest
+test:  ## every test, in two processes, each with files of its own
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint:
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.cli import install
+from app.cli.page import build_page
 from app.cli.stack import Stack
 from app.config import Settings
 from app.events import new_id
@@ -20,6 +21,13 @@ from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Red
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="DIR", help="keep pictures of the page there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before there are workers: each would fetch the model and build the page, at the same moment."""
+    if config.getoption("numprocesses", None):
+        install.starter_model(Stack())
+        build_page(Stack())
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +97,10 @@ def fake_portal(
     running.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def admin(fake_portal: Portal) -> Iterator[httpx.Client]:
-    """An admin at `fake_portal`."""
-    with fake_portal.client(f"admin-{new_id()[-6:]}", role="admin") as signed_in:
+    """An admin at `fake_portal`, for one module: making an account and signing in cost time on purpose."""
+    with fake_portal.client("admin", role="admin") as signed_in:
         yield signed_in
 
 

@@ -32,6 +32,13 @@ from app.config import child_environment
 from app.events import new_id
 
 ROOT = Path(__file__).resolve().parent.parent
+
+_told = os.environ  # noqa: TID251 - by pytest-xdist
+WORKERS = int(_told.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+"""How many processes run tests at once."""
+WORKER = int(_told.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Which of them this is, from 0 on."""
+
 SECRET = "kT9vQ2mX7pLw4ZrN8sBd3HfYc6JgUeA1oRiV5tKy"
 
 
@@ -54,17 +61,27 @@ def person(name: str = "1", role: Role = ALL_RIGHTS, **changes: Any) -> Identity
     return Identity(**{"owner": f"user:{name}", "role_name": "tester", "role": role, **changes})
 
 
+def _ports() -> Iterator[int]:
+    """Each once, in any order. They lie below those that the system gives to outgoing connections, one of
+    which could take a port before it is used; those of another worker of pytest are not among them."""
+    share = 12_000 // WORKERS
+    first = 20_000 + share * WORKER
+    yield from random.sample(range(first, first + share), share)
+
+
+_unused_ports = _ports()
+
+
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to outgoing connections: one of
-    them could take it before it is used."""
-    while True:
-        port = random.randrange(20_000, 32_000)
+    """A port that nobody listens on, and that is given to nobody else."""
+    for port in _unused_ports:
         with socket.socket() as sock:
             try:
                 sock.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
+    raise AssertionError("all ports are used up")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "the condition") -> Any:
@@ -138,6 +155,7 @@ class LlamaServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "app.cli.llm_server", "--model", str(model)]
         self._command += ["--port", str(self.port), "--slots", str(slots), "--ctx", str(context)]
+        self._command += ["--threads", "1"]  # the portal, a browser and other tests need cores too
         self._log = directory / "llama.log"
         self.start()
 
@@ -249,6 +267,7 @@ class Portal:
         self.env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.log = directory / "portal.log"
         self.process: Process | None = None
+        self._accounts: set[str] = set()
 
     def start(self, *, ready: bool = True) -> Portal:
         command = [sys.executable, str(ROOT / "backend" / "run_server.py"), "--port", str(self.port)]
@@ -268,6 +287,9 @@ class Portal:
         except httpx.HTTPError:
             return False
 
+    def alive(self) -> bool:
+        return self.process is not None and self.process.alive()
+
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
@@ -280,16 +302,21 @@ class Portal:
     def client(self, username: str = "ada", role: str | None = None) -> Iterator[httpx.Client]:
         """An HTTP client that is signed in; the account is made when it is new, with the role."""
         account = {"username": username, "email": f"{username}@example.org", "password": PASSWORD}
-        if role is not None:
-            # On a thread of its own: it runs an event loop, and the caller may be within one.
-            with ThreadPoolExecutor(1) as pool:
-                account["invitation"] = pool.submit(invite, self.env_file, role).result().secret
         with httpx.Client(base_url=self.url, timeout=60) as client:
-            registered = client.post("/api/auth/register", json=account)
-            assert registered.status_code in {201, 409}, registered.text
+            if username not in self._accounts:
+                if role is not None:
+                    account["invitation"] = self._invitation(role)
+                registered = client.post("/api/auth/register", json=account)
+                assert registered.status_code in {201, 409}, registered.text
+                self._accounts.add(username)
             token = client.post("/api/auth/login", json=account).json()["access_token"]
             client.headers["Authorization"] = f"Bearer {token}"
             yield client
+
+    def _invitation(self, role: str) -> str:
+        # On a thread of its own: it runs an event loop, and the caller may be within one.
+        with ThreadPoolExecutor(1) as pool:
+            return str(pool.submit(invite, self.env_file, role).result().secret)
 
 
 MakePortal = Callable[..., Portal]

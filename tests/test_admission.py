@@ -334,10 +334,20 @@ def test_a_runaway_generation_is_cut_off(client: httpx.Client, module_fake: Fake
 def test_a_flood_of_one_leaves_the_others_their_time(
     fake_portal: Portal, client: httpx.Client, module_fake: FakeLLM
 ) -> None:
-    """Replies of different lengths, as real ones have: 8 places, and one person asks 60 times at once."""
+    """Replies of different lengths, as real ones have: 8 places, and one person asks 60 times at once. Other
+    programs on the machine may slow one measurement or two, and an unfair portal slows each."""
     module_fake.script = Script(random=True, lengths=(10, 30), between=0.02)
+    measured: list[tuple[float, float]] = []
+    with fake_portal.client(f"bo-{new_id()[-6:]}") as other:
+        while len(measured) < 3 and not any(beside <= 1.5 * alone for alone, beside in measured):
+            measured.append(alone_and_beside_a_flood(client, other, module_fake))
+    assert any(beside <= 1.5 * alone for alone, beside in measured), measured
 
-    def median(other: httpx.Client, times: int = 15) -> float:
+
+def alone_and_beside_a_flood(flooder: httpx.Client, other: httpx.Client, llm: FakeLLM) -> tuple[float, float]:
+    """How long the other waits for a reply, in seconds: the median before and during a flood."""
+
+    def median(times: int = 15) -> float:
         taken = []
         for _ in range(times):
             began = time.monotonic()
@@ -345,30 +355,29 @@ def test_a_flood_of_one_leaves_the_others_their_time(
             taken.append(time.monotonic() - began)
         return sorted(taken)[len(taken) // 2]
 
-    with fake_portal.client(f"bo-{new_id()[-6:]}") as other:
-        alone = median(other)
-        flooding = threading.Event()
-        flooding.set()
+    alone = median()
+    flooding = threading.Event()
+    flooding.set()
 
-        async def flood() -> None:
-            async with httpx.AsyncClient(
-                base_url=fake_portal.url, headers=client.headers, timeout=60, limits=httpx.Limits()
-            ) as many:
+    async def flood() -> None:
+        async with httpx.AsyncClient(
+            base_url=flooder.base_url, headers=flooder.headers, timeout=60, limits=httpx.Limits()
+        ) as many:
 
-                async def go_on(number: int) -> None:
-                    await asyncio.sleep(number * 0.02)  # people do not ask in step
-                    while flooding.is_set():
-                        body = {"session_id": f"flood-{number}", "message": "hi"}
-                        await many.post("/api/llm/chat/session", json=body)
+            async def go_on(number: int) -> None:
+                await asyncio.sleep(number * 0.02)  # people do not ask in step
+                while flooding.is_set():
+                    body = {"session_id": f"flood-{number}", "message": "hi"}
+                    await many.post("/api/llm/chat/session", json=body)
 
-                await asyncio.gather(*(go_on(number) for number in range(60)))
+            await asyncio.gather(*(go_on(number) for number in range(60)))
 
-        thread = threading.Thread(target=lambda: asyncio.run(flood()))
-        thread.start()
-        try:
-            wait_until(lambda: module_fake.running >= 8, what="the flood")
-            beside = median(other)
-        finally:
-            flooding.clear()
-            thread.join()
-    assert beside <= 1.5 * alone, (alone, beside)
+    thread = threading.Thread(target=lambda: asyncio.run(flood()))
+    thread.start()
+    try:
+        wait_until(lambda: llm.running >= 8, what="the flood")
+        beside = median()
+    finally:
+        flooding.clear()
+        thread.join()
+    return alone, beside

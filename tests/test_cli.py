@@ -26,7 +26,7 @@ from app.cli.gguf import trained_context
 from app.cli.install import MODEL
 from app.cli.llm_server import alias_of
 from app.cli.stack import DEFAULT_STATE, Stack
-from tests.support import ROOT, answers, can_sign_in, free_port, wait_until
+from tests.support import ROOT, WORKERS, answers, can_sign_in, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -86,7 +86,7 @@ def test_up_status_logs_and_down(setup: Setup) -> None:
     began = time.monotonic()
     code, output = setup.up("--detach")
     assert code == 0, output
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 30 * WORKERS, "others have their part of the cores"
     assert re.search(r"HTTP: “.+”", output), output
     assert re.search(r"MQTT: “.+”", output), output
     assert f"http://localhost:{setup.port}/docs" in output

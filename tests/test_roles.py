@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,11 @@ import httpx
 import pytest
 
 from app.access import PERMISSIONS
-from app.config import child_environment
 from app.events import new_id
 from app.services.redaction import redact
 from tests.fake_llm import FakeLLM, Script
-from tests.support import ROOT, GameClient, MakePortal, Mosquitto, Portal, ask, token_of, wait_until
+from tests.support import GameClient, MakePortal, Mosquitto, Portal, ask, token_of, wait_until
+from tests.test_run_server import refuse_settings
 
 CHAT = ["chat:use", "sessions:read", "account:write"]
 
@@ -223,14 +221,7 @@ def test_a_wrong_role_is_told(admin: httpx.Client, name: str, body: dict[str, An
 )
 def test_a_wrong_file_is_told_at_the_start(tmp_path: Path, file: str, text: str, problem: str) -> None:
     (tmp_path / file).write_text(text)
-    (tmp_path / ".env").write_text("")
-    command = [sys.executable, str(ROOT / "backend" / "run_server.py"), "--env-file", str(tmp_path / ".env")]
-    told = subprocess.run(
-        command, env=child_environment({}), capture_output=True, text=True, timeout=30, check=False
-    )
-    assert told.returncode == 2
-    assert problem in told.stderr
-    assert "Traceback" not in told.stderr
+    assert problem in refuse_settings(tmp_path, "")
 
 
 def test_what_another_process_defines_is_known_here(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import pytest
 
+import run_server
 from app.config import EXAMPLE_FILE, child_environment
 from tests.support import ROOT, MakePortal, free_port
 
@@ -28,6 +32,17 @@ def refuse(*words: str) -> str:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def refuse_settings(directory: Path, lines: str) -> str:
+    """What it says of settings with which it does not start: in this process, since nothing has begun by
+    then."""
+    env_file = directory / ".env"
+    env_file.write_text(lines)
+    words = ["run_server.py", "--port", str(free_port()), "--env-file", str(env_file)]
+    with mock.patch.object(sys, "argv", words), redirect_stderr(io.StringIO()) as said:
+        assert run_server.main() == 2
+    return said.getvalue()
 
 
 def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path, make_portal: MakePortal) -> None:

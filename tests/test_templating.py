@@ -72,10 +72,10 @@ def test_what_is_not_allowed_is_refused(content: str) -> None:
     ],
 )
 def test_a_rendering_is_bounded_in_space_and_time(content: str, complaint: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InvalidRequest, match=complaint):
         render(content, {"x": list(range(100_000)), "y": "long " * 1000})
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @given(st.text(max_size=60), st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from app.cli.page import build_page
 from app.cli.stack import Stack
@@ -16,6 +16,10 @@ from tests.support import GuardedMosquitto, LlamaServer, Portal, program
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
+PATIENCE_MS = 10_000
+"""How long things on the page may take to come about, on a machine that is busy with other tests too."""
+
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +62,7 @@ def context(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Browse
     """A browser with a profile of its own, at a desktop's and a phone's width."""
     height = 800 if request.param > 600 else 740
     opened = browser.new_context(viewport={"width": request.param, "height": height}, locale="en-GB")
-    opened.set_default_timeout(10_000)
+    opened.set_default_timeout(PATIENCE_MS)
     yield opened
     opened.close()
 

@@ -8,9 +8,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.support import CHAT_URL, PASSWORD, answered, answers, ask, begun, go, sign_up, write_template
-from tests.fake_llm import FakeLLM, text
+from tests.fake_llm import FakeLLM, Script, text
 from tests.proxy import Proxy
-from tests.support import LlamaServer, MakePortal, Portal, wait_until
+from tests.support import LlamaServer, Portal, wait_until
 
 LONG = "Tell me a very long story about a maze, with many people in it."
 
@@ -136,17 +136,25 @@ def test_what_was_written_is_not_lost_by_a_reload(ada: Page) -> None:
 class TestWithAnLLMThatDoesAsItIsTold:
     """The starter model cannot think, and does not fail when it is told to."""
 
-    @pytest.fixture
-    def portal(
-        self, fake_thread: FakeLLM, make_portal: MakePortal, tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[Portal]:
-        yield make_portal(
-            tmp_path_factory.mktemp("portal"), LLM_SERVER_URL=fake_thread.url, LLM_SKIP_THINKING="false"
-        ).start()
+    @pytest.fixture(scope="class")
+    @classmethod
+    def portal(cls, module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
+        directory = tmp_path_factory.mktemp("portal")
+        running = Portal(directory, LLM_SERVER_URL=module_fake.url, LLM_SKIP_THINKING="false")
+        yield running
+        running.stop()
 
-    def test_thinking_is_folded_also_later(self, ada: Page, fake_thread: FakeLLM) -> None:
-        fake_thread.script.pieces = [{"reasoning_content": "Hmm, a greeting."}, *text("Hello", " there")]
-        fake_thread.script.usage = {
+    @pytest.fixture(autouse=True)
+    def script(self, module_fake: FakeLLM, portal: Portal) -> Script:
+        """What the LLM server is told. Some tests have stopped the portal."""
+        if not portal.alive():
+            portal.start()
+        module_fake.script = Script()
+        return module_fake.script
+
+    def test_thinking_is_folded_also_later(self, ada: Page, script: Script) -> None:
+        script.pieces = [{"reasoning_content": "Hmm, a greeting."}, *text("Hello", " there")]
+        script.usage = {
             "prompt_tokens": 5,
             "completion_tokens": 9,
             "completion_tokens_details": {"reasoning_tokens": 4},
@@ -160,25 +168,43 @@ class TestWithAnLLMThatDoesAsItIsTold:
             expect(ada.get_by_text("Hmm, a greeting.")).to_be_visible()
             ada.reload()
 
-    def test_an_error_says_what_to_do_and_asks_again(self, ada: Page, fake_thread: FakeLLM) -> None:
-        fake_thread.script.status = 500
+    def test_an_error_says_what_to_do_and_asks_again(self, ada: Page, script: Script) -> None:
+        script.status = 500
         ask(ada, "Hi")
         alert = ada.get_by_role("alert")
         expect(alert).to_contain_text("whoever runs the portal")
         ada.reload()
         expect(alert).to_contain_text("whoever runs the portal")
-        fake_thread.script.status = 200
+        script.status = 200
         alert.get_by_role("button", name="Ask again").click()
         expect(answers(ada)).to_contain_text("Hello there")
 
     def test_a_message_that_cannot_be_sent_stays_in_the_box(self, ada: Page, portal: Portal) -> None:
         ask(ada, "First")
         answered(ada)
-        assert portal.process is not None
-        portal.process.stop()
+        portal.stop()
         ask(ada, "Second")
-        expect(ada.get_by_role("alert")).to_contain_text("cannot be reached")
+        # The list of the chats beside it may say so too.
+        alert = ada.get_by_role("main").get_by_role("alert")
+        expect(alert).to_contain_text("cannot be reached")
         expect(ada.get_by_role("textbox", name="Message")).to_have_value("Second")
         portal.start()
-        ada.get_by_role("alert").get_by_role("button", name="Try again").click()
+        alert.get_by_role("button", name="Try again").click()
         answered(ada, 2)
+
+    def test_a_chat_that_cannot_be_refreshed_stays_on_the_page(self, ada: Page, portal: Portal) -> None:
+        ask(ada, "First")
+        answered(ada)
+        portal.stop()
+        failed: list[str] = []
+        ada.on("requestfailed", lambda request: failed.append(request.url))
+
+        def given_up() -> bool:
+            # As somebody who comes back to the tab, which refreshes what is five seconds old.
+            ada.evaluate("document.dispatchEvent(new Event('visibilitychange', { bubbles: true }))")
+            return sum("/history" in url for url in failed) == 3
+
+        wait_until(given_up, what="the last try to refresh the chat")
+        expect(answers(ada)).to_contain_text("Hello there")
+        expect(ada.get_by_role("textbox", name="Message")).to_be_visible()
+        expect(ada.get_by_role("main").get_by_role("alert")).to_have_count(0)

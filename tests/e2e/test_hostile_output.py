@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 
 from tests.e2e.support import answered, ask, go, write_template
 from tests.fake_llm import FakeLLM, text
-from tests.support import MakePortal, Portal
+from tests.support import Portal
 
 PAYLOADS = [
     "<script>window.ran = 1</script>",
@@ -63,21 +63,23 @@ def canary() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-@pytest.fixture
-def portal(fake_thread: FakeLLM, make_portal: MakePortal, tmp_path_factory: pytest.TempPathFactory) -> Portal:
+@pytest.fixture(scope="module")
+def portal(module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
     """A portal whose model writes what it is told to."""
-    return make_portal(tmp_path_factory.mktemp("portal"), LLM_SERVER_URL=fake_thread.url).start()
+    running = Portal(tmp_path_factory.mktemp("portal"), LLM_SERVER_URL=module_fake.url).start()
+    yield running
+    running.stop()
 
 
 def test_nothing_in_an_answer_runs_or_is_fetched(
-    ada: Page, fake_thread: FakeLLM, canary: tuple[str, list[str]]
+    ada: Page, module_fake: FakeLLM, canary: tuple[str, list[str]]
 ) -> None:
     address, asked = canary
     for number, payload in enumerate(PAYLOADS):
         hostile = payload.format(canary=address)
         # In pieces, as a model writes, so that half a tag is drawn too.
         pieces = [hostile[start : start + 7] for start in range(0, len(hostile), 7)]
-        fake_thread.script.pieces = text(*pieces, f"\n\nthe end of {number}")
+        module_fake.script.pieces = text(*pieces, f"\n\nthe end of {number}")
         ask(ada, f"{number}: {hostile}")
         expect(ada.get_by_text(f"the end of {number}")).to_be_visible()
         answered(ada, number + 1)

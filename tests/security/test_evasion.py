@@ -9,10 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
+from pwdlib import PasswordHash
+from pwdlib.hashers.argon2 import Argon2Hasher
 
 from app.config import Settings
 from app.container import Container, open_container
 from app.errors import RateLimited, Unauthenticated
+from app.services import accounts
 from app.services.audit import AuditFilter
 from app.services.ledger import MemoryLedger
 from tests.fake_llm import FakeLLM
@@ -81,6 +84,21 @@ def test_only_a_trusted_proxy_is_believed_and_only_the_address_that_it_saw(
 # --- passwords -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes that cost next to nothing: tries are counted here, and there are many."""
+    hasher = PasswordHash([Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1)])
+    decoy = hasher.hash("no account has this password")
+    monkeypatch.setattr(accounts, "_hasher", hasher)
+    monkeypatch.setattr(accounts, "_DECOY", decoy)
+
+
+def test_a_name_that_nobody_has_takes_the_same_time() -> None:
+    """The hash that is looked at then has the parameters of those that are made."""
+    matches, better = accounts._hasher.verify_and_update("no account has this password", accounts._DECOY)
+    assert (matches, better) == (True, None)
+
+
 class Guesser:
     """Tries passwords, at a time that it sets."""
 
@@ -107,6 +125,7 @@ async def people(portal: Container, *names: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("quick_passwords")
 async def test_guessing_at_an_account_is_slowed_and_then_stopped_from_wherever_it_comes(
     settings_for: Callable[..., Settings],
 ) -> None:
@@ -129,6 +148,7 @@ async def test_guessing_at_an_account_is_slowed_and_then_stopped_from_wherever_i
         assert len(denied) == tried, "each is in the audit log"
 
 
+@pytest.mark.usefixtures("quick_passwords")
 async def test_guessing_at_many_accounts_from_one_address_is_stopped_there_and_nowhere_else(
     settings_for: Callable[..., Settings],
 ) -> None:

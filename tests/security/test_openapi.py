@@ -7,7 +7,7 @@ sign-in and an address of its own for each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -55,6 +55,39 @@ def schema(fuzzed: Portal) -> Any:
     return schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
 
 
+def maker(path: str, found: str, body: Callable[[], dict[str, str]]) -> Callable[[httpx.Client], str]:
+    """What makes a thing by a POST and tells its id; one that nobody has where it may not be made."""
+
+    def make(client: httpx.Client) -> str:
+        return str(client.post(path, json=body()).json().get(found, "none"))
+
+    return make
+
+
+def guest() -> dict[str, str]:
+    return {"username": new_id(), "email": f"{new_id()}@example.org", "password": PASSWORD}
+
+
+def turn() -> dict[str, str]:
+    return {"session_id": new_id(), "message": "hi"}
+
+
+make_user = maker("/api/auth/register", "id", guest)
+
+MAKERS: dict[str, Callable[[httpx.Client], str]] = {
+    "session_id": maker("/api/llm/chat/session", "session_id", turn),
+    "turn_id": maker("/api/llm/chat/session", "turn_id", turn),
+    "template_id": maker("/api/templates", "id", lambda: {"title": "t", "content": "{{ a }}"}),
+    "version": lambda _: "1",
+    "key_id": maker("/api/keys", "id", lambda: {"name": "k"}),
+    "link_id": maker("/api/admin/invitations", "id", lambda: {"role": "viewer"}),
+    "user_id": make_user,
+    "sign_in_id": lambda _: "none",
+    "name": lambda _: f"role-{new_id()[-8:]}",
+    "subject": lambda client: f"user:{make_user(client)}",
+}
+
+
 class Person:
     """Somebody of a role, or nobody; as another one after each sign-out."""
 
@@ -73,29 +106,12 @@ class Person:
                 self._headers = {"Authorization": client.headers["Authorization"]}
         return self._headers
 
-    def things(self, headers: dict[str, str]) -> dict[str, str]:
-        """What paths can name: real things of this person where the role may make them."""
+    def things(self, names: set[str], headers: dict[str, str]) -> dict[str, str]:
+        """What these parameters of a path can name: real things of this person where the role may make
+        them."""
         headers = {**headers, "X-Forwarded-For": next(_addresses)}
         with httpx.Client(base_url=self.portal.url, headers=headers, timeout=30) as client:
-            session = new_id()
-            turn = client.post("/api/llm/chat/session", json={"session_id": session, "message": "hi"}).json()
-            template = client.post("/api/templates", json={"title": "t", "content": "{{ a }}"}).json()
-            key = client.post("/api/keys", json={"name": "k"}).json()
-            link = client.post("/api/admin/invitations", json={"role": "viewer"}).json()
-            guest = {"username": new_id(), "email": f"{new_id()}@example.org", "password": PASSWORD}
-            user = client.post("/api/auth/register", json=guest).json()
-        return {
-            "session_id": session,
-            "turn_id": turn.get("turn_id", "none"),
-            "template_id": template.get("id", "none"),
-            "version": "1",
-            "key_id": key.get("id", "none"),
-            "link_id": link.get("id", "none"),
-            "user_id": user.get("id", "none"),
-            "sign_in_id": "none",
-            "name": f"role-{session[-8:]}",
-            "subject": f"user:{user.get('id', 'none')}",
-        }
+            return {name: MAKERS[name](client) for name in sorted(names)}
 
 
 def operations(schema: Any) -> Iterator[Any]:
@@ -111,9 +127,7 @@ def test_no_made_up_request_fails_the_portal_or_is_answered_otherwise_than_docum
     for operation in operations(schema):
         headers = person.headers()
         named = {parameter.name for parameter in operation.path_parameters}
-        things = (
-            {name: value for name, value in person.things(headers).items() if name in named} if named else {}
-        )
+        things = person.things(named, headers) if named else {}
         for mode, path, examples in _ways(things, role):
             strategy = operation.as_strategy(generation_mode=mode, path_parameters=path)
             asked += 1

@@ -12,8 +12,8 @@ import pytest
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM
-from tests.support import SECRET, GameClient, MakePortal, Mosquitto, Process, free_port, program
-from tests.test_run_server import refuse
+from tests.support import SECRET, GameClient, MakePortal, Mosquitto, Process, program
+from tests.test_run_server import refuse_settings
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +37,7 @@ pytestmark = pytest.mark.slow
 def test_it_does_not_start_even_on_loopback_and_names_the_setting(
     tmp_path: Path, line: str, said: str
 ) -> None:
-    env_file = tmp_path / ".env"
-    env_file.write_text(line)
-    output = refuse("--port", str(free_port()), "--env-file", str(env_file))
+    output = refuse_settings(tmp_path, line)
     assert said in output
     assert "Short1!" not in output
 

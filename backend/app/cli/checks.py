@@ -14,6 +14,10 @@ from app.cli.page import npm, npm_environment
 from app.cli.stack import ROOT, Stack
 from app.config import BACKEND_DIR, child_environment
 
+IN_TWO_PROCESSES = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+"""For the whole of the tests: each file runs in one of two processes, which have servers of their own. The
+files that take longest come first."""
+
 Check = tuple[str, Path, list[str]]
 
 
@@ -42,7 +46,7 @@ def run_checks(stack: Stack, pytest_arguments: Sequence[str]) -> int:
             console.print(f"[red]✗[/red] {title}")
             return code
         done(title)
-    return _run([sys.executable, "-m", "pytest", *pytest_arguments], ROOT)
+    return _run([sys.executable, "-m", "pytest", *(pytest_arguments or IN_TWO_PROCESSES)], ROOT)
 
 
 def run_benchmarks(arguments: Sequence[str]) -> int:

@@ -61,6 +61,10 @@ def _serve(arguments: argparse.Namespace, context: int) -> Any:
     params.hostnames = [arguments.host]
     params.port = arguments.port
     params.n_parallel = arguments.slots
+    if arguments.threads is not None:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
+    else:
+        params.cpuparams.n_threads = max(1, (psutil.cpu_count(logical=False) or 1) - 1)
     params.n_ctx = arguments.slots * context  # shared out evenly
     params.use_jinja = True
     params.cont_batching = True
@@ -94,6 +98,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8080, help="port to listen on (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="generations at once (%(default)s)")
     parser.add_argument("--ctx", type=int, default=4096, help="context of each, in tokens (%(default)s)")
+    # llama.cpp's threads wait for one another without sleeping: where other programs need the cores too, each
+    # thread more makes it slower. So one core is left to them while it generates.
+    parser.add_argument("--threads", type=int, help="threads of a generation (one fewer than cores)")
     parser.add_argument("--alias", default="", help="the model's public name (from the file's name)")
     parser.add_argument("--with-parent", action="store_true", help="end when standard input does")
     return parser.parse_args()

@@ -301,11 +301,9 @@ class ProjectDoor:
             self._start(self._deliver(delivery, turn), "reply")
 
     async def _deliver(self, delivery: Delivery, turn: Turn) -> None:
-        assert turn.ending is not None
-        target, project = delivery.target, self._parts.projects.project(turn.session.project)
-        payload = answers.answer(target, turn.ending, turn.row.request_id, project)
+        target = delivery.target
         try:
-            await self._connection.send(_outgoing(target, payload))
+            await self._connection.send(_outgoing(target, self._payload(target, turn)))
         except PublishRefused as error:
             # It stays in the outbox, and is tried again when the portal is started again.
             log.error("the broker refused a reply", topic=target.topic, reason=str(error))
@@ -313,6 +311,15 @@ class ProjectDoor:
         await insist(lambda: self._parts.outbox.delivered([delivery.id]))
         self._delivered.add(delivery.id)
         self._delivering.discard(delivery.id)
+
+    def _payload(self, target: ReplyTarget, turn: Turn) -> bytes:
+        assert turn.ending is not None
+        project, request_id = self._parts.projects.project(turn.session.project), turn.row.request_id
+        try:
+            return answers.answer(target, turn.ending, request_id, project)
+        except Exception:
+            log.exception("a reply could not be put into words", turn=turn.id)
+            return answers.refusal(target, Internal("The portal failed at this reply."), request_id)
 
     async def _deliver_stored(self) -> None:
         """Publishes the replies that an earlier process left, and those to turns that another process

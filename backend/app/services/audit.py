@@ -105,7 +105,7 @@ def note(connection: Connection, who: Identity | None, action: str, **rest: Any)
 def seal(connection: Connection, entries: Sequence[Entry]) -> None:
     """Writes the entries of a transaction at the end of the chain. For `Database.before_commit`."""
     seq, last = connection.execute(_HEAD).one()
-    now = time.time()
+    now = round(time.time(), 6)  # as it is shown, so that it can be searched for
     rows = []
     for entry in entries:
         seq += 1

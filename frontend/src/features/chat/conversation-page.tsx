@@ -13,6 +13,7 @@ import {
 } from "@mantine/core";
 import { modals } from "@mantine/modals";
 import { IconArrowDown, IconDots, IconEraser, IconPencil, IconTrash } from "@tabler/icons-react";
+import type { UseQueryResult } from "@tanstack/react-query";
 import { Fragment, useState } from "react";
 import { Link, useNavigate, useParams } from "react-router";
 import { llmAPI } from "../../api";
@@ -53,12 +54,12 @@ function Conversation({ sessionId }: { sessionId: string }) {
   const stop = async () => {
     await llmAPI.stopSession(sessionId);
   };
-  const failure = session.error ?? history.error;
+  const failure = failureOf(session) ?? failureOf(history);
   if (failure) {
     return (
       <Center mih="60dvh" p="md">
         <ErrorNotice
-          error={PortalError.from(failure)}
+          error={failure}
           onRetry={() => void Promise.all([session.refetch(), history.refetch()])}
         />
       </Center>
@@ -108,6 +109,14 @@ function Conversation({ sessionId }: { sessionId: string }) {
       </div>
     </div>
   );
+}
+
+/** Why there is nothing to show. What was loaded stays, with the box to write in, when only its refreshing
+ * fails for the moment; that it is not there any more is told. */
+function failureOf({ data, error }: UseQueryResult<unknown>): PortalError | undefined {
+  if (!error) return undefined;
+  const failure = PortalError.from(error);
+  return data !== undefined && failure.options.retryable ? undefined : failure;
 }
 
 function isAnswerTo(question: HistoryMessage, message: HistoryMessage): boolean {
