@@ -84,6 +84,9 @@ def test_the_form_takes_every_tool_and_nothing_else() -> None:
     required = constrained(GenerationOptions(tools=TOOLS, tool_choice="required")).response_format
     assert required is not None
     assert required["json_schema"]["schema"]["properties"]["tool_calls"]["minItems"] == 1
+    short = constrained(GenerationOptions(tools=TOOLS, max_tokens=100)).response_format
+    assert short is not None
+    assert short["json_schema"]["schema"]["properties"]["response"]["maxLength"] == 200
     with pytest.raises(InvalidRequest, match="response_format"):
         constrained(GenerationOptions(tools=TOOLS, response_format={"type": "json_object"}))
 

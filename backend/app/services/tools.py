@@ -20,6 +20,12 @@ from app.events import GenerationOptions, new_id
 MOST_CALLS = 4
 """Calls in one reply, so that a small model cannot go on for ever."""
 
+SHORT_REPLY = 400
+"""Tokens. Longer texts are left unbounded: servers take no large `maxLength`."""
+
+CHARS_A_TOKEN = 2
+"""Of the text; about half of what a token is, so that half of them are left."""
+
 _BEGINNING = re.compile(r'\s*\{\s*"response"\s*:\s*"')
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _UNITS = re.compile(rf'(?:[^"\\]|\\[^u]|{_HIGH}{_LOW}|(?!{_HIGH})\\u[0-9a-fA-F]{{4}})*')
@@ -44,9 +50,16 @@ def constrained(options: GenerationOptions) -> GenerationOptions:
         "minItems": 1 if is_required else 0,
         "maxItems": MOST_CALLS if offered and choice != "none" else 0,
     }
-    schema = _object({"response": {"type": "string"}, "tool_calls": calls})
+    schema = _object({"response": _text(options.max_tokens), "tool_calls": calls})
     form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
     return options.model_copy(update={"tools": None, "tool_choice": None, "response_format": form})
+
+
+def _text(max_tokens: int | None) -> dict[str, Any]:
+    """The text's schema. In a short reply it leaves room for the calls, which come after it."""
+    if max_tokens is None or max_tokens > SHORT_REPLY:
+        return {"type": "string"}
+    return {"type": "string", "maxLength": CHARS_A_TOKEN * max_tokens}
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
