@@ -21,6 +21,12 @@ from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Red
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", metavar="DIR", help="keep pictures of the page there")
+    parser.addoption(
+        "--chaos",
+        choices=("short", "long"),
+        default="short",
+        help="how often the chaos tests break something",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -13,9 +13,11 @@ T = TypeVar("T")
 
 
 class Proxy:
-    """Passes bytes on to `port`; `cut` breaks all connections that are open. Runs on a thread of its own."""
+    """Passes bytes on to `port`; `cut` breaks all connections that are open. While it is `deaf`, it throws
+    away what clients send. Runs on a thread of its own."""
 
     def __init__(self, port: int) -> None:
+        self.deaf = False
         self._upstream = port
         self._writers: set[asyncio.StreamWriter] = set()
         self._background = BackgroundLoop()
@@ -45,12 +47,16 @@ class Proxy:
         with suppress(OSError):
             out_reader, out_writer = await asyncio.open_connection("127.0.0.1", self._upstream)
             self._writers |= {writer, out_writer}
-            await asyncio.gather(self._pass(reader, out_writer), self._pass(out_reader, writer))
+            upwards = self._pass(reader, out_writer, lambda: self.deaf)
+            await asyncio.gather(upwards, self._pass(out_reader, writer, lambda: False))
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_deaf: Callable[[], bool]
+    ) -> None:
         with suppress(OSError):
             while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
+                if not is_deaf():
+                    writer.write(data)
+                    await writer.drain()
         self._writers.discard(writer)
         writer.close()

@@ -234,6 +234,9 @@ class GuardedMosquitto:
     def stop(self) -> None:
         self._process.stop()
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def forget(self) -> None:
         """Loses what the plugin has stored, and starts as it did the first time."""
         self.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -15,17 +16,23 @@ from tests.support import MakePortal, Portal, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
-def test_another_instance_takes_over_after_the_lease(
-    fake_thread: FakeLLM, tmp_path: Path, make_portal: MakePortal
-) -> None:
-    directories = [tmp_path / name for name in ("one", "two")]
-    for directory in directories:
-        directory.mkdir()
+@pytest.fixture
+def pair(fake_thread: FakeLLM, tmp_path: Path, make_portal: MakePortal) -> tuple[Portal, Portal]:
+    """Two instances on one database."""
     database = f"sqlite:///{tmp_path / 'shared.db'}"
-    one, two = (
-        make_portal(directory, LLM_SERVER_URL=fake_thread.url, DATABASE_URL=database).start()
-        for directory in directories
-    )
+
+    def start(name: str) -> Portal:
+        directory = tmp_path / name
+        directory.mkdir()
+        return make_portal(directory, LLM_SERVER_URL=fake_thread.url, DATABASE_URL=database).start()
+
+    return start("one"), start("two")
+
+
+def test_another_instance_takes_over_after_the_lease(
+    fake_thread: FakeLLM, pair: tuple[Portal, Portal]
+) -> None:
+    one, two = pair
     fake_thread.script = Script(pieces=text(*["more "] * 100), between=0.05)
     body = {"session_id": "s", "message": "hi", "request_id": "r"}
     with two.client() as web:
@@ -44,6 +51,25 @@ def test_another_instance_takes_over_after_the_lease(
         with web.stream("GET", f"/api/llm/turns/{answer.json()['turn_id']}/events?after=1.20") as stream:
             first = next(line for line in stream.iter_lines() if line.startswith("event:"))
         assert first == "event: restarted", "who saw the first attempt is told that it is void"
+    two.stop()
+
+
+def test_what_was_asked_of_the_other_one_waits_for_what_it_takes_over(
+    fake_thread: FakeLLM, pair: tuple[Portal, Portal]
+) -> None:
+    one, two = pair
+    fake_thread.script = Script(pieces=text(*["more "] * 100), between=0.05)
+    with two.client() as web, ThreadPoolExecutor(1) as pool:
+        body = {"session_id": "s", "message": "first", "request_id": "r1"}
+        with pytest.raises(httpx.HTTPError):
+            post_and_kill(one, body, web.headers["Authorization"], fake_thread)
+        fake_thread.script = Script(echo=True)
+        behind = {"session_id": "s", "message": "second", "request_id": "r2"}
+        later = pool.submit(web.post, "/api/llm/chat/session", json=behind)
+        answers = [web.post("/api/llm/chat/session", json=body), later.result()]
+        assert [answer.json()["response"] for answer in answers] == ["echo: first", "echo: second"]
+        messages = web.get("/api/llm/chat/session/s/history").json()["messages"]
+        assert [message["content"] for message in messages[::2]] == ["first", "second"]
     two.stop()
 
 

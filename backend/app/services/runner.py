@@ -210,6 +210,11 @@ class Runner:
             if found is None or found[0].instance != self._instance or not found[0].is_active:
                 self.watch_elsewhere(turn)
                 return False
+            if live.waiting and live.waiting[0].row.position < turn.row.position:
+                # An earlier turn of the session was taken up here meanwhile: this one waits for it.
+                turn.task = None
+                self.enqueue(turn)
+                return False
             await asyncio.sleep(ELSEWHERE_POLL_S)
         return turn.interruption in {"stop", "expired"}
 
