@@ -16,5 +16,7 @@ export default defineConfig({
     // Browsers that know light-dark(), which would be rewritten into something Mantine's schemes do not set.
     cssTarget: ["chrome123", "firefox120", "safari17.5"],
   },
-  server: { proxy: { "/api": portal, "/health": portal, "/openapi.json": portal } },
+  server: {
+    proxy: { "/api": portal, "/health": portal, "/openapi.json": portal, "/asyncapi.json": portal },
+  },
 });

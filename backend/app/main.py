@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body
 from app.events import TurnEvent, is_id, new_id
 from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
+from app.mqtt import asyncapi
 from app.routers import admin, auth, devices, health, keys, llm, mqtt, page, sessions, stats, templates
 
 log = get_logger(__name__)
@@ -97,6 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    _add_asyncapi(app, settings)
     return app
 
 
@@ -172,7 +175,7 @@ async def _on_defect(request: Request, error: Exception) -> Response:
     return render(request, Internal("The portal failed at this request."))
 
 
-# --- OpenAPI -------------------------------------------------------------------------------------
+# --- OpenAPI and AsyncAPI -------------------------------------------------------------------------
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -187,3 +190,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         document["components"]["schemas"] |= {**components, "TurnEvent": reference}
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _add_asyncapi(app: FastAPI, settings: Settings) -> None:
+    @app.get("/asyncapi.json", include_in_schema=False)
+    def asyncapi_document() -> Response:
+        return Response(_asyncapi(settings.mqtt_projects), media_type="application/json")
+
+
+@cache
+def _asyncapi(projects: tuple[str, ...]) -> bytes:
+    return msgspec.json.encode(asyncapi.document(projects))

@@ -36,6 +36,7 @@ def test_the_headers_are_strict() -> None:
         ("POST", "/api/auth/login", 422),
         ("POST", "/api/auth/logout", 204),
         ("GET", "/openapi.json", 200),
+        ("GET", "/asyncapi.json", 200),
     ],
 )
 def test_every_answer_has_them(target: Portal, method: str, path: str, status: int) -> None:

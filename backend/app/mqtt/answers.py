@@ -21,6 +21,7 @@ from app.events import (
     new_id,
 )
 from app.mqtt.contract import Command
+from app.mqtt.payloads import HintRefusal, NewSession, Notice, Refusal, Status
 from app.services.hints import hint_of
 from app.services.projects import Project
 from app.services.turns import Numbered, answer_of
@@ -62,9 +63,9 @@ def refusal(target: ReplyTarget, error: PortalError, request_id: str | None) -> 
     if target.form == "hint":
         # Only what a player can do something about is shown where the game shows hints.
         text = "" if error.code in {"superseded", "expired"} else f"Error: {error.message}"
-        return _encode({"hint": text, "error": error.info, **_request(request_id)})
+        return _encode(HintRefusal(text, error.info, request_id))
     if target.form == "json" or target.json_errors:
-        return _encode({"error": error.info, **_ids(target, request_id)})
+        return _encode(Refusal(error.info, target.session_id or None, request_id))
     return f"Error: {error.message}".encode()
 
 
@@ -72,23 +73,18 @@ def notice(target: ReplyTarget, text: str, request_id: str | None) -> bytes:
     """The payload that tells that something was done."""
     if target.form == "text":
         return text.encode()
-    return _encode({"hint": text, **_request(request_id)})
+    return _encode(Notice(text, request_id))
 
 
 def new_session(command: Command) -> bytes:
     """The payload with a fresh session id."""
     if command.is_plain:
         return new_id().encode()
-    ids = {"sessionId": new_id(), **_request(command.request_id)}
-    return _encode({**ids, **({"clientId": command.body.client_id} if command.body.client_id else {})})
+    return _encode(NewSession(new_id(), command.request_id, command.body.client_id or None))
 
 
 def _ids(target: ReplyTarget, request_id: str | None) -> dict[str, Any]:
     return {"sessionId": target.session_id or None, "requestId": request_id}
-
-
-def _request(request_id: str | None) -> dict[str, Any]:
-    return {} if request_id is None else {"requestId": request_id}
 
 
 # --- streams -------------------------------------------------------------------------------------
@@ -189,16 +185,5 @@ def status(
     queue: int = 0,
     eta_s: float = 0,
 ) -> bytes:
-    """The retained payload of `P/status`. `birth` names the connection, in the will as in the rest,
-    so that a late will is not taken for the end of a newer one."""
-    return _encode(
-        {
-            "state": state,
-            "birth": birth,
-            "model": model,
-            "since": since,
-            "version": version,
-            "queue": queue,
-            "eta_s": eta_s,
-        }
-    )
+    """The retained payload of `P/status`."""
+    return _encode(Status(state, birth, model, since, version, queue, eta_s))

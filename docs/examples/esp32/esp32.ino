@@ -19,11 +19,11 @@ const char *PASSWORD = "...";
 const String ROOT = "maze/device/cab-7";
 const String SESSION = "s1";
 
-// The buffer holds a whole packet: topic, payload, and a few bytes. PubSubClient's own 256 bytes are too few for
-// that; what does not fit, it drops without a word. A piece of 256 bytes may double when JSON escapes it.
-const uint16_t BUFFER_BYTES = 1536;
-const int PIECE_BYTES = 256;
-const int MAX_TOKENS = 80;  // so that the event that ends the stream fits as well
+// PubSubClient's buffer holds a whole packet, topic and payload together; what does not fit, it drops without a
+// word. So the portal is asked for packets of the stream that fit into the 256 bytes that the buffer has by default.
+// The event that ends the stream then comes without the reply's text, which the pieces have told, but with its length.
+const uint16_t BUFFER_BYTES = 256;
+const int MAX_TOKENS = 300;
 
 const unsigned long SILENCE_MS = 8000;  // then the question is asked again
 const unsigned long RECONNECT_MS = 3000;
@@ -34,7 +34,7 @@ PubSubClient mqtt(network);
 String requestId;           // of the question that waits for its answer; empty: none
 String question;            // its payload, the same each time it is sent
 String answer;              // what there is of its answer
-int nextPiece = 0;          // its number in the stream; -1: whichever comes next
+int nextPiece = 0;          // its number in the stream
 unsigned long heardAt = 0;  // when there was a sign of it last
 unsigned long triedAt = 0;  // when the broker was tried last
 
@@ -46,7 +46,7 @@ void ask(const String &message) {
   body["stream"] = true;
   body["format"] = "json";
   body["maxTokens"] = MAX_TOKENS;
-  body["maxChunkBytes"] = PIECE_BYTES;
+  body["maxChunkBytes"] = BUFFER_BYTES;
   question = "";
   serializeJson(body, question);
   answer = "";
@@ -56,7 +56,10 @@ void ask(const String &message) {
 
 void sendQuestion() {
   heardAt = millis();
-  mqtt.publish((ROOT + "/user_input/" + SESSION).c_str(), question.c_str());
+  // Written piece by piece: a question may be longer than the buffer.
+  mqtt.beginPublish((ROOT + "/user_input/" + SESSION).c_str(), question.length(), false);
+  mqtt.print(question);
+  mqtt.endPublish();
 }
 
 void ended(const char *how) {
@@ -64,18 +67,17 @@ void ended(const char *how) {
   Serial.printf("\n[%s] %u bytes\n", how, answer.length());
 }
 
-// The pieces have numbers. One that came before is left out; after one that is missing, nothing is taken until the
-// question, asked again, brings all of them again.
+// The events have numbers, and with 0 the answer begins: the first time, when the portal begins it anew, and when it
+// was asked for again, where the pieces may be cut otherwise. After one that is missing, nothing is taken until then.
 void takeEvent(JsonDocument &event) {
   const char *type = event["type"] | "";
   int number = event["seq"] | -1;
   heardAt = millis();
-  if (strcmp(type, "restarted") == 0) {  // the portal begins its answer anew
+  if (number == 0) {
     answer = "";
-    nextPiece = -1;
-    return;
+    nextPiece = 0;
   }
-  if (nextPiece >= 0 && number != nextPiece) return;
+  if (number != nextPiece) return;
   nextPiece = number + 1;
   if (strcmp(type, "token") == 0) {
     const char *piece = event["content"] | "";
@@ -83,7 +85,7 @@ void takeEvent(JsonDocument &event) {
     Serial.print(piece);
   } else if (strcmp(type, "final") == 0 || strcmp(type, "cancelled") == 0 || strcmp(type, "expired") == 0 ||
              strcmp(type, "superseded") == 0) {
-    ended(type);
+    ended(type);  // where `response` is left out, `response_bytes` equals answer.length() now
   } else if (strcmp(type, "error") == 0 && !(event["error"]["retryable"] | false)) {
     ended(event["error"]["message"] | "error");
   }  // after a retryable error: silence, and then the question again
@@ -99,7 +101,7 @@ void received(char *topic, byte *payload, unsigned int length) {
   if (String(topic) == ROOT + "/stream/" + SESSION + "/" + requestId) {
     takeEvent(body);
   } else if (requestId == (body["requestId"] | "") && body["type"].isNull()) {
-    // Not even begun: refused. The reply as a whole comes here too, and the stream has told it already.
+    // Not even begun: refused. The reply as a whole comes here too, if it fits; the stream has told it already.
     if (!(body["error"]["retryable"] | false)) ended(body["error"]["message"] | "error");
   }
 }
