@@ -52,9 +52,9 @@ def test_the_answer_goes_to_the_response_topic_with_its_correlation(
 ) -> None:
     wanted, data = f"maze/assistant_response/{session}/left", bytes(range(256))
     body = {"message": "hi", "format": "json"}
-    for _ in range(2):
+    for number in (1, 2):
         game.publish(f"maze/user_input/{session}", body, ResponseTopic=wanted, CorrelationData=data)
-    told = said_with(game, wanted, 2)
+        told = said_with(game, wanted, number)
     assert told.CorrelationData == data
     assert told.ContentType == "application/json"
     digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")

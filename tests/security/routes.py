@@ -149,7 +149,7 @@ def call(client: httpx.Client, name: str, ids: Mapping[str, str] = NOBODYS) -> h
     body = None if route.body is None else _filled_body(route.body, ids)
     headers = {"X-Request-ID": "test"}
     return client.request(
-        method, path, json=body, data=route.form, params=dict(route.params), headers=headers
+        method, path, json=body, data=route.form, params=_filled_body(route.params, ids), headers=headers
     )
 
 

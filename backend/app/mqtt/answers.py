@@ -99,8 +99,9 @@ class Packets:
         self._room = None if chunk is None else max(chunk - PACKET_BYTES - len(topic.encode()), LEAST_ROOM)
 
     def of(self, events: Sequence[Numbered]) -> Iterator[bytes]:
-        """The payloads of events that came together: pieces of one kind are joined."""
-        for event in _joined(events):
+        """The payloads of events. The same turn gives the same ones whenever it is asked for."""
+        for numbered in events:
+            event = numbered.event
             if isinstance(event, Restarted):
                 self._seq = 0
             for part in self._parts(event):
@@ -149,27 +150,6 @@ class Packets:
                 start, used = index, 0
             used += size
         yield event.content[start:]
-
-
-def _joined(events: Sequence[Numbered]) -> Iterator[TurnEvent]:
-    """The events, those that follow each other with pieces of one kind as one."""
-    held: Token | Thinking | None = None
-    for numbered in events:
-        event = numbered.event
-        if isinstance(event, Token | Thinking):
-            if held is not None and type(held) is type(event):
-                held = msgspec.structs.replace(held, content=held.content + event.content)
-                continue
-            if held is not None:
-                yield held
-            held = event
-            continue
-        if held is not None:
-            yield held
-            held = None
-        yield event
-    if held is not None:
-        yield held
 
 
 # --- status --------------------------------------------------------------------------------------

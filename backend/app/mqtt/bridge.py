@@ -363,7 +363,7 @@ class ProjectDoor:
             async with aclosing(turn.follow(after)) as batches:
                 async for batch in batches:
                     for payload in packets.of(batch):
-                        ahead.append(self._connection.send(Outgoing(topic, payload, content_type=JSON)))
+                        ahead.append(self._connection.send(Outgoing(topic, payload)))
                         if len(ahead) > MOST_AHEAD:
                             await ahead.popleft()
             await asyncio.gather(*ahead)

@@ -13,6 +13,7 @@ import queue
 import random
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,6 +115,8 @@ class MqttConnection:
         self._connections = 0
         self._lost = asyncio.Event()
         self._unconfirmed: dict[int, asyncio.Future[None]] = {}
+        self._held: deque[tuple[Outgoing, asyncio.Future[None]]] = deque()
+        self._is_up = False
         self.is_subscribed = False
         self._client = _client(self._url, client_id, broker.username, broker.password)
         self._client.on_socket_open = self._watch_socket
@@ -147,12 +150,25 @@ class MqttConnection:
     def send(self, message: Outgoing) -> asyncio.Future[None]:
         """Publishes at QoS 1. The future is done when the broker has confirmed it, after however many
         reconnects, or has `PublishRefused`."""
-        properties = _properties(message)
-        info = self._client.publish(
-            message.topic, message.payload, qos=1, retain=message.retain, properties=properties
-        )
-        confirmed = self._unconfirmed[info.mid] = asyncio.get_running_loop().create_future()
+        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._is_up and not self._held:
+            self._publish(message, confirmed)
+        else:
+            self._held.append((message, confirmed))
         return confirmed
+
+    def _publish(self, message: Outgoing, confirmed: asyncio.Future[None]) -> None:
+        info = self._client.publish(
+            message.topic, message.payload, qos=1, retain=message.retain, properties=_properties(message)
+        )
+        self._unconfirmed[info.mid] = confirmed
+
+    def _release(self) -> None:
+        """Publishes what was held back. paho would let what is published while it connects overtake what
+        was published before."""
+        self._is_up = self._client.is_connected()
+        while self._is_up and self._held:
+            self._publish(*self._held.popleft())
 
     def ack(self, message: Incoming) -> None:
         """Acknowledges a message, unless its connection is gone: then the broker sends it again."""
@@ -161,7 +177,7 @@ class MqttConnection:
 
     async def close(self, topic: str, farewell: bytes) -> None:
         """Publishes a retained farewell in the place of the will, and disconnects."""
-        if self._client.is_connected():
+        if self._is_up:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self.send(Outgoing(topic, farewell, retain=True))
@@ -202,6 +218,7 @@ class MqttConnection:
             self._lost.set()
             return
         self._connections += 1
+        self._loop.call_soon(self._release)  # after paho has sent again what was not confirmed
         # 2: the broker sends no retained messages on subscribing; requests are never retained.
         options = SubscribeOptions(qos=1, retainHandling=2)
         self._client.subscribe([(name, options) for name in self._filters])
@@ -216,6 +233,7 @@ class MqttConnection:
 
     def _disconnected(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         log.warning("the connection to the broker is lost", reason=str(reason))
+        self._is_up = False
         self._lost.set()
 
     def _confirmed(self, _client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:

@@ -221,6 +221,7 @@ class _Draft:
         session = self._address.session
         if session is not None and is_id(session):
             self._session = session
+        if self._session is not None or self._address.verb == "session":
             self._target = self._default_target()
 
     def _find_session(self) -> str | None:
@@ -288,12 +289,15 @@ class _Draft:
         else:
             topic = address.at(HINT, self._session or EVERY_SESSION)
         wants_json = self._body.get("format") == "json"
+        if address.verb == "session":
+            wants_json = bool(message.payload) and not self._is_plain
         form: Literal["text", "json", "hint"] = "json" if wants_json else "text"
         if address.verb not in {"user_input", "session"} and not wants_json:
             form = "hint"
+        wanted = message.response_topic
         return ReplyTarget(
             address.project,
-            topic,
+            wanted if wanted is not None and self._may_answer_at(wanted) else topic,
             self._session or "",
             form=form,
             json_errors=message.response_topic is not None,
@@ -308,8 +312,7 @@ class _Draft:
         wanted = self._message.response_topic or (body.reply_topic if isinstance(body, Ask) else None)
         if wanted is not None and not self._may_answer_at(wanted):
             field = "replyTopic" if self._message.response_topic is None else "Response Topic"
-            below = f"{address.base}/{NEW_SESSION}" if address.verb == "session" else default.topic
-            raise ForeignReplyTopic(f"{field}: it must be {below} or below it")
+            raise ForeignReplyTopic(f"{field}: it must be {default.topic} or below it")
         changes: dict[str, Any] = {"topic": wanted or default.topic}
         if isinstance(body, Ask) and body.stream:
             assert self._session is not None
@@ -319,7 +322,8 @@ class _Draft:
     def _may_answer_at(self, topic: str) -> bool:
         if self._address.verb == "session":
             return self._address.may_answer_at(topic, (NEW_SESSION,), None)
-        kinds = (ASSISTANT_RESPONSE, HINT)
+        # On `hint` there is always JSON, so that is no place for the reply to a message.
+        kinds = (ASSISTANT_RESPONSE,) if self._address.verb == "user_input" else (HINT, ASSISTANT_RESPONSE)
         return self._session is not None and self._address.may_answer_at(topic, kinds, self._session)
 
     def _deadline(self, body: Request) -> float | None:

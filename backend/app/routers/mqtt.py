@@ -44,7 +44,7 @@ Project = Annotated[
 Prompt = Annotated[str | None, Field(max_length=1_000_000)]
 
 
-class State(GenerationOptions):
+class GameState(GenerationOptions):
     """The state of a game. `template_id` and `project` count only when the session is new."""
 
     session_id: Id
@@ -55,7 +55,7 @@ class State(GenerationOptions):
     deadline_s: Annotated[float | None, Field(gt=0, le=86400)] = None
 
 
-class Published(BaseModel):
+class PublishedState(BaseModel):
     """The state is taken; its hint comes by `last_hint`, the WebSocket, and the MQTT topic, where there is
     one."""
 
@@ -65,7 +65,7 @@ class Published(BaseModel):
     hint_topic: str | None
 
 
-class Template(BaseModel):
+class NewPrompt(BaseModel):
     """Another system prompt: for a session, or for the sessions that a project will have."""
 
     session_id: Id | None = None
@@ -108,7 +108,7 @@ class ProjectStatus(BaseModel):
     connected: bool
 
 
-class Status(BaseModel):
+class MqttStatus(BaseModel):
     """How the MQTT door is; `enabled` when the portal has a broker at all."""
 
     enabled: bool
@@ -118,8 +118,8 @@ class Status(BaseModel):
 
 @router.post("/publish_state", status_code=202)
 async def publish_state(
-    body: State, user: CurrentUser, sessions: SessionsDep, mqtt: MqttDep, settings: SettingsDep
-) -> Published:
+    body: GameState, user: CurrentUser, sessions: SessionsDep, mqtt: MqttDep, settings: SettingsDep
+) -> PublishedState:
     """Takes the state of a game. Of states that wait in a session only the newest is answered."""
     project = await _project(body.session_id, body.project, user, sessions, settings.mqtt_projects)
     target = None
@@ -140,14 +140,14 @@ async def publish_state(
         )
     )
     topic = None if target is None else target.topic
-    return Published(
+    return PublishedState(
         session_id=body.session_id, turn_id=turn.id, request_id=turn.row.request_id, hint_topic=topic
     )
 
 
 @router.post("/publish_template")
 async def publish_template(
-    body: Template,
+    body: NewPrompt,
     user: CurrentUser,
     sessions: SessionsDep,
     templates: TemplatesDep,
@@ -176,11 +176,13 @@ async def last_hint(
 
 
 @router.get("/status")
-async def status(_user: CurrentUser, mqtt: MqttDep) -> Status:
+async def status(_user: CurrentUser, mqtt: MqttDep) -> MqttStatus:
     """Whether the portal is at its broker."""
     projects = {} if mqtt is None else mqtt.projects
     found = [ProjectStatus(project=name, connected=connected) for name, connected in projects.items()]
-    return Status(enabled=mqtt is not None, connected=mqtt is not None and mqtt.is_connected, projects=found)
+    return MqttStatus(
+        enabled=mqtt is not None, connected=mqtt is not None and mqtt.is_connected, projects=found
+    )
 
 
 @router.websocket("/ws/hints/{session_id}")
@@ -229,7 +231,7 @@ async def _project(
     return own or wanted or (user.key.project if user.key else None) or known[0]
 
 
-async def _prompt(body: Template, user: Identity, templates: Templates) -> str:
+async def _prompt(body: NewPrompt, user: Identity, templates: Templates) -> str:
     if (body.template is None) == (body.template_id is None):
         raise InvalidRequest("template: give either this or template_id")
     if body.template_id is None:

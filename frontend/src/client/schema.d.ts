@@ -871,6 +871,86 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/mqtt/last_hint": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Last Hint
+         * @description The answer to the session's newest state that has one.
+         */
+        get: operations["last_hint"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/mqtt/publish_state": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Publish State
+         * @description Takes the state of a game. Of states that wait in a session only the newest is answered.
+         */
+        post: operations["publish_state"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/mqtt/publish_template": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Publish Template
+         * @description Gives a session another system prompt, or, without a session, a project.
+         */
+        post: operations["publish_template"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/mqtt/status": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Status
+         * @description Whether the portal is at its broker.
+         */
+        get: operations["status"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/sessions": {
         parameters: {
             query?: never;
@@ -1567,6 +1647,101 @@ export interface components {
             usage: components["schemas"]["Usage"];
         };
         /**
+         * FunctionCall
+         * @description An action of the game that the model asks for.
+         */
+        FunctionCall: {
+            /** Arguments */
+            arguments: {
+                [key: string]: unknown;
+            };
+            /** Name */
+            name: string;
+        };
+        /**
+         * GameState
+         * @description The state of a game. `template_id` and `project` count only when the session is new.
+         */
+        GameState: {
+            /** Deadline S */
+            deadline_s?: number | null;
+            /**
+             * Max Tokens
+             * @description Longest reply, in tokens
+             */
+            max_tokens?: number | null;
+            /**
+             * Model
+             * @description A model of the LLM server
+             */
+            model?: string | null;
+            /**
+             * Project
+             * @description Of a session that is new; the first one of MQTT_PROJECTS when left out
+             */
+            project?: string | null;
+            /**
+             * Request Id
+             * @description Makes the request safe to repeat
+             */
+            request_id?: string | null;
+            /**
+             * Response Format
+             * @description OpenAI's response_format
+             */
+            response_format?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Seed
+             * @description For a repeatable reply
+             */
+            seed?: number | null;
+            /** Session Id */
+            session_id: string;
+            /**
+             * State
+             * @description Whatever the game has
+             */
+            state: {
+                [key: string]: unknown;
+            };
+            /**
+             * Stop
+             * @description Texts that end the reply
+             */
+            stop?: string | string[] | null;
+            /**
+             * Temperature
+             * @description 0 is greedy
+             */
+            temperature?: number | null;
+            /**
+             * Template Id
+             * @description A template of mine, for the system prompt
+             */
+            template_id?: string | null;
+            /**
+             * Tool Choice
+             * @description OpenAI's tool_choice
+             */
+            tool_choice?: string | {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Tools
+             * @description Tools in OpenAI's form
+             */
+            tools?: {
+                [key: string]: unknown;
+            }[] | null;
+            /**
+             * Top P
+             * @description Nucleus sampling
+             */
+            top_p?: number | null;
+        };
+        /**
          * Health
          * @description How the LLM server is: `degraded` means that it is there but cannot answer now. `queue` is the
          *     number of requests that wait for it.
@@ -1587,6 +1762,24 @@ export interface components {
             status: "ok" | "degraded" | "down";
             /** Temperature */
             temperature: number;
+        };
+        /**
+         * Hint
+         * @description The answer to a state.
+         */
+        Hint: {
+            /** Function Calls */
+            function_calls?: components["schemas"]["FunctionCall"][] | null;
+            /** Hint */
+            hint: string;
+            /** Request Id */
+            request_id: string | null;
+            /** Session Id */
+            session_id: string;
+            /** Suggestion */
+            suggestion?: string | null;
+            /** Turn Id */
+            turn_id: string;
         };
         /**
          * HistoryAnswer
@@ -1820,6 +2013,18 @@ export interface components {
             secret: string;
         };
         /**
+         * MqttStatus
+         * @description How the MQTT door is; `enabled` when the portal has a broker at all.
+         */
+        MqttStatus: {
+            /** Connected */
+            connected: boolean;
+            /** Enabled */
+            enabled: boolean;
+            /** Projects */
+            projects: components["schemas"]["ProjectStatus"][];
+        };
+        /**
          * NamedRole
          * @description A role, and where it is defined.
          */
@@ -1923,6 +2128,39 @@ export interface components {
              * @description Permissions
              */
             scopes?: string[] | null;
+        };
+        /**
+         * NewPrompt
+         * @description Another system prompt: for a session, or for the sessions that a project will have.
+         */
+        NewPrompt: {
+            /**
+             * Project
+             * @description Of a session that is new; the first one of MQTT_PROJECTS when left out
+             */
+            project?: string | null;
+            /**
+             * Reset
+             * @description Whether the session begins anew
+             * @default true
+             */
+            reset?: boolean;
+            /** Session Id */
+            session_id?: string | null;
+            /** Template */
+            template?: string | null;
+            /**
+             * Template Id
+             * @description A template of mine; its newest version
+             */
+            template_id?: string | null;
+            /**
+             * Variables
+             * @description What the template needs
+             */
+            variables?: {
+                [key: string]: unknown;
+            };
         };
         /**
          * OAuth2Token
@@ -2035,6 +2273,31 @@ export interface components {
             variables?: {
                 [key: string]: unknown;
             };
+        };
+        /**
+         * ProjectStatus
+         * @description A project; `connected` when its requests reach the portal.
+         */
+        ProjectStatus: {
+            /** Connected */
+            connected: boolean;
+            /** Project */
+            project: string;
+        };
+        /**
+         * PublishedState
+         * @description The state is taken; its hint comes by `last_hint`, the WebSocket, and the MQTT topic, where there is
+         *     one.
+         */
+        PublishedState: {
+            /** Hint Topic */
+            hint_topic: string | null;
+            /** Request Id */
+            request_id: string | null;
+            /** Session Id */
+            session_id: string;
+            /** Turn Id */
+            turn_id: string;
         };
         /**
          * Queued
@@ -2559,6 +2822,22 @@ export interface components {
         };
         TurnEvent: components["schemas"]["Accepted"] | components["schemas"]["Queued"] | components["schemas"]["Restarted"] | components["schemas"]["Thinking"] | components["schemas"]["Token"] | components["schemas"]["Final"] | components["schemas"]["Cancelled"] | components["schemas"]["SupersededBy"] | components["schemas"]["ExpiredEvent"] | components["schemas"]["Failed"];
         /**
+         * Updated
+         * @description It was done.
+         */
+        Updated: {
+            /**
+             * Message
+             * @default Template updated
+             */
+            message?: string;
+            /**
+             * Ok
+             * @default true
+             */
+            ok?: boolean;
+        };
+        /**
          * Usage
          * @description Tokens of one turn. `cached_tokens` of the prompt came from the server's prefix cache;
          *         `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that the server
@@ -2740,7 +3019,10 @@ export type ErrorInfo = components['schemas']['ErrorInfo'];
 export type ExpiredEvent = components['schemas']['ExpiredEvent'];
 export type Failed = components['schemas']['Failed'];
 export type Final = components['schemas']['Final'];
+export type FunctionCall = components['schemas']['FunctionCall'];
+export type GameState = components['schemas']['GameState'];
 export type Health = components['schemas']['Health'];
+export type Hint = components['schemas']['Hint'];
 export type HistoryAnswer = components['schemas']['HistoryAnswer'];
 export type HistoryMessage = components['schemas']['HistoryMessage'];
 export type Invitation = components['schemas']['Invitation'];
@@ -2752,10 +3034,12 @@ export type LimitsList = components['schemas']['LimitsList'];
 export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
 export type MadeKey = components['schemas']['MadeKey'];
+export type MqttStatus = components['schemas']['MqttStatus'];
 export type NamedRole = components['schemas']['NamedRole'];
 export type NewDevice = components['schemas']['NewDevice'];
 export type NewInvitation = components['schemas']['NewInvitation'];
 export type NewKey = components['schemas']['NewKey'];
+export type NewPrompt = components['schemas']['NewPrompt'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
 export type OneUseLink = components['schemas']['OneUseLink'];
 export type PasswordChange = components['schemas']['PasswordChange'];
@@ -2764,6 +3048,8 @@ export type PermissionBody = components['schemas']['PermissionBody'];
 export type Permissions = components['schemas']['Permissions'];
 export type Preview = components['schemas']['Preview'];
 export type PreviewBody = components['schemas']['PreviewBody'];
+export type ProjectStatus = components['schemas']['ProjectStatus'];
+export type PublishedState = components['schemas']['PublishedState'];
 export type Queued = components['schemas']['Queued'];
 export type Ready = components['schemas']['Ready'];
 export type Registration = components['schemas']['Registration'];
@@ -2793,6 +3079,7 @@ export type Thinking = components['schemas']['Thinking'];
 export type Token = components['schemas']['Token'];
 export type TokenForm = components['schemas']['TokenForm'];
 export type TurnEvent = components['schemas']['TurnEvent'];
+export type Updated = components['schemas']['Updated'];
 export type Usage = components['schemas']['Usage'];
 export type UsageBody = components['schemas']['UsageBody'];
 export type UsageLine = components['schemas']['UsageLine'];
@@ -4333,6 +4620,132 @@ export interface operations {
                         event: string;
                         id: string;
                     };
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    last_hint: {
+        parameters: {
+            query: {
+                session_id: string;
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Hint"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    publish_state: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GameState"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["PublishedState"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    publish_template: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["NewPrompt"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Updated"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    status: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["MqttStatus"];
                 };
             };
             /** @description An error */
