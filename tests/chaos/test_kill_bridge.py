@@ -23,6 +23,7 @@ def test_kills_in_mid_generation(
     player = Player(mosquitto.port, "maze").start()
     try:
         for _ in range(form.bridge_kills):
+            player.wait_for_answer()
             wait_until(lambda: fake_thread.running > 0, what="a generation")
             portal.kill()
             wait_until(lambda: fake_thread.running == 0, what="the server noticing")

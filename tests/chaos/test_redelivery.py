@@ -6,7 +6,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,14 +40,21 @@ def game(mosquitto: Mosquitto) -> Iterator[GameClient]:
     client.close()
 
 
-def stored(portal: Portal, statement: str) -> list[Any]:
-    """The first column of what the database has."""
+def contents(portal: Portal, session: str, role: str) -> list[str]:
+    """What the messages of a session say, in order."""
+    of_session = (
+        "SELECT m.content FROM messages m JOIN turns t ON t.id = m.turn_id "
+        "JOIN sessions s ON s.id = t.session "
+        "WHERE s.session_id = ? AND s.deleted_at IS NULL AND m.role = ? ORDER BY t.position"
+    )
     with closing(sqlite3.connect(portal.directory / "portal.db")) as connection:
-        return [row[0] for row in connection.execute(statement)]
+        return [row[0] for row in connection.execute(of_session, (session, role))]
 
 
-def turns_ended(portal: Portal) -> int:
-    return int(stored(portal, "SELECT count(*) FROM turns WHERE state = 'final'")[0])
+def last_answered(portal: Portal, session: str) -> str:
+    """The newest message of the session, if all of them have answers."""
+    asked, replies = (contents(portal, session, role) for role in ("user", "assistant"))
+    return asked[-1] if asked and len(asked) == len(replies) else ""
 
 
 def restart(portal: Portal, proxy: Proxy) -> None:
@@ -63,36 +69,36 @@ def test_a_message_without_a_request_id_is_one_turn(portal: Portal, proxy: Proxy
     session = new_id()
     proxy.deaf = True
     game.publish(f"again/user_input/{session}", "hello")
-    wait_until(lambda: turns_ended(portal) == 1, what="the turn")
+    wait_until(lambda: contents(portal, session, "assistant"), what="the turn")
     assert game.received == [], "nothing has reached the broker"
     restart(portal, proxy)
     # Behind the first one in its session, so it is answered after whatever that one is answered with.
     game.publish(f"again/user_input/{session}", "and now?")
     replies = f"again/assistant_response/{session}"
     game.reply(replies, 2)
-    texts = stored(portal, "SELECT content FROM messages WHERE role = 'assistant' ORDER BY created_at")
-    assert [text.decode() for text in game.messages(replies)] == texts
-    asked = stored(portal, "SELECT content FROM messages WHERE role = 'user' ORDER BY created_at")
-    assert asked == ["hello", "and now?"]
+    assert [text.decode() for text in game.messages(replies)] == contents(portal, session, "assistant")
+    assert contents(portal, session, "user") == ["hello", "and now?"]
 
 
-@pytest.mark.parametrize(
-    ("verb", "payload"),
-    [("clear_history", b""), ("user_input", b""), ("template", b'{"template": "Be kind."}')],
-)
 def test_a_clear_is_not_repeated_over_what_came_behind_it(
-    portal: Portal, proxy: Proxy, game: GameClient, verb: str, payload: bytes
+    portal: Portal, proxy: Proxy, game: GameClient
 ) -> None:
-    session = new_id()
-    replies = f"again/assistant_response/{session}"
-    game.publish(f"again/user_input/{session}", "before")
-    game.reply(replies)
+    """In whichever way it was asked for."""
+    clears = [("clear_history", b""), ("user_input", b""), ("template", b"Be kind."), ("delete_session", b"")]
+    sessions = {new_id(): clear for clear in clears}
+    for session in sessions:
+        game.publish(f"again/user_input/{session}", "before")
+    for session in sessions:
+        game.reply(f"again/assistant_response/{session}")
     proxy.deaf = True
-    game.publish(f"again/{verb}/{session}", payload)
-    game.publish(f"again/user_input/{session}", "behind")
-    wait_until(lambda: turns_ended(portal) == 2, what="the turn behind it")
+    for session, (verb, payload) in sessions.items():
+        game.publish(f"again/{verb}/{session}", payload)
+        game.publish(f"again/user_input/{session}", "behind")
+    for session in sessions:
+        wait_until(lambda of=session: last_answered(portal, of) == "behind", what="it")  # type: ignore[misc]
     restart(portal, proxy)
-    game.publish(f"again/user_input/{session}", "after")
-    wait_until(lambda: turns_ended(portal) >= 3, what="the turn after it")
-    asked = stored(portal, "SELECT content FROM messages WHERE role = 'user' ORDER BY created_at")
-    assert asked == ["behind", "after"]
+    for session in sessions:
+        game.publish(f"again/user_input/{session}", "after")
+    for session, (verb, _) in sessions.items():
+        wait_until(lambda of=session: last_answered(portal, of) == "after", what="it")  # type: ignore[misc]
+        assert contents(portal, session, "user")[-2:] == ["behind", "after"], verb

@@ -54,7 +54,7 @@ def pair(fake_thread: FakeLLM, mosquitto: Mosquitto, tmp_path: Path, make_portal
 
 @pytest.fixture
 def player(pair: Pair, mosquitto: Mosquitto) -> Iterator[Player]:
-    playing = Player(mosquitto.port, "twice").start()
+    playing = Player(mosquitto.port, "twice", pace_s=0.05).start()
     yield playing
     playing.close()
 

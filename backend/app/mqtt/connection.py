@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import random
+import select
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -293,6 +295,19 @@ class MqttConnection:
         pending = getattr(sock, "pending", None)
         while pending is not None and sock.fileno() >= 0 and pending():
             self._client.loop_read()
+        # Of a socket that has failed uvloop tells once and never again, though what came before the failure
+        # is still to be read, and the failure itself comes last.
+        while sock.fileno() >= 0 and _has_failed(sock):
+            self._client.loop_read()
+
+
+def _has_failed(sock: Any) -> bool:
+    """Whether the connection of a socket was reset, whatever there is still to be read."""
+    if sys.platform == "win32":
+        return False  # there is no uvloop
+    failure = select.poll()
+    failure.register(sock, 0)
+    return bool(failure.poll(0))
 
 
 def _properties(message: Outgoing) -> Properties | None:
