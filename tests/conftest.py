@@ -15,8 +15,8 @@ from app.cli.page import build_page
 from app.cli.stack import Stack
 from app.config import Settings
 from app.events import new_id
-from tests.fake_llm import FakeLLM, FakeThread, serve
-from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Redis, postgres
+from tests.fake_llm import FakeLLM, FakeThread, Script, serve
+from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Redis, postgres, wait_until
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,6 +86,22 @@ def module_fake() -> Iterator[FakeLLM]:
     running = FakeThread()
     yield running.fake
     running.close()
+
+
+@pytest.fixture
+def llm(module_fake: FakeLLM) -> Iterator[FakeLLM]:
+    """The same, saying what it says by default, and at rest in the end."""
+    module_fake.script = Script()
+    module_fake.requests.clear()
+    yield module_fake
+    module_fake.script = Script()
+    wait_until(lambda: module_fake.running == 0, what="the end of all generations")
+
+
+@pytest.fixture
+def session() -> str:
+    """The id of a session that nobody has used."""
+    return new_id()
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,6 @@ def game(portal: Portal, mosquitto: Mosquitto) -> Iterator[GameClient]:
     client.close()
 
 
-@pytest.fixture
-def session() -> str:
-    return new_id()
-
-
 def replies_at(session: str) -> str:
     return f"maze/assistant_response/{session}"
 

@@ -25,20 +25,6 @@ def game(fake_portal: Portal, mosquitto: Mosquitto) -> Iterator[GameClient]:
     client.close()
 
 
-@pytest.fixture
-def llm(module_fake: FakeLLM) -> Iterator[FakeLLM]:
-    module_fake.script = Script()
-    module_fake.requests.clear()
-    yield module_fake
-    module_fake.script = Script()
-    wait_until(lambda: module_fake.running == 0, what="the end of all generations")
-
-
-@pytest.fixture
-def session() -> str:
-    return new_id()
-
-
 def said_with(game: GameClient, topic: str, number: int = 1) -> Any:
     """The properties of the `number`th message on a topic."""
     game.reply(topic, number)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import GameClient, Mosquitto, Portal, ask, token_of, wait_until
 
@@ -44,24 +43,10 @@ def portal(
 
 
 @pytest.fixture
-def llm(module_fake: FakeLLM) -> Iterator[FakeLLM]:
-    module_fake.script = Script()
-    module_fake.requests.clear()
-    yield module_fake
-    module_fake.script = Script()
-    wait_until(lambda: module_fake.running == 0, what="the end of all generations")
-
-
-@pytest.fixture
 def game(portal: Portal, mosquitto: Mosquitto) -> Iterator[GameClient]:
     client = GameClient(mosquitto.port, "maze/#", "driving/hint/#")
     yield client
     client.close()
-
-
-@pytest.fixture
-def session() -> str:
-    return new_id()
 
 
 def hint(game: GameClient, session: str, number: int = 1) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -18,18 +17,6 @@ from tests.fake_llm import FakeLLM, Script, text
 from tests.support import GameClient, Mosquitto, Portal, token_of, wait_until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def llm(module_fake: FakeLLM) -> Iterator[FakeLLM]:
-    module_fake.script = Script()
-    yield module_fake
-    module_fake.script = Script()
-
-
-@pytest.fixture
-def session() -> str:
-    return new_id()
 
 
 def publish(client: httpx.Client, session: str, **body: Any) -> dict[str, Any]:

@@ -26,18 +26,6 @@ def game(fake_portal: Portal, mosquitto: Mosquitto) -> Iterator[GameClient]:
     client.close()
 
 
-@pytest.fixture
-def llm(module_fake: FakeLLM) -> Iterator[FakeLLM]:
-    module_fake.script = Script()
-    yield module_fake
-    module_fake.script = Script()
-
-
-@pytest.fixture
-def session() -> str:
-    return new_id()
-
-
 def stream(game: GameClient, session: str, request_id: str) -> list[dict[str, Any]]:
     """The events of a turn, up to the one that ends it."""
     topic = f"maze/stream/{session}/{request_id}"

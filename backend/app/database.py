@@ -40,6 +40,7 @@ READERS = 4
 LARGEST_GROUP = 256
 LOCK_TIMEOUT_S = 2
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
+REFRESH_S = 2.0
 
 UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
 """What SQLAlchemy raises when a database is locked, full, or away."""
@@ -270,6 +271,17 @@ async def insist(call: Callable[[], Awaitable[T]], *, unless: Callable[[], bool]
                 raise
             await asyncio.sleep(pause)
             pause = min(pause * 2, RETRY_MOST_S)
+
+
+async def keep_fresh(refresh: Callable[[], Awaitable[None]], what: str) -> None:
+    """Reads again, every `REFRESH_S`, what is kept in memory and other processes may change. Runs until
+    cancelled."""
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        try:
+            await refresh()
+        except StorageUnavailable:
+            log.warning("something could not be read again", what=what)
 
 
 # --- migrations ----------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from app.events import new_id
 from tests.support import GameClient, Mosquitto, Portal
 
 pytestmark = pytest.mark.slow
@@ -37,11 +36,6 @@ def everything(target: Portal, mosquitto: Mosquitto) -> Iterator[GameClient]:
     client = GameClient(mosquitto.port, "#", "$SYS/x/#")
     yield client
     client.close()
-
-
-@pytest.fixture
-def session() -> str:
-    return new_id()
 
 
 def said_by_the_bridge(everything: GameClient, session: str, payload: Any) -> dict[str, Any]:

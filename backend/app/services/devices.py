@@ -28,7 +28,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app.access import Identity, KeyUse
 from app.config import Settings
-from app.database import Database
+from app.database import Database, keep_fresh
 from app.errors import (
     BrokerUnavailable,
     Conflict,
@@ -48,7 +48,6 @@ DEVICE_NAME = re.compile(r"(?=.*[A-Za-z0-9])[A-Za-z0-9_.-]{1,64}")
 SCOPES = frozenset({"chat:use", "sessions:read", "sessions:write"})
 RESERVED = frozenset({"admin", "anonymous", "portal"})
 
-REFRESH_S = 2.0
 SYNC_RETRY_S, SYNC_S = 2.0, 300.0
 
 log = get_logger(__name__)
@@ -135,12 +134,7 @@ class Devices:
 
     async def watch(self) -> None:
         """Looks for what other processes have changed. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            try:
-                await self._refresh()
-            except StorageUnavailable:
-                log.warning("devices could not be read again")
+        await keep_fresh(self._refresh, "devices")
 
     async def keep_in_sync(self) -> None:
         """Makes the broker's rules fit as soon as it is there, and now and then after. Runs until

@@ -6,7 +6,6 @@ the database is known here within `REFRESH_S`.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from pydantic import TypeAdapter
 from sqlalchemy import Connection, Row, Table, delete, func, insert, select, update
 
 from app.access import ROLE_NAME, Identity, Limits, Role
-from app.database import Database
-from app.errors import Conflict, InvalidRequest, NotFound, StorageUnavailable
+from app.database import Database, keep_fresh
+from app.errors import Conflict, InvalidRequest, NotFound
 from app.files import read_toml
 from app.logs import get_logger
 from app.models.tables import limits, roles, users
@@ -27,7 +26,6 @@ from app.services.audit import note
 from app.services.authorizer import Authorizer
 
 SHIPPED_ROLES = Path(__file__).resolve().parent.parent / "roles.toml"
-REFRESH_S = 2.0
 
 ADMIN = "admin"
 """The role that can always do everything, so that nobody locks everybody out."""
@@ -98,12 +96,7 @@ class Policies:
 
     async def watch(self) -> None:
         """Looks for what other processes have changed. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            try:
-                await self._refresh()
-            except StorageUnavailable:
-                log.warning("roles and limits could not be read again")
+        await keep_fresh(self._refresh, "roles and limits")
 
     async def _refresh(self) -> None:
         def operation(connection: Connection) -> tuple[list[Any], list[Any]]:

@@ -6,7 +6,6 @@ All of it is kept in memory; what another process changes in the database is kno
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from sqlalchemy import Connection, select
 
 from app.access import Identity, Limits, matches
-from app.database import Database, insert_of
-from app.errors import InvalidRequest, StorageUnavailable
+from app.database import Database, insert_of, keep_fresh
+from app.errors import InvalidRequest
 from app.files import read_toml
 from app.logs import get_logger
 from app.models.tables import projects
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 SHIPPED_PROJECTS = Path(__file__).resolve().parent.parent / "projects.toml"
-REFRESH_S = 2.0
 TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 LONGEST_PROMPT = 1_000_000
 
@@ -110,12 +108,7 @@ class Projects:
 
     async def watch(self) -> None:
         """Looks for what other processes have changed. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            try:
-                await self._refresh()
-            except StorageUnavailable:
-                log.warning("projects could not be read again")
+        await keep_fresh(self._refresh, "projects")
 
     async def _refresh(self) -> None:
         statement = select(projects.c.name, projects.c.system_prompt)
