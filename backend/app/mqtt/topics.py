@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from app.events import is_id
 
-Verb = Literal["user_input", "state", "template", "clear_history", "delete_session", "session", "cancel"]
+Verb = Literal["user_input", "state", "template", "clear_history", "delete_session", "cancel", "session"]
 """What a request topic asks for."""
 
 VERBS: tuple[Verb, ...] = get_args(Verb)
