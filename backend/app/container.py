@@ -50,6 +50,7 @@ class Container:
     """The long-lived objects of one process, all on one event loop."""
 
     settings: Settings
+    database: Database
     store: Store
     outbox: Outbox
     audit: Audit
@@ -139,6 +140,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         mqtt = await stack.enter_async_context(_mqtt(parts))
         container = Container(
             settings=settings,
+            database=database,
             store=store,
             outbox=outbox,
             audit=audit,

@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from app.container import Container
-from app.database import Database
 from app.errors import StorageUnavailable
 from app.logs import get_logger
 from app.models.tables import turns, usage
@@ -21,22 +20,19 @@ log = get_logger(__name__)
 
 async def tell_statistics(container: Container) -> None:
     """Logs what was done in each minute, and at the end in the rest of one. Runs until cancelled."""
-    database = Database(container.settings.sqlalchemy_url)
-    await database.open()
     since = time.time()
     try:
         while True:
             await asyncio.sleep(INTERVAL_S)
-            since = await _tell(container, database, since)
+            since = await _tell(container, since)
     finally:
-        await _tell(container, database, since)
-        await database.close()
+        await _tell(container, since)
 
 
-async def _tell(container: Container, database: Database, since: float) -> float:
+async def _tell(container: Container, since: float) -> float:
     now = time.time()
     try:
-        done = await database.read(lambda connection: _between(connection, since, now))
+        done = await container.database.read(lambda connection: _between(connection, since, now))
     except StorageUnavailable:
         return since  # the next line tells of this time too
     places = container.llm.places

@@ -41,11 +41,6 @@ class TurnUsage(msgspec.Struct, frozen=True):
     ttft_ms: int | None
     elapsed_ms: int
 
-    @property
-    def tokens(self) -> int:
-        """Those read and those written."""
-        return self.prompt_tokens + self.completion_tokens
-
 
 class Spent(msgspec.Struct, frozen=True):
     """What somebody has spent in a time."""
@@ -151,12 +146,6 @@ class UsageBook:
         statement = select(*keys, *sums).where(*conditions).group_by(*keys).order_by(*keys)
         rows = await self._database.read(lambda c: c.execute(statement).all())
         return [UsageSum(dict(zip(by, row, strict=False)), _spent(row[len(by) :])) for row in rows]
-
-    async def turns(self, owner: str, *, limit: int) -> list[TurnUsage]:
-        """The owner's newest turns."""
-        statement = select(usage).where(usage.c.owner == owner).order_by(usage.c.at.desc()).limit(limit)
-        rows = await self._database.read(lambda c: c.execute(statement).all())
-        return [TurnUsage(*row) for row in rows]
 
 
 def _spent(row: Row[Any] | Sequence[Any]) -> Spent:
