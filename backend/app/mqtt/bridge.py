@@ -37,6 +37,9 @@ LEASE_S = 10.0
 RENEW_S = 3.0
 STATUS_S = 1.0
 OUTBOX_S = 2.0
+MOST_AT_ONCE = 1000
+"""Messages that are worked on, beyond which those at QoS 0 are dropped: nothing else holds them back."""
+
 MOST_AHEAD = 64
 """Packets of one stream that may wait for the broker to confirm them."""
 
@@ -235,6 +238,9 @@ class ProjectDoor:
         other, also when the database makes one of them wait."""
         while True:
             message = await self._inbox.get()
+            if message.qos == 0 and len(self._unacked) >= MOST_AT_ONCE:
+                log.warning("too many messages at once: one at QoS 0 is dropped", project=self._project)
+                continue
             task = self._start(self._take(message), "request")
             self._unacked.append((message, task))
             task.add_done_callback(lambda _: self._acknowledge())
