@@ -93,7 +93,7 @@ def test_a_clear_is_not_repeated_over_what_came_behind_it(
     proxy.deaf = True
     for session, (verb, payload) in sessions.items():
         game.publish(f"again/{verb}/{session}", payload)
-        game.publish(f"again/user_input/{session}", "behind")
+        game.publish(f"again/user_input/{session}", {"message": "behind", "requestId": "r"})
     for session in sessions:
         wait_until(lambda of=session: last_answered(portal, of) == "behind", what="it")  # type: ignore[misc]
     restart(portal, proxy)

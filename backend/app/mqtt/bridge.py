@@ -310,12 +310,14 @@ class ProjectDoor:
         target = delivery.target
         try:
             await self._connection.send(_outgoing(target, self._payload(target, turn)))
+            await insist(lambda: self._parts.outbox.delivered([delivery.id]))
+            self._delivered.add(delivery.id)
         except PublishRefused as error:
             # It stays in the outbox, and is tried again when the portal is started again.
             log.error("the broker refused a reply", topic=target.topic, reason=str(error))
             return
-        await insist(lambda: self._parts.outbox.delivered([delivery.id]))
-        self._delivered.add(delivery.id)
+        except Exception:
+            log.exception("a reply could not be published", topic=target.topic)  # and is tried again soon
         self._delivering.discard(delivery.id)
 
     def _payload(self, target: ReplyTarget, turn: Turn) -> bytes:
