@@ -246,8 +246,8 @@ async def test_a_deadline_bounds_the_wait_and_not_the_generation(
     fake: FakeLLM, settings_for: SettingsFor
 ) -> None:
     async with open_container(settings_for(fake.url, llm_max_concurrency=1)) as portal:
-        fake.script = Script(between=0.2)
-        runs = await portal.sessions.submit(request("runs", deadline=time.time() + 0.1))
+        fake.script = Script(pieces=text("a", "b", "c"), between=1.0)
+        runs = await portal.sessions.submit(request("runs", deadline=time.time() + 2))
         await fake.until(lambda: fake.running == 1)
         behind = await portal.sessions.submit(request("behind", deadline=time.time() + 0.1))
         queued = await portal.sessions.submit(request("queued", session_id="t", deadline=time.time() + 0.1))

@@ -43,7 +43,7 @@ def test_another_instance_takes_over_after_the_lease(
         died = time.monotonic()
         fake_thread.script = Script()
         later = pool.submit(web.post, "/api/llm/chat/session", json=behind)
-        wait_until(lambda: len(fake_thread.requests) == 2, 30, "the second attempt")
+        wait_until(lambda: len(fake_thread.requests) >= 2, 30, "the second attempt")
         taken_after = time.monotonic() - died
         print(f"taken over after {taken_after:.1f} s")
         assert taken_after <= LEASE_S + SWEEP_S

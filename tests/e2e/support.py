@@ -16,6 +16,7 @@ CHAT_URL = re.compile(r"/chat/[0-9a-f]{32}$")
 def sign_up(page: Page, url: str, username: str) -> None:
     page.goto(url)
     page.get_by_role("link", name="Make an account").click()
+    expect(page.get_by_role("heading", name="Make an account")).to_be_visible()
     page.get_by_label("Username").fill(username)
     page.get_by_label("Email").fill(f"{username}@example.org")
     page.get_by_label(re.compile("^Password")).fill(PASSWORD)
