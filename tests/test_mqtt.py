@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from app.events import new_id
-from tests.support import GameClient, Mosquitto, Portal, token_of, wait_until
+from tests.support import GameClient, LlamaServer, Mosquitto, Portal, token_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -148,6 +149,21 @@ def test_one_request_id_over_http_and_mqtt_is_one_generation(
         reply = json.loads(game.reply(replies_at(session)))
         assert (reply["response"], reply["turn_id"]) == (answer["response"], answer["turn_id"])
         assert len(web.get(f"/api/llm/chat/session/{session}/history").json()["messages"]) == 2
+
+
+def test_stopping_over_http_what_came_over_mqtt_frees_the_slot(
+    portal: Portal, llama: LlamaServer, game: GameClient, session: str
+) -> None:
+    def busy() -> bool:
+        return any(slot["is_processing"] for slot in httpx.get(f"{llama.url}/slots").json())
+
+    body = {"message": "Count to a thousand.", "maxTokens": 1500, "format": "json", "stream": True}
+    with portal.client() as web:
+        game.publish(f"maze/user_input/{session}", {**body, "token": token_of(web)})
+        wait_until(busy, what="a generation")
+        assert web.post(f"/api/llm/chat/session/{session}/stop").json()["ok"]
+        wait_until(lambda: not busy(), 1, "the slot to be idle")
+    assert json.loads(game.reply(replies_at(session)))["type"] == "cancelled"
 
 
 def test_no_message_stops_the_door(game: GameClient, session: str) -> None:
