@@ -302,22 +302,24 @@ class ProjectDoor:
 
     def deliver(self, delivery: Delivery, turn: Turn) -> None:
         """Publishes the reply to a turn that has ended."""
-        if delivery.id not in self._delivering:
-            self._delivering.add(delivery.id)
-            self._start(self._deliver(delivery, turn), "reply")
+        if delivery.id in self._delivering:
+            return
+        self._delivering.add(delivery.id)
+        outgoing = _outgoing(delivery.target, self._payload(delivery.target, turn))
+        self._start(self._confirm(delivery, self._connection.send(outgoing)), "reply")
 
-    async def _deliver(self, delivery: Delivery, turn: Turn) -> None:
-        target = delivery.target
+    async def _confirm(self, delivery: Delivery, confirmed: asyncio.Future[None]) -> None:
+        """Forgets a reply once the broker has it."""
         try:
-            await self._connection.send(_outgoing(target, self._payload(target, turn)))
+            await confirmed
             await insist(lambda: self._parts.outbox.delivered([delivery.id]))
             self._delivered.add(delivery.id)
         except PublishRefused as error:
             # It stays in the outbox, and is tried again when the portal is started again.
-            log.error("the broker refused a reply", topic=target.topic, reason=str(error))
+            log.error("the broker refused a reply", topic=delivery.target.topic, reason=str(error))
             return
         except Exception:
-            log.exception("a reply could not be published", topic=target.topic)  # and is tried again soon
+            log.exception("a reply could not be published")  # and is tried again soon
         self._delivering.discard(delivery.id)
 
     def _payload(self, target: ReplyTarget, turn: Turn) -> bytes:

@@ -160,10 +160,14 @@ class MqttConnection:
         return confirmed
 
     def _publish(self, message: Outgoing, confirmed: asyncio.Future[None]) -> None:
-        info = self._client.publish(
-            message.topic, message.payload, qos=1, retain=message.retain, properties=_properties(message)
-        )
-        self._unconfirmed[info.mid] = confirmed
+        try:
+            info = self._client.publish(
+                message.topic, message.payload, qos=1, retain=message.retain, properties=_properties(message)
+            )
+        except Exception as error:  # noqa: BLE001 - whatever paho does not like, its sender must hear of it
+            confirmed.set_exception(error)
+        else:
+            self._unconfirmed[info.mid] = confirmed
 
     def _release(self) -> None:
         """Publishes what was held back. paho would let what is published while it connects overtake what

@@ -385,11 +385,11 @@ class Runner:
         turn.end(ended.ending)
         if turn.task is None:  # else its task counts it, when the generation is closed
             self._aside(self._accounting.count(turn), f"count {turn.id}")
-        log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
         for event in self._bells.get((turn.session.owner, turn.session.session_id), ()):
             event.set()
+        log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeats a transaction until the database takes it, or until this process ends."""
