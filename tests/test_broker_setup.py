@@ -17,7 +17,7 @@ from app.cli.broker import Certificate, Credentials, make_credentials
 from app.cli.console import Failure
 from app.cli.parts import MorePort, check_port, parts_of
 from app.cli.stack import HOST, Stack
-from app.mqtt.connection import request_once
+from app.mqtt.connection import Broker, request_once
 from app.mqtt.dynsec import CONTROL
 from tests.support import Process, free_port, program, wait_until
 
@@ -87,16 +87,9 @@ def can_connect(
 
 
 def rules_can_be_read(stack: Stack) -> bool:
-    settings = stack.portal_settings()
-    reply = request_once(
-        settings.mqtt_broker_url,
-        CONTROL,
-        f"{CONTROL}/response",
-        b'{"commands": [{"command": "listRoles"}]}',
-        timeout=5,
-        username=settings.mqtt_username,
-        password=settings.mqtt_password.get_secret_value(),
-    )
+    broker = Broker.of(stack.portal_settings())
+    asked = b'{"commands": [{"command": "listRoles"}]}'
+    reply = request_once(broker, CONTROL, f"{CONTROL}/response", asked, timeout=5)
     return b"portal" in reply
 
 

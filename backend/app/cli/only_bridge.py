@@ -10,8 +10,8 @@ import msgspec
 from app.cli.console import Failure
 from app.config import Settings
 from app.logs import get_logger
-from app.mqtt.connection import request_once, retained
-from app.mqtt.topics import status_topic
+from app.mqtt.connection import Broker, request_once, retained
+from app.mqtt.topics import NEW_SESSION, status_topic
 
 RETAINED_S = 1.0
 PROBE_S = 2.0
@@ -22,16 +22,10 @@ log = get_logger(__name__)
 def check_alone(settings: Settings) -> None:
     """Raises `Failure` when another bridge answers on a project's topics, or the broker refuses the user;
     blocks. A broker that cannot be reached is told in the log and lets pass: the bridge waits for it."""
-    password = settings.mqtt_password.get_secret_value()
+    broker = Broker.of(settings)
     topics = {status_topic(project): project for project in settings.mqtt_projects}
     try:
-        kept = retained(
-            settings.mqtt_broker_url,
-            list(topics),
-            timeout=RETAINED_S,
-            username=settings.mqtt_username,
-            password=password,
-        )
+        kept = retained(broker, list(topics), timeout=RETAINED_S)
     except PermissionError as error:
         raise Failure(
             f"The broker {settings.mqtt_broker_url} does not let the portal in: {error}.",
@@ -42,7 +36,7 @@ def check_alone(settings: Settings) -> None:
         return
     claimed = [project for topic, project in topics.items() if _claims_to_run(kept.get(topic, b""))]
     with ThreadPoolExecutor(max(1, len(claimed))) as pool:
-        found = pool.map(lambda project: _answers(settings, project, password), claimed)
+        found = pool.map(lambda project: _answers(broker, project), claimed)
         served = [project for project, answered in zip(claimed, found, strict=True) if answered]
     if served:
         raise Failure(
@@ -61,18 +55,10 @@ def _claims_to_run(payload: bytes) -> bool:
     return isinstance(status, dict) and status.get("state") in {"online", "degraded"}
 
 
-def _answers(settings: Settings, project: str, password: str) -> bool:
+def _answers(broker: Broker, project: str) -> bool:
     """Whether a bridge hands out session ids there."""
     try:
-        request_once(
-            settings.mqtt_broker_url,
-            f"{project}/session",
-            f"{project}/session/response",
-            b"probe",
-            timeout=PROBE_S,
-            username=settings.mqtt_username,
-            password=password,
-        )
+        request_once(broker, f"{project}/session", f"{project}/{NEW_SESSION}", b"probe", timeout=PROBE_S)
     except OSError:  # also a TimeoutError
         return False
     return True

@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from app.cli.parts import PROBE_TIMEOUT_S, answers, fetch
 from app.cli.stack import HOST, Stack
 from app.config import Settings
 from app.events import new_id
-from app.mqtt.connection import request_once
+from app.mqtt.connection import Broker, request_once
 from app.mqtt.topics import ASSISTANT_RESPONSE
 from app.services.accounts import operator_token
 
@@ -106,13 +107,11 @@ def _over_mqtt(stack: Stack, settings: Settings, token: str) -> str:
     }
     reply = msgspec.json.decode(
         request_once(
-            stack.broker_address,
+            replace(Broker.of(settings), url=stack.broker_address),
             f"{project}/user_input/{SESSION}",
             f"{project}/{ASSISTANT_RESPONSE}/{SESSION}",
             msgspec.json.encode(body),
             timeout=TIMEOUT_S,
-            username=settings.mqtt_username,
-            password=settings.mqtt_password.get_secret_value(),
         )
     )
     if reply.get("type") != "final":

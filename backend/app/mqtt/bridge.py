@@ -126,9 +126,7 @@ class ProjectDoor:
         self._tasks: set[asyncio.Task[Any]] = set()
         # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
         self._connection = MqttConnection(
-            Broker(
-                settings.mqtt_broker_url, settings.mqtt_username, settings.mqtt_password.get_secret_value()
-            ),
+            Broker.of(settings),
             f"portal-{database_id}-{project}",
             request_filters(project, devices=settings.mqtt_acl != "none"),
             will=self._will,

@@ -16,11 +16,11 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -28,6 +28,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from app.config import Settings
 from app.logs import get_logger
 
 KEEPALIVE_S = 30
@@ -87,6 +88,18 @@ class Broker:
     username: str = ""
     password: str = ""
 
+    @classmethod
+    def of(cls, settings: Settings) -> Broker:
+        """The broker of the settings, and the portal's user there."""
+        password = settings.mqtt_password.get_secret_value()
+        return cls(settings.mqtt_broker_url, settings.mqtt_username, password)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        url = urlsplit(self.url)
+        return url.hostname or "", url.port or DEFAULT_PORTS[url.scheme]
+
 
 class PublishRefused(Exception):
     """The broker took a message and threw it away: its rules do not allow the topic."""
@@ -109,7 +122,7 @@ class MqttConnection:
         on_message: Callable[[Incoming], None],
         on_connected: Callable[[], None],
     ) -> None:
-        self._url = urlsplit(broker.url)
+        self._broker = broker
         self._filters = filters
         self._will = will
         self._on_message = on_message
@@ -120,7 +133,7 @@ class MqttConnection:
         self._held: deque[tuple[Outgoing, asyncio.Future[None]]] = deque()
         self._is_up = False
         self.is_subscribed = False
-        self._client = _client(self._url, client_id, broker.username, broker.password)
+        self._client = _client(broker, client_id)
         self._client.on_socket_open = self._watch_socket
         self._client.on_socket_close = self._forget_socket
         self._client.on_socket_register_write = self._want_write
@@ -197,7 +210,7 @@ class MqttConnection:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = SESSION_EXPIRY_S
         properties.ReceiveMaximum = RECEIVE_MAXIMUM
-        host, port = self._url.hostname or "", self._url.port or DEFAULT_PORTS[self._url.scheme]
+        host, port = self._broker.address
 
         def connect() -> None:
             self._client.connect(host, port, KEEPALIVE_S, clean_start=False, properties=properties)
@@ -344,7 +357,8 @@ def _said(properties: Properties | None) -> dict[str, Any]:
     }
 
 
-def _client(url: SplitResult, client_id: str, username: str, password: str) -> paho.Client:
+def _client(broker: Broker, client_id: str = "") -> paho.Client:
+    url = urlsplit(broker.url)
     client = paho.Client(
         CallbackAPIVersion.VERSION2,
         client_id=client_id,
@@ -357,38 +371,43 @@ def _client(url: SplitResult, client_id: str, username: str, password: str) -> p
         client.ws_set_options(path=url.path or "/mqtt")
     if url.scheme in {"mqtts", "wss"}:
         client.tls_set()
-    if username:
-        client.username_pw_set(username, password)
+    if broker.username:
+        client.username_pw_set(broker.username, broker.password)
     client.connect_timeout = CONNECT_TIMEOUT_S
     return client
 
 
+@contextmanager
+def _running(client: paho.Client, broker: Broker) -> Iterator[None]:
+    """Lets a client work on a thread of its own. Raises `OSError` when the broker cannot be reached."""
+    client.connect(*broker.address)
+    client.loop_start()
+    try:
+        yield
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
 def request_once(
-    broker_url: str,
+    broker: Broker,
     topic: str,
     reply_topic: str,
     payload: bytes,
     *,
     timeout: float,
-    username: str = "",
-    password: str = "",
     is_reply: Callable[[bytes], bool] = bool,
 ) -> bytes:
     """Publishes one message and returns the first one on `reply_topic` that `is_reply` says yes to; blocks.
     Raises `TimeoutError`, or another `OSError` when the broker cannot be reached or refuses it."""
-    url = urlsplit(broker_url)
-    client = _client(url, "", username, password)
+    client = _client(broker)
     outcomes: queue.Queue[bytes | OSError] = queue.Queue()
     _ask_when_connected(client, topic, reply_topic, payload, is_reply, outcomes.put)
-    client.connect(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme])
-    client.loop_start()
-    try:
-        outcome = outcomes.get(timeout=timeout)
-    except queue.Empty:
-        raise TimeoutError(f"No reply on {reply_topic} within {timeout:g} s.") from None
-    finally:
-        client.disconnect()
-        client.loop_stop()
+    with _running(client, broker):
+        try:
+            outcome = outcomes.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(f"No reply on {reply_topic} within {timeout:g} s.") from None
     if isinstance(outcome, OSError):
         raise outcome
     return outcome
@@ -429,15 +448,12 @@ def _ask_when_connected(
     client.on_publish, client.on_message = published, received
 
 
-def retained(
-    broker_url: str, topics: list[str], *, timeout: float, username: str = "", password: str = ""
-) -> dict[str, bytes]:
+def retained(broker: Broker, topics: list[str], *, timeout: float) -> dict[str, bytes]:
     """What the broker keeps on `topics`, as far as it comes within `timeout` seconds; blocks. For checks
     from the command line. Raises `OSError` when the broker cannot be reached, `PermissionError` when it
     refuses this user."""
-    url = urlsplit(broker_url)
     found: queue.Queue[tuple[str, bytes] | OSError] = queue.Queue()
-    client = _client(url, "", username, password)
+    client = _client(broker)
 
     def connected(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
@@ -450,19 +466,13 @@ def retained(
             found.put((message.topic, bytes(message.payload)))
 
     client.on_connect, client.on_message = connected, received
-    client.connect(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme])
-    client.loop_start()
     kept: dict[str, bytes] = {}
-    deadline = time.monotonic() + timeout
-    try:
+    # There is no message that says "no more".
+    with _running(client, broker), suppress(queue.Empty):
+        deadline = time.monotonic() + timeout
         while len(kept) < len(topics):
             message = found.get(timeout=max(0.0, deadline - time.monotonic()))
             if isinstance(message, OSError):
                 raise message
             kept.update([message])
-    except queue.Empty:
-        pass  # there is no message that says "no more"
-    finally:
-        client.disconnect()
-        client.loop_stop()
     return kept

@@ -20,7 +20,7 @@ from app.config import Settings
 from app.errors import BrokerUnavailable, Conflict
 from app.events import new_id
 from app.logs import get_logger
-from app.mqtt.connection import request_once
+from app.mqtt.connection import Broker, request_once
 from app.mqtt.rights import Rights, anonymous_rights, device_rights
 
 CONTROL = "$CONTROL/dynamic-security/v1"
@@ -169,13 +169,11 @@ class DynamicSecurity:
         sent = {"commands": [{**command, "correlationData": mine} for command in commands]}
         try:
             reply = request_once(
-                self._settings.mqtt_broker_url,
+                Broker.of(self._settings),
                 CONTROL,
                 f"{CONTROL}/response",
                 msgspec.json.encode(sent),
                 timeout=TIMEOUT_S,
-                username=self._settings.mqtt_username,
-                password=self._settings.mqtt_password.get_secret_value(),
                 is_reply=lambda payload: mine in (one.get("correlationData") for one in _responses(payload)),
             )
         except (OSError, ValueError) as error:
