@@ -146,6 +146,11 @@ class Identity:
         kind, _, name = self.owner.partition(":")
         return name if kind == "user" else None
 
+    @property
+    def only_project(self) -> str | None:
+        """The project that the key is for, where it is for one alone."""
+        return None if self.key is None else self.key.project
+
     def may(self, permission: str) -> bool:
         """Whether the role, and the key if one is used, has the permission."""
         if self.key is not None and permission not in self.key.scopes:

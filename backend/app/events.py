@@ -19,7 +19,7 @@ import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from app.access import Identity
-from app.errors import ErrorInfo
+from app.errors import ErrorInfo, InvalidRequest
 
 ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 """Session ids and request ids: 1 to 128 characters of this alphabet."""
@@ -27,6 +27,12 @@ ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 _ID = re.compile(ID_PATTERN)
 
 T = TypeVar("T")
+
+
+def check_id(field: str, text: str) -> None:
+    """Raises `InvalidRequest`, naming `field`, when `text` may be no session id or request id."""
+    if not is_id(text):
+        raise InvalidRequest(f"{field}: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
 
 
 DRAWN = 256

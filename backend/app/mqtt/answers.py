@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -21,12 +21,10 @@ from app.events import (
     new_id,
 )
 from app.mqtt.contract import Command
-from app.mqtt.payloads import HintRefusal, NewSession, Notice, Refusal, Status
+from app.mqtt.payloads import HintRefusal, NewSession, Notice, Refusal
 from app.services.hints import hint_of
 from app.services.projects import Project
 from app.services.turns import Numbered, answer_of
-
-CLEARED = b"Session cleared"
 
 PACKET_BYTES = 9
 """What an MQTT packet has beside topic and payload: fixed header, lengths, packet id, empty properties."""
@@ -150,20 +148,3 @@ class Packets:
                 start, used = index, 0
             used += size
         yield event.content[start:]
-
-
-# --- status --------------------------------------------------------------------------------------
-
-
-def status(
-    state: Literal["online", "offline", "degraded"],
-    birth: str,
-    *,
-    since: str,
-    version: str,
-    model: str | None = None,
-    queue: int = 0,
-    eta_s: float = 0,
-) -> bytes:
-    """The retained payload of `P/status`."""
-    return _encode(Status(state, birth, model, since, version, queue, eta_s))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from app import __version__
 from app.config import Settings
 from app.database import insist
@@ -23,6 +25,7 @@ from app.logs import get_logger
 from app.mqtt import answers, home_assistant
 from app.mqtt.connection import Broker, Incoming, MqttConnection, Outgoing, PublishRefused
 from app.mqtt.contract import Command, Refusal, read
+from app.mqtt.payloads import Status
 from app.mqtt.requests import Requests
 from app.mqtt.topics import request_filters, status_topic
 from app.services.leases import Leases
@@ -68,6 +71,7 @@ class MqttBridge:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._doors: dict[str, ProjectDoor] = {}
+        self._looking: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Starts serving. The broker need not be there."""
@@ -81,6 +85,9 @@ class MqttBridge:
 
     async def close(self) -> None:
         """Says goodbye on every status topic and disconnects."""
+        for task in self._looking:
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
         await asyncio.gather(*(door.close() for door in self._doors.values()))
 
     @property
@@ -99,8 +106,16 @@ class MqttBridge:
             door.deliver(delivery, turn)
 
     def _go_on(self, turn: Turn) -> None:
-        for door in self._doors.values():  # a session can be asked on the topics of any project
-            door.go_on(turn)
+        task = asyncio.create_task(self._stream_again(turn), name=f"streams of {turn.id}")
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+
+    async def _stream_again(self, turn: Turn) -> None:
+        """A turn was taken up: whoever follows its stream is told that it begins again."""
+        for delivery in await insist(lambda: self._parts.outbox.of_turn(turn.id)):
+            door = self._doors.get(delivery.target.project)
+            if door is not None:
+                door.stream(turn, delivery.target, (turn.row.attempt - 1, 0))
 
 
 class ProjectDoor:
@@ -218,14 +233,16 @@ class ProjectDoor:
 
     def _render_status(self, state: Any) -> bytes:
         places = self._parts.llm.places
-        return answers.status(
-            state,
-            self._birth,
-            since=self._since,
-            version=__version__,
-            model=self._parts.llm.last_health.model,
-            queue=places.waiting,
-            eta_s=places.eta(places.waiting),
+        return msgspec.json.encode(
+            Status(
+                state,
+                self._birth,
+                model=self._parts.llm.last_health.model,
+                since=self._since,
+                version=__version__,
+                queue=places.waiting,
+                eta_s=places.eta(places.waiting),
+            )
         )
 
     # --- requests ---
@@ -284,8 +301,8 @@ class ProjectDoor:
             return
         if isinstance(answer, bytes):
             self._answer(command.target, answer)
-        elif answer is not None and command.target.stream is not None:
-            self._stream(answer, command.target, None)
+        elif answer is not None:
+            self.stream(answer, command.target)
 
     def _refuse(self, target: ReplyTarget | None, error: PortalError, request_id: str | None) -> None:
         log.info("MQTT request refused", project=self._project, code=error.code)
@@ -347,17 +364,10 @@ class ProjectDoor:
 
     # --- streams ---
 
-    def go_on(self, turn: Turn) -> None:
-        """A turn was taken up: whoever follows its stream is told that it begins again."""
-        self._start(self._stream_again(turn), "streams")
-
-    async def _stream_again(self, turn: Turn) -> None:
-        for delivery in await insist(lambda: self._parts.outbox.of_turn(turn.id)):
-            target = delivery.target
-            if target.project == self._project and target.stream is not None:
-                self._stream(turn, target, (turn.row.attempt - 1, 0))
-
-    def _stream(self, turn: Turn, target: ReplyTarget, after: Position | None) -> None:
+    def stream(self, turn: Turn, target: ReplyTarget, after: Position | None = None) -> None:
+        """Publishes the events of a turn that come after `after`, where the target wants them."""
+        if target.stream is None:
+            return
         topic = f"{target.stream}/{turn.row.request_id}"
         if (turn.id, topic) not in self._streaming:
             self._streaming.add((turn.id, topic))

@@ -13,7 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from app.errors import InvalidRequest, PortalError
-from app.events import GenerationOptions, Mark, ReplyTarget, is_id, new_id
+from app.events import GenerationOptions, Mark, ReplyTarget, check_id, is_id, new_id
 from app.mqtt.connection import Incoming
 from app.mqtt.topics import (
     ASSISTANT_RESPONSE,
@@ -216,13 +216,17 @@ class _Draft:
 
     def _find_ids_early(self) -> None:
         """What an error needs to find its way, as far as it is right."""
-        given = self._body.get("requestId", self._body.get("request_id"))
+        given = self._given_request_id
         self._request_id = given if isinstance(given, str) and is_id(given) else None
         session = self._address.session
         if session is not None and is_id(session):
             self._session = session
         if self._session is not None or self._address.verb == "session":
             self._target = self._default_target()
+
+    @property
+    def _given_request_id(self) -> Any:
+        return self._body.get("requestId", self._body.get("request_id"))
 
     def _find_session(self) -> str | None:
         """The session's name. Raises `InvalidRequest`."""
@@ -234,9 +238,10 @@ class _Draft:
             named = [*named[:2], address.session, body.get("clientId"), body.get("client_id")]
         for value in named:
             if value not in {None, ""} if isinstance(value, str | None) else True:
-                if not isinstance(value, str) or not is_id(value) or not is_id(_key(address, value) or ""):
-                    raise InvalidRequest("sessionId: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
-                return value
+                text = value if isinstance(value, str) else ""
+                check_id("sessionId", text)
+                check_id("sessionId", _key(address, text) or "")
+                return text
         if address.verb in {"user_input", "state"}:
             return new_id()
         if address.verb == "cancel":
@@ -245,11 +250,10 @@ class _Draft:
 
     def _find_request_id(self) -> str | None:
         """The client's id for the request, or one made of its correlation data. Raises `InvalidRequest`."""
-        given = self._body.get("requestId", self._body.get("request_id"))
+        given = self._given_request_id
         if given is not None:
-            if not isinstance(given, str) or not is_id(given):
-                raise InvalidRequest("requestId: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
-            return given
+            check_id("requestId", given if isinstance(given, str) else "")
+            return str(given)
         if self._message.correlation is None:
             return None
         digest = hashlib.sha256(self._message.correlation).digest()

@@ -228,7 +228,7 @@ async def _project(
 ) -> str:
     """The project of a session that is there, or of one that is to be."""
     own = await sessions.project_of(user, session_id)
-    return own or wanted or (user.key.project if user.key else None) or known[0]
+    return own or wanted or user.only_project or known[0]
 
 
 async def _prompt(body: NewPrompt, user: Identity, templates: Templates) -> str:

@@ -52,8 +52,8 @@ class Authorizer:
                 details={"permission": permission},
             )
         foreign = owner is not None and owner != who.owner
-        elsewhere = who.key is not None and who.key.project is not None and project is not None
-        if foreign or (elsewhere and who.key is not None and project != who.key.project):
+        elsewhere = project is not None and who.only_project not in {None, project}
+        if foreign or elsewhere:
             await self.deny(who, f"{permission} of another")
             raise NotFound(f"There is no such {what}.")
 

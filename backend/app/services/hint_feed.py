@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from app.access import Identity
-from app.errors import InvalidRequest, NotFound, StorageUnavailable
-from app.events import Final, decode_ending, is_id
+from app.errors import NotFound, StorageUnavailable
+from app.events import Final, check_id, decode_ending
 from app.services.authorizer import Authorizer
 from app.services.hints import Hint, hint_of
 from app.services.projects import Projects
@@ -43,8 +43,7 @@ class HintFeed:
     async def may_read(self, who: Identity, session_id: str) -> None:
         """Returns when who asks may read the session, which need not be there yet. Raises `InvalidRequest`,
         `Forbidden`."""
-        if not is_id(session_id):
-            raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
+        check_id("session_id", session_id)
         await self._authorizer.check(who, "sessions:read")
 
     async def last(self, who: Identity, session_id: str) -> HintOf | None:

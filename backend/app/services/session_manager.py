@@ -18,7 +18,7 @@ import msgspec
 from app.access import LOCAL, Door, Identity, KeyUse
 from app.config import Settings
 from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, StorageUnavailable
-from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, is_id, new_id
+from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.services.acceptance import Acceptance
@@ -187,10 +187,9 @@ class SessionManager:
         with another body) or `Overloaded`, also as `StorageUnavailable` when the database takes nothing;
         then nothing was accepted.
         """
-        if not is_id(request.session_id):
-            raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
-        if request.request_id is not None and not is_id(request.request_id):
-            raise InvalidRequest("request_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
+        check_id("session_id", request.session_id)
+        if request.request_id is not None:
+            check_id("request_id", request.request_id)
         if not request.message.strip():
             raise InvalidRequest("message: it is empty")
         if "\0" in request.message:
@@ -209,9 +208,9 @@ class SessionManager:
 
     async def _placed(self, request: TurnRequest) -> TurnRequest:
         """The request with its project: of the session where there is one, of the key, or the default."""
-        key = request.who.key
-        project = request.project or (key.project if key and key.project else DEFAULT_PROJECT)
-        if self._policies.has_projects or (key is not None and key.project is not None):
+        only = request.who.only_project
+        project = request.project or only or DEFAULT_PROJECT
+        if self._policies.has_projects or only is not None:
             session = await self._store.session(request.who.owner, request.session_id)
             project = session.project if session is not None else project
         return replace(request, project=project)
@@ -419,8 +418,7 @@ class SessionManager:
     ) -> None:
         """Gives a session another system prompt, making it in `project` if it is new; with `reset` it is
         cleared too. Not again for the same `mark`. Raises `InvalidRequest`."""
-        if not is_id(session_id):
-            raise InvalidRequest("session_id: 1 to 128 characters of A-Z a-z 0-9 _ . : - are needed")
+        check_id("session_id", session_id)
         if "\0" in prompt:
             raise InvalidRequest("template: it holds a NUL character")
         await self._authorizer.check(who, "sessions:write", project=project, what="session")
@@ -474,7 +472,7 @@ class SessionManager:
     async def restore(self, who: Identity, session_id: str) -> SessionRow:
         """Brings back a deleted session. Raises `NotFound`, or `Conflict` when its id is in use again."""
         await self._authorizer.check(who, "sessions:write")
-        return await self._store.restore_session(who.owner, session_id, _project_of(who))
+        return await self._store.restore_session(who.owner, session_id, who.only_project)
 
     async def rename(self, who: Identity, session_id: str, title: str) -> SessionRow:
         """Gives a session another title. Raises `NotFound`."""
@@ -488,8 +486,9 @@ class SessionManager:
         """The sessions of who asks with `text` in the title, those used last first, and how many there
         are."""
         await self._authorizer.check(who, "sessions:read")
-        project = _project_of(who)
-        return await self._store.sessions_of(who.owner, text, project=project, limit=limit, offset=offset)
+        return await self._store.sessions_of(
+            who.owner, text, project=who.only_project, limit=limit, offset=offset
+        )
 
     async def stop(self, who: Identity, session_id: str, request_id: str | None = None) -> str | None:
         """Stops the running turn, or that of the request, also while it waits. Returns its id once it has
@@ -527,7 +526,7 @@ class SessionManager:
         """As `_session`, but it looks at the session only for keys of a project: what changes a session
         stays in the order of the calls."""
         await self._authorizer.check(who, permission)
-        if _project_of(who) is not None:
+        if who.only_project is not None:
             await self._session(who, permission, session_id)
 
     async def _session(self, who: Identity, permission: str, session_id: str) -> SessionRow:
@@ -537,11 +536,6 @@ class SessionManager:
         if session is None:
             raise NotFound("There is no such session.")
         return session
-
-
-def _project_of(who: Identity) -> str | None:
-    """The only project that the key of who asks is for."""
-    return None if who.key is None else who.key.project
 
 
 def _door(name: str) -> Door:
