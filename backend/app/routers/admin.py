@@ -28,6 +28,7 @@ from app.dependencies import (
 from app.hardening import StrictRoute
 from app.routers.keys import Key, KeyList
 from app.routers.stats import Used
+from app.routers.times import moment
 from app.services.audit import Audit, AuditFilter, AuditRow
 from app.services.links import Link
 from app.services.people import Person
@@ -40,10 +41,6 @@ NDJSON = "application/x-ndjson"
 
 FIRST_DAY = date(1970, 1, 1)
 """There is room for the days before it."""
-
-
-def _time(at: float) -> datetime:
-    return datetime.fromtimestamp(at, UTC)
 
 
 # --- people --------------------------------------------------------------------------------------
@@ -68,9 +65,9 @@ class User(BaseModel):
             username=person.username,
             email=person.email,
             role=person.role,
-            created_at=_time(person.created_at),
-            closed_at=None if person.closed_at is None else _time(person.closed_at),
-            last_seen_at=None if person.last_seen_at is None else _time(person.last_seen_at),
+            created_at=moment(person.created_at),
+            closed_at=moment(person.closed_at),
+            last_seen_at=moment(person.last_seen_at),
         )
 
 
@@ -111,8 +108,8 @@ class Invitation(BaseModel):
             id=link.id,
             role=link.role,
             made_by=link.made_by,
-            created_at=_time(link.created_at),
-            expires_at=_time(link.expires_at),
+            created_at=moment(link.created_at),
+            expires_at=moment(link.expires_at),
         )
 
 
@@ -132,7 +129,7 @@ class OneUseLink(BaseModel):
     @classmethod
     def of(cls, link: Link) -> OneUseLink:
         """The body of a link."""
-        return cls(id=link.id, path=link.path, expires_at=_time(link.expires_at))
+        return cls(id=link.id, path=link.path, expires_at=moment(link.expires_at))
 
 
 @router.get("/users")
@@ -384,7 +381,7 @@ async def list_alerts(
                 percent=alert.percent,
                 spent=alert.spent,
                 amount=alert.amount,
-                at=_time(alert.at),
+                at=moment(alert.at),
             )
             for alert in found
         ]
@@ -411,7 +408,7 @@ class AuditEntry(BaseModel):
     @classmethod
     def of(cls, row: AuditRow) -> AuditEntry:
         """The body of a row."""
-        return cls(**{**msgspec.structs.asdict(row), "at": _time(row.at)})
+        return cls(**{**msgspec.structs.asdict(row), "at": moment(row.at)})
 
 
 class AuditPage(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Literal, TypedDict
 
 from fastapi import APIRouter, Cookie, Form, Request, Response
@@ -12,6 +12,7 @@ from app.access import PERMISSIONS, Identity, Limits
 from app.dependencies import AccountsDep, AdmissionDep, CurrentUser, SignInsDep
 from app.errors import Unauthenticated
 from app.hardening import StrictRoute
+from app.routers.times import moment
 from app.services.sign_ins import SignIn, Tokens
 
 router = APIRouter(prefix="/api/auth", tags=["auth"], route_class=StrictRoute)
@@ -145,8 +146,8 @@ class SignInBody(BaseModel):
         return cls(
             id=sign_in.id,
             user_agent=sign_in.user_agent,
-            created_at=datetime.fromtimestamp(sign_in.created_at, UTC),
-            last_used_at=datetime.fromtimestamp(sign_in.renewed_at, UTC),
+            created_at=moment(sign_in.created_at),
+            last_used_at=moment(sign_in.renewed_at),
             current=sign_in.id == who.sign_in,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from app.dependencies import CurrentUser, DevicesDep
 from app.hardening import StrictRoute
+from app.routers.times import moment
 from app.services.devices import Device as StoredDevice
 
 router = APIRouter(prefix="/api/admin/devices", tags=["admin"], route_class=StrictRoute)
@@ -43,7 +44,7 @@ class Device(BaseModel):
             name=device.name,
             owner=device.username,
             projects=list(device.projects),
-            created_at=datetime.fromtimestamp(device.created_at, UTC),
+            created_at=moment(device.created_at),
             at_broker=device.at_broker,
         )
 

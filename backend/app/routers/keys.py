@@ -10,6 +10,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 
 from app.dependencies import ApiKeysDep, CurrentUser
 from app.hardening import StrictRoute
+from app.routers.times import moment
 from app.services.api_keys import ApiKey
 
 router = APIRouter(prefix="/api/keys", tags=["keys"], route_class=StrictRoute)
@@ -52,9 +53,9 @@ class Key(BaseModel):
             scopes=list(key.scopes),
             project=key.project,
             device=key.device,
-            created_at=datetime.fromtimestamp(key.created_at, UTC),
-            expires_at=_time(key.expires_at),
-            last_used_at=_time(key.last_used_at),
+            created_at=moment(key.created_at),
+            expires_at=moment(key.expires_at),
+            last_used_at=moment(key.last_used_at),
         )
 
 
@@ -68,10 +69,6 @@ class KeyList(BaseModel):
     """Keys, the newest first."""
 
     keys: list[Key]
-
-
-def _time(at: float | None) -> datetime | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC)
 
 
 @router.get("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,6 +16,7 @@ from app.dependencies import CurrentUser, LLMDep, SessionsDep
 from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, Objects, TurnRequest
 from app.hardening import StrictRoute
 from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
+from app.routers.times import moment
 from app.services.llm_client import Health
 from app.services.rows import MessageRow
 from app.services.session_manager import HistoryPage, SessionManager
@@ -265,7 +266,7 @@ def _messages(page: HistoryPage) -> list[HistoryMessage]:
             turn_id=None,
             role="system",
             content=session.system_prompt,
-            created_at=datetime.fromtimestamp(session.created_at, UTC),
+            created_at=moment(session.created_at),
             status="complete",
         )
         shown.insert(0, system)
@@ -280,7 +281,7 @@ def _message(message: MessageRow) -> HistoryMessage:
             "turn_id": message.turn_id,
             "role": message.role,
             "content": message.content,
-            "created_at": datetime.fromtimestamp(message.created_at, UTC),
+            "created_at": moment(message.created_at),
             "status": message.status,
             "tool_calls": message.tool_calls,
             "usage": None if message.usage is None else msgspec.to_builtins(message.usage),

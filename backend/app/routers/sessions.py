@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 
 from app.dependencies import CurrentUser, SessionsDep, TemplatesDep
 from app.hardening import StrictRoute
+from app.routers.times import moment
 from app.services.rows import SessionRow
 from app.services.templates import Templates, TemplateVersion
 
@@ -118,6 +119,6 @@ def _session(row: SessionRow, version: TemplateVersion | None) -> Session:
         project=row.project,
         system_prompt=row.system_prompt,
         template=None if version is None else SessionTemplate.of(version),
-        created_at=datetime.fromtimestamp(row.created_at, UTC),
-        updated_at=datetime.fromtimestamp(row.updated_at, UTC),
+        created_at=moment(row.created_at),
+        updated_at=moment(row.updated_at),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from app.dependencies import AuthorizerDep, CurrentUser, TemplatesDep
 from app.hardening import StrictRoute
+from app.routers.times import moment
 from app.services.templates import Draft, TemplateVersion
 from app.services.templating import LONGEST_TEMPLATE, render, variables_of
 
@@ -66,7 +67,7 @@ class Template(BaseModel):
             description=version.description,
             content=version.content,
             variables=version.variables,
-            saved_at=datetime.fromtimestamp(version.created_at, UTC),
+            saved_at=moment(version.created_at),
         )
 
 

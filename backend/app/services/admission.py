@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from app.access import Identity, Limits
@@ -134,7 +134,7 @@ class Admission:
         if ticket.windows:
             quotas = await self._ledger.take(turn_id, ticket.windows)
             _check_windows(quotas)
-            ticket = _with_quotas(ticket, quotas)
+            ticket = replace(ticket, quotas=tuple(quotas))
         try:
             await self._reserve(ticket)
         except RateLimited:
@@ -252,22 +252,22 @@ class Admission:
         )
 
     async def _seed(self, ticket: Ticket) -> None:
+        known: dict[tuple[str, str], Spent] = {}
         for hold in await self._ledger.unknown(ticket.holds):
             subject, budget = ticket.budgets[hold.key]
             today = day_of(time.time())
             since = today if budget.startswith("daily") else month_of(today)
-            spent = await self._book.spent(subject, since)
-            await self._ledger.seed(hold, float(getattr(spent, BUDGETS[budget])))
+            if (subject, since) not in known:
+                known[subject, since] = await self._book.spent(subject, since)
+            await self._ledger.seed(hold, float(getattr(known[subject, since], BUDGETS[budget])))
 
 
 def _subjects(who: Identity, request: TurnRequest) -> list[str]:
     """What else than the owner a turn counts for."""
-    found = [f"project:{request.project}", ALL]
-    if who.key is not None:
-        found.insert(0, f"key:{who.key.id}")
-        if who.key.device is not None:
-            found.insert(0, f"device:{who.key.device}")
-    return found
+    key = who.key
+    device = [f"device:{key.device}"] if key is not None and key.device is not None else []
+    keys = [f"key:{key.id}"] if key is not None else []
+    return [*device, *keys, f"project:{request.project}", ALL]
 
 
 def _kind(subject: str) -> str:
@@ -289,10 +289,6 @@ def _check_windows(quotas: Sequence[Quota]) -> None:
         retry_after=worst.resets_in,
         quotas=[quota.info for quota in quotas],
     )
-
-
-def _with_quotas(ticket: Ticket, quotas: Sequence[Quota]) -> Ticket:
-    return Ticket(ticket.turn_id, ticket.windows, ticket.holds, ticket.budgets, tuple(quotas))
 
 
 def _end_of(period: str) -> float:

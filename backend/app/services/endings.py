@@ -17,12 +17,12 @@ from app.models.tables import ACTIVE, messages, sessions, turns
 from app.services.branches import move, slip_in
 from app.services.outbox import Delivery, make_ready
 from app.services.rows import (
+    NAMED,
     SESSION_COLUMNS,
     TURN_COLUMNS,
     SessionRow,
     TurnRow,
     locked_session,
-    session_named,
 )
 
 
@@ -73,6 +73,7 @@ _CHANGE = (
         updated_at=bindparam("now"),
     )
 )
+_NAMED = NAMED.with_for_update()
 _REPLY = insert(messages)
 _TURN = select(*TURN_COLUMNS).where(turns.c.id == bindparam("turn"))
 _EARLIER = (
@@ -181,5 +182,5 @@ def cut_off(connection: Connection, session: SessionRow, partial: dict[str, str]
 
 def locked_by_name(connection: Connection, owner: str, session_id: str) -> SessionRow | NotFound:
     """The session that an owner calls so, locked for the transaction."""
-    found = session_named(connection, owner, session_id)
-    return NotFound("There is no such session.") if found is None else locked_session(connection, found.id)
+    row = connection.execute(_NAMED, {"owner": owner, "name": session_id}).first()
+    return NotFound("There is no such session.") if row is None else SessionRow(*row)

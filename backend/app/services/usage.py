@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Row, func, select
 
 from app.database import Database, insert_of
 from app.models.tables import usage, usage_days
@@ -118,11 +118,10 @@ class UsageBook:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def spent(self, subject: str, since: str, until: str = "9999") -> Spent:
-        """What a subject of limits has spent from the day `since` to the day `until`, both included."""
+    async def spent(self, subject: str, since: str) -> Spent:
+        """What a subject of limits has spent since the day `since`, included."""
         sums = [func.coalesce(func.sum(usage_days.c[name]), 0) for name in SUMS]
-        days = and_(usage_days.c.day >= since, usage_days.c.day <= until)
-        statement = select(*sums).where(days, *conditions_of(subject))
+        statement = select(*sums).where(usage_days.c.day >= since, *conditions_of(subject))
         row = await self._database.read(lambda c: c.execute(statement).one())
         return _spent(row)
 
