@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import APIResponse, Page, Route, expect
 
 from tests.e2e.support import CHAT_URL, PASSWORD, answered, answers, ask, begun, go, sign_up, write_template
 from tests.fake_llm import FakeLLM, Script, text
@@ -191,6 +191,29 @@ class TestWithAnLLMThatDoesAsItIsTold:
         portal.start()
         alert.get_by_role("button", name="Try again").click()
         answered(ada, 2)
+
+    def test_an_answer_is_shown_whole_when_it_ends_while_the_chat_is_loaded(
+        self, ada: Page, script: Script
+    ) -> None:
+        script.before_first = 1.0
+        loads: list[Route] = []
+        answers_to_loads: list[APIResponse] = []
+
+        def keep_the_first(route: Route) -> None:
+            loads.append(route)
+            if len(loads) > 1:
+                route.continue_()
+                return
+            answers_to_loads.append(route.fetch())
+
+        ada.route("**/history?**", keep_the_first)
+        # The first message makes the chat, and the model waits a second before it answers.
+        with ada.expect_response(
+            lambda response: bool(answers_to_loads) and "/api/sessions?" in response.url
+        ):
+            ask(ada, "First")
+        loads[0].fulfill(response=answers_to_loads[0])
+        answered(ada)
 
     def test_a_chat_that_cannot_be_refreshed_stays_on_the_page(self, ada: Page, portal: Portal) -> None:
         ask(ada, "First")

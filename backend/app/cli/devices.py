@@ -15,17 +15,14 @@ from rich.table import Table
 from app.access import LOCAL
 from app.cli.broker import read_credentials
 from app.cli.console import Failure, console, done, failures_shown
-from app.cli.people import open_database
+from app.cli.people import open_policies
 from app.cli.stack import DEFAULT_STATE, Stack
 from app.cli.supervisor import read_state
 from app.config import Settings
 from app.errors import PortalError
 from app.mqtt.dynsec import DynamicSecurity
 from app.mqtt.rights import emqx_claims
-from app.services.audit import Audit
-from app.services.authorizer import Authorizer
 from app.services.devices import Devices
-from app.services.policies import Policies
 
 T = TypeVar("T")
 
@@ -114,8 +111,5 @@ def _settings(stack: Stack) -> Settings:
 @asynccontextmanager
 async def _devices(settings: Settings) -> AsyncIterator[Devices]:
     rights = DynamicSecurity(settings) if settings.mqtt_acl == "mosquitto" else None
-    async with open_database(settings) as database:
-        authorizer = Authorizer(Audit(database))
-        policies = Policies(database, authorizer, settings.path(settings.roles_file))
-        await policies.open()
+    async with open_policies(settings) as (database, authorizer, policies):
         yield Devices(settings, database, authorizer, policies, rights)

@@ -31,11 +31,18 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
         await database.close()
 
 
-async def _invite(settings: Settings, role: str, days: float, *, unless_admin: bool) -> Link | None:
+@asynccontextmanager
+async def open_policies(settings: Settings) -> AsyncIterator[tuple[Database, Authorizer, Policies]]:
+    """The database of a portal, with who may do what in it."""
     async with open_database(settings) as database:
         authorizer = Authorizer(Audit(database))
         policies = Policies(database, authorizer, settings.path(settings.roles_file))
         await policies.open()
+        yield database, authorizer, policies
+
+
+async def _invite(settings: Settings, role: str, days: float, *, unless_admin: bool) -> Link | None:
+    async with open_policies(settings) as (database, authorizer, policies):
         people = People(database, authorizer, policies, SignIns(settings, database, authorizer))
         if unless_admin and await people.has_admin():
             return None

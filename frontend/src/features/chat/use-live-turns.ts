@@ -12,7 +12,9 @@ export function useLiveTurns(): LiveTurns {
   let store = stores.get(queries);
   if (store === undefined) {
     store = new LiveTurns((sessionId) => {
-      void queries.invalidateQueries({ queryKey: sessionKeys.history(sessionId) });
+      const queryKey = sessionKeys.history(sessionId);
+      // A first load that is on its way tells of the time before, and would not be begun again otherwise.
+      void queries.cancelQueries({ queryKey }).then(() => queries.invalidateQueries({ queryKey }));
       void queries.invalidateQueries({ queryKey: sessionKeys.all });
     });
     stores.set(queries, store);
