@@ -11,7 +11,8 @@ import pytest
 from app.config import Settings
 from app.errors import InvalidRequest, LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
 from app.events import GenerationOptions
-from app.services.llm_client import Completion, LLMClient
+from app.services.llm_client import LLMClient
+from app.services.replies import Completion
 from tests.fake_llm import FakeLLM, Script, serve, text
 from tests.support import free_port
 
@@ -126,16 +127,16 @@ async def test_tool_calls_are_put_together(fake: FakeLLM, client: LLMClient) -> 
     ]
 
 
-async def test_a_server_that_does_not_stream_is_understood(fake: FakeLLM, client: LLMClient) -> None:
+async def test_a_server_that_does_not_stream_is_understood(settings_for: SettingsFor) -> None:
     async def answer(request: Any) -> Any:
         from aiohttp import web
 
         choice = {"index": 0, "message": {"role": "assistant", "content": "whole"}, "finish_reason": "stop"}
         return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
+    fake = FakeLLM()
     fake.completions = answer  # type: ignore[method-assign]
-    async with serve(fake) as running:
-        client._base = running.url
+    async with serve(fake), client_for(settings_for(fake.url)) as client:
         assert (await complete(client)).response == "whole"
 
 

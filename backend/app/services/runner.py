@@ -25,10 +25,12 @@ from app.logs import get_logger
 from app.services.accounting import Accounting
 from app.services.endings import Ended, Reply
 from app.services.history import History, estimate_tokens
-from app.services.llm_client import Done, InQueue, LLMClient, Message
+from app.services.llm_client import LLMClient
+from app.services.llm_server import Message
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
+from app.services.replies import Done, InQueue
 from app.services.rows import SessionRow, TurnRow
 from app.services.store import StaleAttempt, Store
 from app.services.tools import instructions

@@ -27,7 +27,8 @@ from app.services.admission import NO_TICKET, Admission, Ticket
 from app.services.authorizer import Authorizer
 from app.services.endings import Ended
 from app.services.leases import Leases
-from app.services.llm_client import LLMClient, Message
+from app.services.llm_client import LLMClient
+from app.services.llm_server import Message
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects

@@ -1,0 +1,251 @@
+"""A reply as it comes from an LLM server: its bytes, and the pieces that they are turned into.
+
+One read of the socket gives at most one piece of each kind, however many chunks the server packed into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from app.errors import LLMError
+from app.events import Usage
+from app.logs import get_logger
+from app.services.thinking import Kind, ThinkSplitter
+from app.services.tools import ConstrainedReply
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InQueue:
+    """The request waits for a place: `position` from 1, `eta_s` in seconds."""
+
+    position: int
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of the reply (`text`) or of the reasoning before it (`thinking`)."""
+
+    kind: Kind
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of the reply. `usage` is None where the server did not report it."""
+
+    finish_reason: str
+    usage: Usage | None
+    tool_calls: list[dict[str, Any]]
+
+
+Update = InQueue | Piece | Done
+"""What a generation yields; `Done` is the last, exactly once."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """A whole reply."""
+
+    response: str = ""
+    thinking: str = ""
+    finish_reason: str = "stop"
+    usage: Usage = field(default_factory=Usage)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, update: Update) -> None:
+        """Folds one more update in."""
+        if isinstance(update, Piece):
+            if update.kind == "text":
+                self.response += update.content
+            else:
+                self.thinking += update.content
+        elif isinstance(update, Done):
+            self.finish_reason, self.tool_calls = update.finish_reason, update.tool_calls
+            self.usage = update.usage or self.usage
+
+
+# --- what the server says ------------------------------------------------------------------------
+
+
+class _FunctionDelta(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCallDelta(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _FunctionDelta | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_ToolCallDelta] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+class ReplyReader:
+    """Turns the bytes of a streamed chat completion into pieces. `tools` takes a constrained reply apart."""
+
+    def __init__(self, skip_thinking: bool, tools: ConstrainedReply | None = None) -> None:
+        self._skip_thinking = skip_thinking
+        self._tools = tools
+        self._buffer = b""
+        self._body = b""
+        self._splitter = ThinkSplitter()
+        self._tool_calls: dict[int, dict[str, Any]] = {}
+        self._finish_reason: str | None = None
+        self._usage: _Usage | None = None
+        self._chars = {"text": 0, "thinking": 0}
+        self.has_begun = False
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Piece]:
+        """The pieces in what was read, neighbours of one kind joined."""
+        parts: list[tuple[Kind, str]] = []
+        lines = (self._buffer + data).split(b"\n")
+        self._buffer = lines.pop()
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._read_event(line[5:].strip(), parts)
+            elif not line.startswith((b":", b"event:", b"id:", b"retry:")):
+                self._body += line
+        return self._pieces(parts)
+
+    def finish(self, content_type: str) -> list[Piece]:
+        """The last pieces, after the last byte.
+
+        Raises `LLMError` when the reply is not whole.
+        """
+        parts: list[tuple[Kind, str]] = []
+        if content_type == "application/json":  # a server that does not stream
+            self._read_event(self._body + self._buffer, parts)
+        if self._finish_reason is None and not self.complete:
+            raise LLMError("The LLM server broke off its answer.", retryable=True)
+        parts += self._splitter.flush()
+        pieces = self._pieces(parts)
+        rest = self._tools.flush() if self._tools is not None else ""
+        return [*pieces, Piece("text", rest)] if rest else pieces
+
+    def done(self) -> Done:
+        """What the reply ends with."""
+        calls = [*self._tool_calls.values(), *(self._tools.tool_calls if self._tools else ())]
+        reason = self._finish_reason or "stop"
+        if self._tools and calls and reason == "stop":
+            reason = "tool_calls"
+        return Done(reason, self._read_usage(), calls)
+
+    def _read_event(self, data: bytes, parts: list[tuple[Kind, str]]) -> None:
+        if data == b"[DONE]":
+            self.complete = True
+            return
+        try:
+            chunk = _decode_chunk(data)
+        except msgspec.MsgspecError:
+            raise LLMError("The LLM server sent something that is no chat completion.") from None
+        if chunk.error is not None:
+            log.debug("LLM server failed in its reply", said=message_in(chunk.error))
+            raise LLMError("The LLM server failed in its reply.", retryable=True)
+        self._usage = chunk.usage or self._usage
+        for choice in chunk.choices[:1]:
+            self._finish_reason = choice.finish_reason or self._finish_reason
+            self._read_delta(choice.delta or choice.message or _Delta(), parts)
+
+    def _read_delta(self, delta: _Delta, parts: list[tuple[Kind, str]]) -> None:
+        self.has_begun = True
+        if thought := delta.reasoning_content or delta.reasoning:
+            parts.append(("thinking", thought))
+        if delta.content:
+            parts += self._splitter.feed(delta.content)
+        for call in delta.tool_calls or ():
+            self._read_tool_call(call)
+
+    def _read_tool_call(self, delta: _ToolCallDelta) -> None:
+        empty = {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+        index = len(self._tool_calls) if delta.index is None else delta.index
+        call = self._tool_calls.setdefault(index, empty)
+        call["id"] = delta.id or call["id"]
+        if delta.function is not None:
+            call["function"]["name"] += delta.function.name or ""
+            call["function"]["arguments"] += delta.function.arguments or ""
+
+    def _pieces(self, parts: list[tuple[Kind, str]]) -> list[Piece]:
+        joined: list[tuple[Kind, list[str]]] = []
+        for kind, content in parts:
+            self._chars[kind] += len(content)
+            if kind == "thinking" and self._skip_thinking:
+                continue
+            if joined and joined[-1][0] == kind:
+                joined[-1][1].append(content)
+            else:
+                joined.append((kind, [content]))
+        pieces = [self._piece(kind, "".join(contents)) for kind, contents in joined]
+        return [piece for piece in pieces if piece.content]
+
+    def _piece(self, kind: Kind, content: str) -> Piece:
+        if kind == "text" and self._tools is not None:
+            content = self._tools.feed(content)
+        return Piece(kind, content.replace("\0", ""))  # PostgreSQL stores no NUL, and no reader wants one
+
+    def _read_usage(self) -> Usage | None:
+        usage = self._usage
+        if usage is None:
+            return None
+        cached = (usage.prompt_tokens_details or _PromptDetails()).cached_tokens
+        reasoning = (usage.completion_tokens_details or _CompletionDetails()).reasoning_tokens
+        if reasoning is None:  # its share of the text
+            chars = sum(self._chars.values())
+            reasoning = round(usage.completion_tokens * self._chars["thinking"] / chars) if chars else 0
+        return Usage(usage.prompt_tokens, usage.completion_tokens, cached or 0, reasoning)
+
+
+def error_text(body: bytes) -> str:
+    """The message in the body of an error answer."""
+    try:
+        return message_in(msgspec.json.decode(body))
+    except msgspec.MsgspecError:
+        return ""
+
+
+def message_in(found: Any) -> str:
+    """The message in an error object, in any of the forms that servers use."""
+    while isinstance(found, dict):
+        found = found.get("error") or found.get("message") or found.get("detail")
+    return found[:500] if isinstance(found, str) else ""
