@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.access import Identity
 from app.errors import ErrorInfo, InvalidRequest
+from app.options import Extra, Format, LogitBias, Stop, ToolChoice, Tools, invalid
 
 ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 """Session ids and request ids: 1 to 128 characters of this alphabet."""
@@ -60,22 +61,6 @@ def new_id() -> str:
 # --- what is asked for ---------------------------------------------------------------------------
 
 
-def _encodable(value: T) -> T:
-    """Refuses what JSON takes and UTF-8 does not: a lone surrogate."""
-    try:
-        msgspec.json.encode(value)
-    except (UnicodeEncodeError, RecursionError):
-        raise ValueError("it holds a character that is none, or is nested too deeply") from None
-    return value
-
-
-Objects = Annotated[list[dict[str, Any]], AfterValidator(_encodable)]
-"""A list of JSON objects."""
-
-Object = Annotated[dict[str, Any], AfterValidator(_encodable)]
-"""A JSON object."""
-
-
 class GenerationOptions(BaseModel):
     """How to generate, as OpenAI-compatible servers take it. What is absent is the server's choice
     or, where the portal has a setting for it, the setting's."""
@@ -88,16 +73,48 @@ class GenerationOptions(BaseModel):
         None
     )
     model: Annotated[str | None, Field(max_length=256, description="A model of the LLM server")] = None
-    stop: Annotated[str | list[str] | None, Field(description="Texts that end the reply")] = None
-    seed: Annotated[int | None, Field(ge=0, description="For a repeatable reply")] = None
-    tools: Annotated[Objects | None, Field(description="Tools in OpenAI's form")] = None
-    tool_choice: Annotated[str | Object | None, Field(description="OpenAI's tool_choice")] = None
-    response_format: Annotated[Object | None, Field(description="OpenAI's response_format")] = None
+    stop: Annotated[Stop | None, Field(description="Texts that end the reply, at most four")] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63, description="For a repeatable reply")] = None
+    frequency_penalty: Annotated[
+        float | None, Field(ge=-2, le=2, description="Above 0: what came often comes less")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, Field(ge=-2, le=2, description="Above 0: what came once comes less")
+    ] = None
+    logit_bias: Annotated[
+        LogitBias | None, Field(description="By the number of a token: -100 (never) to 100 (only this)")
+    ] = None
+    tools: Annotated[Tools | None, Field(description="Tools in OpenAI's form")] = None
+    tool_choice: Annotated[ToolChoice | None, Field(description="OpenAI's tool_choice")] = None
+    parallel_tool_calls: Annotated[
+        bool | None, Field(description="Whether a reply may have several tool calls")
+    ] = None
+    response_format: Annotated[Format | None, Field(description="OpenAI's response_format")] = None
+    reasoning_effort: Annotated[
+        Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None,
+        Field(description="How much a model thinks; goes before LLM_SKIP_THINKING, which still hides it"),
+    ] = None
+    extra: Annotated[
+        Extra | None,
+        Field(description="What only some servers take, as they call it: top_k, min_p, grammar, …"),
+    ] = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerationOptions:
+        """These options, as a program gives them. Raises `InvalidRequest`, which names the field."""
+        try:
+            return GenerationOptions(**options)
+        except ValidationError as error:
+            raise invalid(error) from None
 
     def given(self) -> dict[str, Any]:
         """Only the options that were given."""
         fields = GenerationOptions.model_fields
-        return {name: value for name in fields if (value := getattr(self, name)) is not None}
+        return {
+            name: value
+            for name in self.model_fields_set
+            if name in fields and (value := getattr(self, name)) is not None
+        }
 
 
 Kind = Literal["message", "state"]

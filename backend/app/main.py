@@ -27,6 +27,7 @@ from app.events import TurnEvent, is_id, new_id
 from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
 from app.mqtt import asyncapi
+from app.options import problem_in
 from app.routers import admin, auth, devices, health, keys, llm, mqtt, page, sessions, stats, templates
 
 log = get_logger(__name__)
@@ -156,7 +157,7 @@ def _problem(found: dict[str, Any]) -> dict[str, str]:
     if found["type"] == "json_invalid":
         return {"field": "body", "problem": f"this is not JSON: {found['ctx']['error']}"}
     place = [str(part) for part in found["loc"] if part not in {"body", "query", "path", "header"}]
-    return {"field": ".".join(place) or "body", "problem": found["msg"]}
+    return {"field": ".".join(place) or "body", "problem": problem_in(found)}
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -25,6 +25,7 @@ from app.mqtt.topics import (
     Verb,
     parse,
 )
+from app.options import invalid
 from app.services.states import compact
 
 LONGEST_TEXT = 1_000_000
@@ -159,7 +160,7 @@ def read(project: str, message: Incoming) -> Command | Refusal | None:
     try:
         return draft.command()
     except ValidationError as error:
-        return draft.refusal(_invalid(error))
+        return draft.refusal(invalid(error))
     except PortalError as error:
         return draft.refusal(error)
 
@@ -394,12 +395,3 @@ def _object(address: Address, payload: bytes) -> tuple[dict[str, Any], bool]:
         raise InvalidRequest("payload: it begins like a JSON object but is none") from None
     assert isinstance(body, dict)
     return body, False
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    problems = [
-        {"field": ".".join(str(part) for part in found["loc"]), "problem": found["msg"]}
-        for found in error.errors(include_url=False, include_input=False)
-    ]
-    message = "; ".join(f"{problem['field']}: {problem['problem']}" for problem in problems[:5])
-    return InvalidRequest(message, details=problems)

@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect
 
 from app.access import Identity
 from app.dependencies import CurrentUser, LLMDep, SessionsDep
-from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, Objects, TurnRequest
+from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, TurnRequest
 from app.hardening import StrictRoute
+from app.options import Objects
 from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
 from app.routers.times import moment
 from app.services.llm_client import Health

@@ -24,8 +24,9 @@ from app.dependencies import (
     TemplatesDep,
 )
 from app.errors import InvalidRequest, NotFound, PortalError, http_body
-from app.events import ID_PATTERN, GenerationOptions, Object, ReplyTarget, TurnRequest, new_id
+from app.events import ID_PATTERN, GenerationOptions, ReplyTarget, TurnRequest, new_id
 from app.hardening import StrictRoute
+from app.options import Object
 from app.services.hint_feed import HintFeed, HintOf
 from app.services.session_manager import SessionManager
 from app.services.states import compact

@@ -276,7 +276,7 @@ class Runner:
         }
         if turn.row.kind == "state" and (tools := project.tools_for(self._role_of(turn).tools)):
             given["tools"] = tools
-        return GenerationOptions(**{**given, **turn.row.options})
+        return GenerationOptions.of({**given, **turn.row.options})
 
     def _budget(self, options: GenerationOptions) -> int:
         """Tokens for the prompt: what the setting allows, and what the server's context has room for

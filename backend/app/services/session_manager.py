@@ -21,6 +21,7 @@ from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, Stora
 from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
+from app.options import chosen_tool, names_of
 from app.services.acceptance import Acceptance
 from app.services.accounting import Accounting
 from app.services.admission import NO_TICKET, Admission, Ticket
@@ -222,6 +223,8 @@ class SessionManager:
         what = "session in the project of this key"
         await self._authorizer.check(who, "chat:use", project=request.project, what=what)
         await self._authorizer.check_tools(who, options.tools or ())
+        if options.tool_choice is not None and options.tools is None:
+            self._check_choice(request)
         if who.role.models != ANY:
             await self._authorizer.check_model(who, await self._llm.model_name(options.model))
         longest = self._admission.longest_reply(who, options.max_tokens)
@@ -230,6 +233,16 @@ class SessionManager:
         if who.role.redaction:
             request = replace(request, message=redact(request.message))
         return request
+
+    def _check_choice(self, request: TurnRequest) -> None:
+        """Raises `InvalidRequest` when there is no tool to choose: of a state, those of its project count."""
+        choice, project = request.options.tool_choice, self._projects.project(request.project)
+        tools = project.tools_for(request.who.role.tools) if request.kind == "state" else []
+        if choice not in ("auto", "none") and not tools:
+            raise InvalidRequest("tool_choice: it needs tools to choose from")
+        named = chosen_tool(choice)
+        if named is not None and named not in names_of(tools):
+            raise InvalidRequest(f"tool_choice: the project has no tool that is called {named}")
 
     async def _accept(self, request: TurnRequest) -> Turn:
         turn_id = new_id()
@@ -368,7 +381,7 @@ class SessionManager:
             message=user_message,
             request_id=request_id,
             system_prompt=system_prompt,
-            options=GenerationOptions(**options),
+            options=GenerationOptions.of(options),
             detached=request_id is not None,
         )
         turn = await self.submit(request)
