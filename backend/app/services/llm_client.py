@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.config import Settings
-from app.errors import PortalError
+from app.errors import InvalidRequest, PortalError
 from app.events import GenerationOptions
 from app.loop import LoopDoor
 from app.services.llm_server import Clock, LLMServer, Loading, Message, ModelInfo
@@ -32,6 +32,24 @@ _NO_THINKING: dict[str, dict[str, Any]] = {
     "vllm": {"chat_template_kwargs": {"enable_thinking": False}},
     "library": {"reasoning_effort": "none"},  # Ollama
 }
+
+
+def _thinking(server: str, effort: str | None, *, hidden: bool) -> dict[str, Any]:
+    """How a server is told how much to think: as much as was asked for, else not at all where it is hidden.
+    llama.cpp reads an effort only as a variable of the chat template."""
+    if effort is not None and effort != "none":
+        return {"chat_template_kwargs": {"reasoning_effort": effort}} if server == "llamacpp" else {}
+    return _NO_THINKING.get(server, {}) if hidden or effort is not None else {}
+
+
+def _check_taken(server: str, options: GenerationOptions) -> None:
+    """Raises `InvalidRequest` for what a server is known to leave out without a word."""
+    if server != "library":  # Ollama
+        return
+    if options.logit_bias is not None:
+        raise InvalidRequest("logit_bias: Ollama does not take it; leave it out")
+    if options.tool_choice not in {None, "auto"} if isinstance(options.tool_choice, str | None) else True:
+        raise InvalidRequest("tool_choice: Ollama always chooses by itself; leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +110,7 @@ class LLMClient:
 
     async def _generate(self, messages: Sequence[Message], options: dict[str, Any]) -> str:
         completion = Completion()
-        async with aclosing(self.stream(messages, GenerationOptions(**options))) as updates:
+        async with aclosing(self.stream(messages, GenerationOptions.of(options))) as updates:
             async for update in updates:
                 completion.add(update)
         return completion.response
@@ -100,7 +118,7 @@ class LLMClient:
     async def _generate_stream(
         self, messages: Sequence[Message], options: dict[str, Any]
     ) -> AsyncGenerator[str, None]:
-        async with aclosing(self.stream(messages, GenerationOptions(**options))) as updates:
+        async with aclosing(self.stream(messages, GenerationOptions.of(options))) as updates:
             async for update in updates:
                 if isinstance(update, Piece) and update.kind == "text":
                     yield update.content
@@ -137,6 +155,7 @@ class LLMClient:
         clock = Clock(self._settings)
         model = await self._server.resolve(options.model)
         meter.model = model.name
+        _check_taken(model.server, options)
         tools = None
         if options.tools:
             messages, options, tools = self._with_tools(model, messages, options)
@@ -161,20 +180,20 @@ class LLMClient:
     def _body(
         self, model: ModelInfo, messages: Sequence[Message], options: GenerationOptions
     ) -> dict[str, Any]:
-        settings = self._settings
-        body: dict[str, Any] = {
+        settings, given = self._settings, options.given()
+        extra = given.pop("extra", {})
+        return {
             "temperature": settings.llm_temperature,
             "top_p": settings.llm_top_p,
             "max_tokens": settings.llm_max_tokens,
-            **options.given(),
+            **given,
+            **_thinking(model.server, options.reasoning_effort, hidden=settings.llm_skip_thinking),
+            **extra,
             "model": model.id,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if settings.llm_skip_thinking:
-            body |= _NO_THINKING.get(model.server, {})
-        return body
 
     async def count_tokens(self, messages: Sequence[Message]) -> int | None:
         """The exact length of the prompt that `messages` make, in tokens; None where the server

@@ -10,6 +10,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
@@ -18,7 +20,7 @@ import msgspec
 from app.config import Settings
 from app.errors import InvalidRequest, LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
 from app.logs import get_logger
-from app.services.replies import Done, Piece, ReplyReader, error_text
+from app.services.replies import LONGEST_LINE, NO_JSON, Done, Piece, ReplyReader, error_text
 
 log = get_logger(__name__)
 
@@ -28,6 +30,7 @@ Message = Mapping[str, Any]
 WATCH_INTERVAL_S = 5.0
 WATCH_INTERVAL_DOWN_S = 1.0
 COUNT_TIMEOUT_S = 2.0
+LONGEST_RETRY_S = 3600.0
 FRESH_S = 1.0
 """A health report younger than this is not asked for again."""
 
@@ -208,8 +211,8 @@ class LLMServer:
             ):
                 if response.status != 200:
                     raise LLMError(f"{path} answered {response.status}.")
-                return msgspec.json.decode(await response.read())
-        except (TimeoutError, aiohttp.ClientError, msgspec.MsgspecError) as error:
+                return msgspec.json.decode(await _whole(response))
+        except (TimeoutError, aiohttp.ClientError, *NO_JSON) as error:
             raise LLMError(f"{path} did not answer: {type(error).__name__}.") from None
 
     # --- models and health ---
@@ -269,7 +272,7 @@ class LLMServer:
             ):
                 if response.status != 200:
                     raise await _refusal(response, None)
-                models = _decode_models(await response.read()).data or []
+                models = _decode_models(await _whole(response)).data or []
             if not models:
                 raise LLMError("The LLM server serves no model.")
             if [model.id for model in models] != [known.id for known in self.models]:
@@ -279,7 +282,7 @@ class LLMServer:
             self._note(None)
         except (TimeoutError, aiohttp.ClientError, OSError):
             self._note(LLMUnavailable("The LLM server cannot be reached.", retry_after=WATCH_INTERVAL_DOWN_S))
-        except msgspec.MsgspecError:
+        except NO_JSON:
             self._note(LLMError("What answers at LLM_SERVER_URL is no OpenAI-compatible server."))
         except PortalError as error:
             self._note(error)
@@ -292,8 +295,8 @@ class LLMServer:
             return True
         try:
             async with self._http.get(f"{self._base}/props", allow_redirects=False) as response:
-                props = _decode_props(await response.read())
-        except (aiohttp.ClientError, OSError, msgspec.MsgspecError):
+                props = _decode_props(await _whole(response))
+        except (aiohttp.ClientError, OSError, LLMError, *NO_JSON):
             return True
         if props.chat_template_caps is not None:
             return props.chat_template_caps.supports_tools
@@ -336,6 +339,16 @@ class Clock:
         return f"The LLM server fell silent in its reply for {settings.llm_idle_timeout:g} s."
 
 
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    """The body of a short answer. Raises `LLMError` when it is not short."""
+    body = b""
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > LONGEST_LINE:
+            raise LLMError("The LLM server's answer is too long.")
+    return body
+
+
 async def _drain(response: aiohttp.ClientResponse) -> None:
     """Reads what little follows the end of a reply, so that its connection can be used again."""
     try:
@@ -370,7 +383,18 @@ async def _refusal(response: aiohttp.ClientResponse, model: str | None) -> Porta
 
 
 def _seconds(header: str | None) -> float | None:
-    return float(header) if header and header.isdecimal() else None
+    """The seconds of a Retry-After, which may also be a date (RFC 9110, 10.2.3)."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header) if header.isdecimal() else _until(parsedate_to_datetime(header))
+    except ValueError:
+        return None
+    return min(max(seconds, 0.0), LONGEST_RETRY_S)
+
+
+def _until(moment: datetime) -> float:
+    return moment.timestamp() - time.time()
 
 
 def _model_info(model: _Model, knows_tools: bool) -> ModelInfo:

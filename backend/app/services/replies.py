@@ -18,6 +18,15 @@ from app.services.tools import ConstrainedReply
 
 log = get_logger(__name__)
 
+LONGEST_LINE = 4 << 20
+"""Bytes of one event, or of all of an answer that is not streamed: whatever sends more is out of order."""
+
+LONGEST_CALLS = 1 << 20
+"""Characters of all tool calls of a reply."""
+
+NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not the JSON that is expected."""
+
 
 @dataclass(frozen=True, slots=True)
 class InQueue:
@@ -131,6 +140,7 @@ class ReplyReader:
         self._body = b""
         self._splitter = ThinkSplitter()
         self._tool_calls: dict[int, dict[str, Any]] = {}
+        self._call_chars = 0
         self._finish_reason: str | None = None
         self._usage: _Usage | None = None
         self._chars = {"text": 0, "thinking": 0}
@@ -147,6 +157,8 @@ class ReplyReader:
                 self._read_event(line[5:].strip(), parts)
             elif not line.startswith((b":", b"event:", b"id:", b"retry:")):
                 self._body += line
+        if len(self._buffer) + len(self._body) > LONGEST_LINE:
+            raise LLMError(f"The LLM server sent more than {LONGEST_LINE >> 20} MiB in one piece.")
         return self._pieces(parts)
 
     def finish(self, content_type: str) -> list[Piece]:
@@ -178,7 +190,7 @@ class ReplyReader:
             return
         try:
             chunk = _decode_chunk(data)
-        except msgspec.MsgspecError:
+        except NO_JSON:
             raise LLMError("The LLM server sent something that is no chat completion.") from None
         if chunk.error is not None:
             log.debug("LLM server failed in its reply", said=message_in(chunk.error))
@@ -205,6 +217,9 @@ class ReplyReader:
         if delta.function is not None:
             call["function"]["name"] += delta.function.name or ""
             call["function"]["arguments"] += delta.function.arguments or ""
+            self._call_chars += len(delta.function.name or "") + len(delta.function.arguments or "")
+        if self._call_chars + len(self._tool_calls) > LONGEST_CALLS:
+            raise LLMError("The LLM server did not end its tool calls.")
 
     def _pieces(self, parts: list[tuple[Kind, str]]) -> list[Piece]:
         joined: list[tuple[Kind, list[str]]] = []
@@ -240,7 +255,7 @@ def error_text(body: bytes) -> str:
     """The message in the body of an error answer."""
     try:
         return message_in(msgspec.json.decode(body))
-    except msgspec.MsgspecError:
+    except NO_JSON:
         return ""
 
 

@@ -1421,6 +1421,25 @@ export interface components {
          */
         Chat: {
             /**
+             * Extra
+             * @description What only some servers take, as they call it: top_k, min_p, grammar, …
+             */
+            extra?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Frequency Penalty
+             * @description Above 0: what came often comes less
+             */
+            frequency_penalty?: number | null;
+            /**
+             * Logit Bias
+             * @description By the number of a token: -100 (never) to 100 (only this)
+             */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
+            /**
              * Max Tokens
              * @description Longest reply, in tokens
              */
@@ -1438,12 +1457,22 @@ export interface components {
              */
             model?: string | null;
             /**
-             * Response Format
-             * @description OpenAI's response_format
+             * Parallel Tool Calls
+             * @description Whether a reply may have several tool calls
              */
-            response_format?: {
-                [key: string]: unknown;
-            } | null;
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Presence Penalty
+             * @description Above 0: what came once comes less
+             */
+            presence_penalty?: number | null;
+            /**
+             * Reasoning Effort
+             * @description How much a model thinks; goes before LLM_SKIP_THINKING, which still hides it
+             */
+            reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh") | null;
+            /** @description OpenAI's response_format */
+            response_format?: components["schemas"]["ResponseFormat"] | null;
             /**
              * Seed
              * @description For a repeatable reply
@@ -1451,7 +1480,7 @@ export interface components {
             seed?: number | null;
             /**
              * Stop
-             * @description Texts that end the reply
+             * @description Texts that end the reply, at most four
              */
             stop?: string | string[] | null;
             /**
@@ -1463,16 +1492,12 @@ export interface components {
              * Tool Choice
              * @description OpenAI's tool_choice
              */
-            tool_choice?: string | {
-                [key: string]: unknown;
-            } | null;
+            tool_choice?: ("auto" | "none" | "required") | components["schemas"]["NamedChoice"] | null;
             /**
              * Tools
              * @description Tools in OpenAI's form
              */
-            tools?: {
-                [key: string]: unknown;
-            }[] | null;
+            tools?: components["schemas"]["FunctionTool"][] | null;
             /**
              * Top P
              * @description Nucleus sampling
@@ -1647,6 +1672,24 @@ export interface components {
             usage: components["schemas"]["Usage"];
         };
         /**
+         * Function
+         * @description A function that the model may ask for. `parameters` is the JSON Schema of its arguments.
+         */
+        Function: {
+            /** Description */
+            description?: string | null;
+            /** Name */
+            name: string;
+            /** Parameters */
+            parameters?: {
+                [key: string]: unknown;
+            };
+            /** Strict */
+            strict?: boolean | null;
+        } & {
+            [key: string]: unknown;
+        };
+        /**
          * FunctionCall
          * @description An action of the game that the model asks for.
          */
@@ -1659,12 +1702,45 @@ export interface components {
             name: string;
         };
         /**
+         * FunctionTool
+         * @description A tool in OpenAI's form.
+         */
+        FunctionTool: {
+            function: components["schemas"]["Function"];
+            /**
+             * Type
+             * @constant
+             */
+            type: "function";
+        } & {
+            [key: string]: unknown;
+        };
+        /**
          * GameState
          * @description The state of a game. `template_id` and `project` count only when the session is new.
          */
         GameState: {
             /** Deadline S */
             deadline_s?: number | null;
+            /**
+             * Extra
+             * @description What only some servers take, as they call it: top_k, min_p, grammar, …
+             */
+            extra?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Frequency Penalty
+             * @description Above 0: what came often comes less
+             */
+            frequency_penalty?: number | null;
+            /**
+             * Logit Bias
+             * @description By the number of a token: -100 (never) to 100 (only this)
+             */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
             /**
              * Max Tokens
              * @description Longest reply, in tokens
@@ -1676,22 +1752,32 @@ export interface components {
              */
             model?: string | null;
             /**
+             * Parallel Tool Calls
+             * @description Whether a reply may have several tool calls
+             */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Presence Penalty
+             * @description Above 0: what came once comes less
+             */
+            presence_penalty?: number | null;
+            /**
              * Project
              * @description Of a session that is new; the first one of MQTT_PROJECTS when left out
              */
             project?: string | null;
             /**
+             * Reasoning Effort
+             * @description How much a model thinks; goes before LLM_SKIP_THINKING, which still hides it
+             */
+            reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh") | null;
+            /**
              * Request Id
              * @description Makes the request safe to repeat
              */
             request_id?: string | null;
-            /**
-             * Response Format
-             * @description OpenAI's response_format
-             */
-            response_format?: {
-                [key: string]: unknown;
-            } | null;
+            /** @description OpenAI's response_format */
+            response_format?: components["schemas"]["ResponseFormat"] | null;
             /**
              * Seed
              * @description For a repeatable reply
@@ -1708,7 +1794,7 @@ export interface components {
             };
             /**
              * Stop
-             * @description Texts that end the reply
+             * @description Texts that end the reply, at most four
              */
             stop?: string | string[] | null;
             /**
@@ -1725,16 +1811,12 @@ export interface components {
              * Tool Choice
              * @description OpenAI's tool_choice
              */
-            tool_choice?: string | {
-                [key: string]: unknown;
-            } | null;
+            tool_choice?: ("auto" | "none" | "required") | components["schemas"]["NamedChoice"] | null;
             /**
              * Tools
              * @description Tools in OpenAI's form
              */
-            tools?: {
-                [key: string]: unknown;
-            }[] | null;
+            tools?: components["schemas"]["FunctionTool"][] | null;
             /**
              * Top P
              * @description Nucleus sampling
@@ -2025,6 +2107,26 @@ export interface components {
             projects: components["schemas"]["ProjectStatus"][];
         };
         /**
+         * NamedChoice
+         * @description The one tool that the model is to use.
+         */
+        NamedChoice: {
+            function: components["schemas"]["NamedFunction"];
+            /**
+             * Type
+             * @constant
+             */
+            type: "function";
+        };
+        /**
+         * NamedFunction
+         * @description The name of a tool.
+         */
+        NamedFunction: {
+            /** Name */
+            name: string;
+        };
+        /**
          * NamedRole
          * @description A role, and where it is defined.
          */
@@ -2076,6 +2178,22 @@ export interface components {
              *     ]
              */
             tools?: string[];
+        };
+        /**
+         * NamedSchema
+         * @description A JSON Schema that the reply is made to keep to.
+         */
+        NamedSchema: {
+            /** Name */
+            name: string;
+            /** Schema */
+            schema?: {
+                [key: string]: unknown;
+            };
+            /** Strict */
+            strict?: boolean | null;
+        } & {
+            [key: string]: unknown;
         };
         /**
          * NewDevice
@@ -2377,6 +2495,20 @@ export interface components {
             prompt: string;
         };
         /**
+         * ResponseFormat
+         * @description The form of the reply.
+         */
+        ResponseFormat: {
+            json_schema?: components["schemas"]["NamedSchema"];
+            /**
+             * Type
+             * @enum {string}
+             */
+            type: "text" | "json_object" | "json_schema";
+        } & {
+            [key: string]: unknown;
+        };
+        /**
          * Restarted
          * @description What came before is void; the reply begins again.
          */
@@ -2508,6 +2640,25 @@ export interface components {
              */
             deadline_s?: number | null;
             /**
+             * Extra
+             * @description What only some servers take, as they call it: top_k, min_p, grammar, …
+             */
+            extra?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Frequency Penalty
+             * @description Above 0: what came often comes less
+             */
+            frequency_penalty?: number | null;
+            /**
+             * Logit Bias
+             * @description By the number of a token: -100 (never) to 100 (only this)
+             */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
+            /**
              * Max Tokens
              * @description Longest reply, in tokens
              */
@@ -2520,23 +2671,33 @@ export interface components {
              */
             model?: string | null;
             /**
+             * Parallel Tool Calls
+             * @description Whether a reply may have several tool calls
+             */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Presence Penalty
+             * @description Above 0: what came once comes less
+             */
+            presence_penalty?: number | null;
+            /**
              * Project
              * @description `prompt_portal`, or that of the API key, when left out
              * @default
              */
             project?: string;
             /**
+             * Reasoning Effort
+             * @description How much a model thinks; goes before LLM_SKIP_THINKING, which still hides it
+             */
+            reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh") | null;
+            /**
              * Request Id
              * @description Makes the request safe to repeat, and lets it outlive the connection
              */
             request_id?: string | null;
-            /**
-             * Response Format
-             * @description OpenAI's response_format
-             */
-            response_format?: {
-                [key: string]: unknown;
-            } | null;
+            /** @description OpenAI's response_format */
+            response_format?: components["schemas"]["ResponseFormat"] | null;
             /**
              * Seed
              * @description For a repeatable reply
@@ -2546,7 +2707,7 @@ export interface components {
             session_id: string;
             /**
              * Stop
-             * @description Texts that end the reply
+             * @description Texts that end the reply, at most four
              */
             stop?: string | string[] | null;
             /** System Prompt */
@@ -2565,16 +2726,12 @@ export interface components {
              * Tool Choice
              * @description OpenAI's tool_choice
              */
-            tool_choice?: string | {
-                [key: string]: unknown;
-            } | null;
+            tool_choice?: ("auto" | "none" | "required") | components["schemas"]["NamedChoice"] | null;
             /**
              * Tools
              * @description Tools in OpenAI's form
              */
-            tools?: {
-                [key: string]: unknown;
-            }[] | null;
+            tools?: components["schemas"]["FunctionTool"][] | null;
             /**
              * Top P
              * @description Nucleus sampling
@@ -3019,7 +3176,9 @@ export type ErrorInfo = components['schemas']['ErrorInfo'];
 export type ExpiredEvent = components['schemas']['ExpiredEvent'];
 export type Failed = components['schemas']['Failed'];
 export type Final = components['schemas']['Final'];
+export type Function = components['schemas']['Function'];
 export type FunctionCall = components['schemas']['FunctionCall'];
+export type FunctionTool = components['schemas']['FunctionTool'];
 export type GameState = components['schemas']['GameState'];
 export type Health = components['schemas']['Health'];
 export type Hint = components['schemas']['Hint'];
@@ -3035,7 +3194,10 @@ export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
 export type MadeKey = components['schemas']['MadeKey'];
 export type MqttStatus = components['schemas']['MqttStatus'];
+export type NamedChoice = components['schemas']['NamedChoice'];
+export type NamedFunction = components['schemas']['NamedFunction'];
 export type NamedRole = components['schemas']['NamedRole'];
+export type NamedSchema = components['schemas']['NamedSchema'];
 export type NewDevice = components['schemas']['NewDevice'];
 export type NewInvitation = components['schemas']['NewInvitation'];
 export type NewKey = components['schemas']['NewKey'];
@@ -3055,6 +3217,7 @@ export type Ready = components['schemas']['Ready'];
 export type Registration = components['schemas']['Registration'];
 export type RenderBody = components['schemas']['RenderBody'];
 export type Rendered = components['schemas']['Rendered'];
+export type ResponseFormat = components['schemas']['ResponseFormat'];
 export type Restarted = components['schemas']['Restarted'];
 export type Role = components['schemas']['Role'];
 export type RoleList = components['schemas']['RoleList'];
