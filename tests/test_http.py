@@ -110,6 +110,10 @@ def test_chat_without_a_session(client: httpx.Client) -> None:
     assert [events[0][1], events[-1][1]] == ["accepted", "final"]
     assert events[0][2]["session_id"] is None
     assert events[-1][2]["response"] == answer["response"]
+    usage = events[-1][2]["usage"]
+    assert usage["ttft_ms"] == events[-1][2]["ttft_ms"] > 0
+    assert usage["tokens_per_second"] > 0
+    assert usage["cached_tokens"] > 0, "the same prompt again"
 
 
 def test_a_session_remembers(client: httpx.Client) -> None:
@@ -181,6 +185,11 @@ def test_a_stream_is_live_and_can_be_stopped_from_elsewhere(portal: Portal, clie
         data["response"],
         data["message_id"],
     )
+    assert kept["usage"] == data["usage"]
+    assert data["usage"]["estimated"] is False, "llama.cpp counts what it has not reported"
+    assert data["usage"]["completion_tokens"] >= 3
+    assert data["usage"]["prompt_tokens"] > 0
+    assert data["usage"]["tokens_per_second"] > 0
 
 
 def queue_and_running(client: httpx.Client, session: str) -> bool:
@@ -196,8 +205,8 @@ def test_a_turn_ends_with_its_client_unless_it_has_a_request_id(portal: Portal, 
             body = {"session_id": session, "message": "Write a long story.", "max_tokens": 150}
             leave_early(portal, client, path, body | ({"request_id": request_id} if request_id else {}))
             wait_for_status(client, session, "complete" if request_id else "cancelled")
-            usage = history(client, session)[-1].get("usage")
-            assert bool(usage) is bool(request_id)
+            if request_id:
+                assert history(client, session)[-1]["usage"]["completion_tokens"] > 0
 
 
 def wait_for_status(client: httpx.Client, session: str, status: str) -> None:

@@ -108,6 +108,24 @@ async def test_usage_is_the_servers_own(fake: FakeLLM, client: LLMClient) -> Non
     assert not usage.estimated
 
 
+async def test_usage_is_read_from_llama_cpps_timings(fake: FakeLLM, client: LLMClient) -> None:
+    timings = b'{"cache_n": 30, "prompt_n": 4, "predicted_n": 2, "predicted_per_second": 12.345}'
+    chunk = (
+        b'data: {"choices":[{"delta":{"content":"ab"},"finish_reason":"stop"}],"timings":%b}\n\n' % timings
+    )
+    fake.script = Script(raw=chunk + b"data: [DONE]\n\n")
+    usage = (await complete(client)).usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (34, 2, 30)
+    assert usage.tokens_per_second == 12.35
+
+
+async def test_a_speed_is_measured_where_none_is_told(fake: FakeLLM, client: LLMClient) -> None:
+    fake.script = Script(pieces=text(*"abcdefghijk"), between=0.02, usage={"completion_tokens": 11})
+    pace = (await complete(client)).usage.tokens_per_second
+    assert pace is not None
+    assert 10 < pace <= 50
+
+
 async def test_tool_calls_are_put_together(fake: FakeLLM, client: LLMClient) -> None:
     def call(index: int, **delta: Any) -> dict[str, Any]:
         return {"tool_calls": [{"index": index, **delta}]}

@@ -191,14 +191,17 @@ class TurnRequest:
 
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of one turn. `cached_tokens` of the prompt came from the server's prefix cache;
-    `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that the server
-    did not report."""
+    `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that are neither the
+    server's report nor made with its tokenizer. `ttft_ms` are the milliseconds from acceptance to the first
+    piece of the reply, `tokens_per_second` the speed at which it was written, where these are known."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
     estimated: bool = False
+    ttft_ms: int | None = None
+    tokens_per_second: float | None = None
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type"):
@@ -253,10 +256,11 @@ class Final(Event, frozen=True, tag="final"):
 
 
 class Cancelled(Event, frozen=True, tag="cancelled"):
-    """A stop was asked for; `response` is what there was."""
+    """A stop was asked for; `response` is what there was, `usage` what it took, as far as it came to that."""
 
     response: str
     message_id: str | None
+    usage: Usage | None = None
 
 
 class SupersededBy(Event, frozen=True, tag="superseded"):

@@ -60,13 +60,16 @@ class SessionChat(GenerationOptions):
 
 
 class UsageBody(BaseModel):
-    """Tokens of one turn."""
+    """Tokens of one turn; `estimated` where nobody has counted them. `ttft_ms` from acceptance to the first
+    piece of the reply."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int
     estimated: bool = False
+    ttft_ms: int | None = None
+    tokens_per_second: float | None = None
 
 
 class ChatAnswer(BaseModel):
@@ -248,7 +251,8 @@ async def _answer(request: Request, turn: Turn) -> Final | Cancelled:
 
 def _shown(answer: Final | Cancelled) -> dict[str, Any]:
     if isinstance(answer, Cancelled):
-        return {"response": answer.response, "finish_reason": "cancelled"}
+        usage = None if answer.usage is None else msgspec.to_builtins(answer.usage)
+        return {"response": answer.response, "finish_reason": "cancelled", "usage": usage}
     return {
         "response": answer.response,
         "finish_reason": answer.finish_reason,

@@ -14,7 +14,7 @@ from app.database import insert_new, insert_of
 from app.errors import Conflict, Overloaded, PortalError
 from app.events import Failed, Mark, SupersededBy, TurnRequest, decode_ending, encode, new_id
 from app.models.tables import ACTIVE, messages, received, sessions, turns
-from app.services.branches import move, parent_for
+from app.services.branches import drop_reply, move, parent_for
 from app.services.endings import Ended
 from app.services.outbox import Delivery, make_ready, owe, owe_again
 from app.services.rows import (
@@ -111,6 +111,7 @@ def accept(
     if known is None:
         turn = _insert_turn(connection, request, turn_id, instance, session, position, state, parent, now)
     else:
+        session = drop_reply(connection, session, known)
         turn = _new_attempt(connection, known, request, instance, position, state)
         if state == "running":
             move(connection, session, turn)

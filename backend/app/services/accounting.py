@@ -12,16 +12,14 @@ from sqlalchemy import Connection
 
 from app.database import Database, defer
 from app.errors import PortalError
-from app.events import Ending, Final, Usage, type_of
+from app.events import Ending, Final, type_of
 from app.logs import get_logger
 from app.services import usage
 from app.services.admission import Admission
 from app.services.audit import Entry
-from app.services.history import MESSAGE_OVERHEAD, estimate_tokens
+from app.services.measures import estimated
 from app.services.turns import Turn
 from app.services.usage import Spent, TurnUsage
-
-CHARS_A_TOKEN = 4
 
 log = get_logger(__name__)
 
@@ -36,7 +34,7 @@ class Accounting:
     def used(self, turn: Turn, ending: Ending) -> TurnUsage:
         """What the turn has used in this attempt."""
         row, meter = turn.row, turn.meter
-        tokens = ending.usage if isinstance(ending, Final) else _estimated(turn)
+        tokens = ending.usage if isinstance(ending, Final) else turn.usage or estimated(turn)
         gpu_seconds = round(meter.gpu_seconds, 4)
         first = turn.first_token_at
         return TurnUsage(
@@ -113,12 +111,3 @@ class Accounting:
         if not turn.is_counted:
             turn.is_counted = True
             await self._admission.settle(turn.ticket, None)
-
-
-def _estimated(turn: Turn) -> Usage:
-    """What a turn has used that did not come to the server's own report: nothing when it never ran."""
-    if not turn.meter.model:
-        return Usage(estimated=True)
-    sent = sum(estimate_tokens(str(m.get("content", ""))) + MESSAGE_OVERHEAD // 2 for m in turn.prompt)
-    # A piece is a token, or several that came together.
-    return Usage(sent, max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)

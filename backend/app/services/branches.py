@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, bindparam, select, text, update
+import msgspec
+from sqlalchemy import Connection, bindparam, delete, select, text, update
 
 from app.models.tables import ACTIVE, messages, turns
 from app.services.rows import SessionRow, TurnRow
@@ -46,6 +47,21 @@ def move(connection: Connection, session: SessionRow, turn: TurnRow) -> None:
         )
     parent = parent_for(connection, session, turn.kind)
     connection.execute(update(messages).where(mine).values(parent_id=parent))
+
+
+def drop_reply(connection: Connection, session: SessionRow, turn: TurnRow) -> SessionRow:
+    """Deletes what there was of the reply of a failed turn, which is begun again. Returns the session, whose
+    leaf may be another one then."""
+    mine = (messages.c.turn_id == turn.id) & (messages.c.role == "assistant")
+    found = connection.execute(select(messages.c.id).where(mine)).scalar()
+    if found is None:
+        return session
+    behind = update(messages).where(messages.c.session == session.id, messages.c.parent_id == found)
+    connection.execute(behind.values(parent_id=turn.message_id))
+    connection.execute(delete(messages).where(messages.c.id == found))
+    if session.leaf_id != found:
+        return session
+    return msgspec.structs.replace(session, leaf_id=turn.message_id)
 
 
 def slip_in(connection: Connection, session: SessionRow, turn: TurnRow) -> str | None:

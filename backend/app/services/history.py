@@ -52,13 +52,14 @@ class History:
 
     @classmethod
     def from_rows(cls, system_prompt: str, rows: Sequence[MessageRow]) -> History:
-        """The history on a stored path: turns that failed or never ran are not sent."""
+        """The history on a stored path: turns that failed or never ran are not sent, nor is what there was of
+        a reply that failed."""
         history = cls(system_prompt)
         question: MessageRow | None = None
         for row in rows:
             if row.role == "user":
                 question = row
-            elif row.role == "assistant" and question is not None:
+            elif row.status != "failed" and question is not None:
                 history.add(question.id, question.content, row.content, row.usage, question.kind)
                 question = None
         return history

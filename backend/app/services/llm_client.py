@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from app.config import Settings
 from app.errors import InvalidRequest, PortalError
-from app.events import GenerationOptions
+from app.events import GenerationOptions, Usage
 from app.loop import LoopDoor
 from app.services.llm_server import Clock, LLMServer, Loading, Message, ModelInfo
 from app.services.places import Meter, Places
@@ -24,6 +24,9 @@ from app.services.tools import ConstrainedReply, constrained, instructions
 
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
+
+COUNT_AT_ONCE_S = 0.5
+"""How long the end of a turn waits for its tokens to be counted."""
 
 # How a server is told not to think; each knows only its own way, and OpenAI refuses what it does not
 # know. The keys are the `owned_by` of /v1/models.
@@ -203,6 +206,21 @@ class LLMClient:
         except PortalError:
             return None
         return await self._server.count_tokens(model, messages)
+
+    async def count(self, messages: Sequence[Message], reply: str, wanted: str | None) -> Usage | None:
+        """What a generation that the server did not report has used, counted with its tokenizer; None where
+        it has none, or does not answer at once."""
+        server = self._server
+        if server.problem is not None:
+            return None
+        try:
+            async with asyncio.timeout(COUNT_AT_ONCE_S):
+                model = await server.resolve(wanted)
+                prompt = await server.count_tokens(model, messages)
+                written = await server.count_text(model, reply) if reply and prompt is not None else 0
+        except (TimeoutError, PortalError):
+            return None
+        return None if prompt is None or written is None else Usage(prompt, written)
 
     # --- models and health ---
 

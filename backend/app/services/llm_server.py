@@ -203,6 +203,18 @@ class LLMServer:
             log.debug("tokens could not be counted", reason=type(error).__name__)
         return None
 
+    async def count_text(self, model: ModelInfo, text: str) -> int | None:
+        """The tokens of a text that stands in no prompt; None where the server cannot tell."""
+        try:
+            if model.server == "llamacpp":
+                return len((await self._ask("/tokenize", {"content": text}))["tokens"])
+            if model.server == "vllm":
+                body = {"model": model.id, "prompt": text, "add_special_tokens": False}
+                return int((await self._ask("/tokenize", body))["count"])
+        except (PortalError, KeyError, TypeError, ValueError) as error:
+            log.debug("tokens could not be counted", reason=type(error).__name__)
+        return None
+
     async def _ask(self, path: str, body: dict[str, Any]) -> Any:
         try:
             async with (

@@ -5,6 +5,7 @@ One read of the socket gives at most one piece of each kind, however many chunks
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ LONGEST_LINE = 4 << 20
 
 LONGEST_CALLS = 1 << 20
 """Characters of all tool calls of a reply."""
+
+SHORTEST_S = 0.01
+"""A reply that takes less time has come at once: it tells nothing of a speed."""
 
 NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding raises for bytes that are not the JSON that is expected."""
@@ -121,9 +125,20 @@ class _Usage(msgspec.Struct):
     completion_tokens_details: _CompletionDetails | None = None
 
 
+class _Timings(msgspec.Struct):
+    """What llama.cpp adds to the last chunk: tokens of the prompt that were in its cache and that were read,
+    tokens that were written, and how fast."""
+
+    cache_n: int = 0
+    prompt_n: int = 0
+    predicted_n: int = 0
+    predicted_per_second: float | None = None
+
+
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    timings: _Timings | None = None
     error: Any = None
 
 
@@ -143,6 +158,8 @@ class ReplyReader:
         self._call_chars = 0
         self._finish_reason: str | None = None
         self._usage: _Usage | None = None
+        self._timings: _Timings | None = None
+        self._began = 0.0
         self._chars = {"text": 0, "thinking": 0}
         self.has_begun = False
         self.complete = False
@@ -196,12 +213,14 @@ class ReplyReader:
             log.debug("LLM server failed in its reply", said=message_in(chunk.error))
             raise LLMError("The LLM server failed in its reply.", retryable=True)
         self._usage = chunk.usage or self._usage
+        self._timings = chunk.timings or self._timings
         for choice in chunk.choices[:1]:
             self._finish_reason = choice.finish_reason or self._finish_reason
             self._read_delta(choice.delta or choice.message or _Delta(), parts)
 
     def _read_delta(self, delta: _Delta, parts: list[tuple[Kind, str]]) -> None:
-        self.has_begun = True
+        if not self.has_begun:
+            self.has_begun, self._began = True, time.monotonic()
         if thought := delta.reasoning_content or delta.reasoning:
             parts.append(("thinking", thought))
         if delta.content:
@@ -240,15 +259,34 @@ class ReplyReader:
         return Piece(kind, content.replace("\0", ""))  # PostgreSQL stores no NUL, and no reader wants one
 
     def _read_usage(self) -> Usage | None:
+        timings = self._timings or _Timings()
         usage = self._usage
         if usage is None:
-            return None
+            if self._timings is None:
+                return None
+            usage = _Usage(timings.cache_n + timings.prompt_n, timings.predicted_n)
         cached = (usage.prompt_tokens_details or _PromptDetails()).cached_tokens
         reasoning = (usage.completion_tokens_details or _CompletionDetails()).reasoning_tokens
         if reasoning is None:  # its share of the text
             chars = sum(self._chars.values())
             reasoning = round(usage.completion_tokens * self._chars["thinking"] / chars) if chars else 0
-        return Usage(usage.prompt_tokens, usage.completion_tokens, cached or 0, reasoning)
+        return Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            timings.cache_n if cached is None else cached,
+            reasoning,
+            tokens_per_second=_rounded(timings.predicted_per_second)
+            or speed(usage.completion_tokens, time.monotonic() - self._began),
+        )
+
+
+def speed(tokens: int, seconds: float) -> float | None:
+    """Tokens a second, from the moment at which the first one came; None where that is too short to tell."""
+    return _rounded((tokens - 1) / seconds) if tokens > 1 and seconds >= SHORTEST_S else None
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 2)
 
 
 def error_text(body: bytes) -> str:

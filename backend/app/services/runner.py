@@ -14,6 +14,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 from sqlalchemy import Connection
 
 from app.access import Role
@@ -27,6 +28,7 @@ from app.services.endings import Ended, Reply
 from app.services.history import History, estimate_tokens
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
+from app.services.measures import estimated, share_of_thinking, timed
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
@@ -300,17 +302,41 @@ class Runner:
                 prompting.close()
                 return _interrupted(turn)
             turn.prompt = await prompting
-            return _finished(turn, await self._stream(turn, options))
+            done = await self._stream(turn, options)
+            if done.usage is None:
+                await self._measure(turn, options)
+            else:
+                turn.usage = timed(turn, done.usage)
+            return _finished(turn, done)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if turn.interruption is None or task is None:
                 raise
             task.uncancel()
+            if turn.interruption == "stop":
+                await self._measure(turn, options)
             return _interrupted(turn)
         except Expired:
             return ExpiredEvent(turn.id), None
+        except PortalError as error:
+            await self._measure(turn, options)
+            return Failed(turn.id, error.info), _reply_of(turn)
         finally:
             turn.interruptible = False
+
+    async def _measure(self, turn: Turn, options: GenerationOptions) -> None:
+        """Finds out what a turn has used that the server has not reported, as well as that can be told. The
+        turn cannot be interrupted any more."""
+        turn.interruptible = False
+        if not turn.meter.model:
+            return
+        usage = await self._llm.count(turn.prompt, turn.written, options.model)
+        if usage is None:
+            usage = estimated(turn)
+        else:
+            reasoning = share_of_thinking(turn, usage.completion_tokens)
+            usage = msgspec.structs.replace(usage, reasoning_tokens=reasoning)
+        turn.usage = timed(turn, usage)
 
     async def _stream(self, turn: Turn, options: GenerationOptions) -> Done:
         updates = self._llm.stream(
@@ -338,8 +364,6 @@ class Runner:
         ending: Ending | None = None
         try:
             ending, _ = await self._generate(turn, _as_they_are(messages), options)
-        except PortalError as error:
-            ending = Failed(turn.id, error.info)
         except Exception:
             log.exception("a turn failed", turn=turn.id)
         finally:
@@ -351,7 +375,8 @@ class Runner:
 
     async def _conclude(self, live: LiveSession, turn: Turn, ending: Ending, reply: Reply | None) -> None:
         """Stores the ending, however long the database refuses, and tells the followers."""
-        history = live.history if live.running is turn and reply is not None else None
+        is_sent = reply is not None and not isinstance(ending, Failed)
+        history = live.history if live.running is turn and is_sent else None
         start = None if history is None else history.window_start or turn.row.message_id
         # A trace tells how the text was cut into pieces: without a text it tells nothing.
         trace = turn.trace if isinstance(ending, Final | Cancelled) else None
@@ -456,20 +481,24 @@ def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:
         return ExpiredEvent(turn.id), None
     if turn.interruption != "stop":
         return None, None
-    response = "".join(turn.response)
-    if not response:
-        return Cancelled(turn.id, "", None), None
-    reply = Reply(new_id(), response, [], None)
+    reply = _reply_of(turn)
+    if reply is None:
+        return Cancelled(turn.id, "", None, turn.usage), None
     stored = turn.row.message_id != ""
-    return Cancelled(turn.id, response, reply.message_id if stored else None), reply
+    return Cancelled(turn.id, reply.content, reply.message_id if stored else None, turn.usage), reply
+
+
+def _reply_of(turn: Turn) -> Reply | None:
+    """What there is of a reply that broke off."""
+    response = "".join(turn.response)
+    return Reply(new_id(), response, [], turn.usage) if response else None
 
 
 def _finished(turn: Turn, done: Done) -> tuple[Final, Reply]:
     now = time.monotonic()
     response = "".join(turn.response)
-    usage = done.usage or _estimated_usage(turn.prompt, response)
+    usage = turn.usage or Usage(estimated=True)
     reply = Reply(new_id(), response, done.tool_calls, usage)
-    ttft = None if turn.first_token_at is None else round((turn.first_token_at - turn.began) * 1000)
     final = Final(
         turn.id,
         response=response,
@@ -477,12 +506,7 @@ def _finished(turn: Turn, done: Done) -> tuple[Final, Reply]:
         usage=usage,
         tool_calls=done.tool_calls,
         elapsed_ms=round((now - turn.began) * 1000),
-        ttft_ms=ttft,
+        ttft_ms=usage.ttft_ms,
         message_id=reply.message_id if turn.row.message_id else None,
     )
     return final, reply
-
-
-def _estimated_usage(prompt: Sequence[Message], response: str) -> Usage:
-    sent = sum(estimate_tokens(str(message.get("content", ""))) for message in prompt)
-    return Usage(sent, estimate_tokens(response), estimated=True)

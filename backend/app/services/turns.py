@@ -28,6 +28,7 @@ from app.events import (
     Thinking,
     Token,
     TurnEvent,
+    Usage,
     decode_ending,
     encode,
 )
@@ -85,6 +86,7 @@ class Turn:
         self.prompt: Sequence[Mapping[str, Any]] = ()
         self.pieces = self.chars = 0
         self.meter = Meter()
+        self.usage: Usage | None = None
         self.ticket = NO_TICKET
         self.is_counted = False
         self.followers = 0
@@ -151,9 +153,14 @@ class Turn:
         self.interruption = None
         self.first_token_at = None
         self.response, self._trace, self._events = [], [], []
-        self.meter, self.is_counted = Meter(), False
+        self.meter, self.usage, self.is_counted = Meter(), None, False
         self.pieces = self.chars = 0
         self._announce()
+
+    @property
+    def written(self) -> str:
+        """All that the model has written: its reasoning, as far as that is shown, and the reply."""
+        return "".join([*(item for item in self._trace if isinstance(item, str)), *self.response])
 
     @property
     def trace(self) -> bytes:

@@ -1406,7 +1406,7 @@ export interface components {
         };
         /**
          * Cancelled
-         * @description A stop was asked for; `response` is what there was.
+         * @description A stop was asked for; `response` is what there was, `usage` what it took, as far as it came to that.
          */
         Cancelled: {
             message_id: string | null;
@@ -1414,6 +1414,8 @@ export interface components {
             turn_id: string;
             /** @enum {unknown} */
             type: "cancelled";
+            /** @default null */
+            usage?: components["schemas"]["Usage"] | null;
         };
         /**
          * Chat
@@ -2997,8 +2999,9 @@ export interface components {
         /**
          * Usage
          * @description Tokens of one turn. `cached_tokens` of the prompt came from the server's prefix cache;
-         *         `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that the server
-         *         did not report.
+         *         `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that are neither the
+         *         server's report nor made with its tokenizer. `ttft_ms` are the milliseconds from acceptance to the first
+         *         piece of the reply, `tokens_per_second` the speed at which it was written, where these are known.
          */
         Usage: {
             /** @default 0 */
@@ -3011,10 +3014,15 @@ export interface components {
             prompt_tokens?: number;
             /** @default 0 */
             reasoning_tokens?: number;
+            /** @default null */
+            tokens_per_second?: number | null;
+            /** @default null */
+            ttft_ms?: number | null;
         };
         /**
          * UsageBody
-         * @description Tokens of one turn.
+         * @description Tokens of one turn; `estimated` where nobody has counted them. `ttft_ms` from acceptance to the first
+         *     piece of the reply.
          */
         UsageBody: {
             /** Cached Tokens */
@@ -3030,6 +3038,10 @@ export interface components {
             prompt_tokens: number;
             /** Reasoning Tokens */
             reasoning_tokens: number;
+            /** Tokens Per Second */
+            tokens_per_second?: number | null;
+            /** Ttft Ms */
+            ttft_ms?: number | null;
         };
         /**
          * UsageLine

@@ -135,15 +135,23 @@ function Entry({
   onAskAgain: () => void;
 }) {
   if (message.role === "system") return <SystemPrompt content={message.content} />;
-  if (message.role === "assistant") return <Answer message={message} sessionId={sessionId} />;
   const isOver = message.status === "complete" || message.status === "cancelled";
+  const live = !isOver && message.turn_id !== null && (
+    <LiveAnswer turnId={message.turn_id} sessionId={sessionId} onAskAgain={onAskAgain} />
+  );
+  if (message.role === "assistant") {
+    return (
+      <Fragment>
+        <Answer message={message} sessionId={sessionId} />
+        {live}
+      </Fragment>
+    );
+  }
   return (
     <Fragment>
       <Question content={message.content} />
       {message.status === "cancelled" && !hasAnswer && <Stopped />}
-      {!isOver && message.turn_id !== null && (
-        <LiveAnswer turnId={message.turn_id} sessionId={sessionId} onAskAgain={onAskAgain} />
-      )}
+      {!hasAnswer && live}
     </Fragment>
   );
 }

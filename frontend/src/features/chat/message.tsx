@@ -34,6 +34,11 @@ export function Answer({ message, sessionId }: { message: HistoryMessage; sessio
       <Group gap={4} className={classes["actions"] ?? ""}>
         <CopyButton label="Copy the answer" text={() => message.content} />
         {message.status === "cancelled" && <Stopped />}
+        {message.status === "failed" && (
+          <Badge variant="default" size="sm" tt="none">
+            Broken off
+          </Badge>
+        )}
       </Group>
     </article>
   );

@@ -1,0 +1,40 @@
+"""What a turn has used, where the LLM server has not reported it, and how fast it went."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from app.events import Usage
+from app.services.history import MESSAGE_OVERHEAD, estimate_tokens
+from app.services.replies import speed
+from app.services.turns import Turn
+
+CHARS_A_TOKEN = 4
+
+
+def estimated(turn: Turn) -> Usage:
+    """Roughly what a turn has used: nothing when it came to no model."""
+    if not turn.meter.model:
+        return Usage(estimated=True)
+    sent = sum(estimate_tokens(str(m.get("content", ""))) + MESSAGE_OVERHEAD // 2 for m in turn.prompt)
+    # A piece is a token, or several that came together.
+    return Usage(sent, max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)
+
+
+def timed(turn: Turn, usage: Usage) -> Usage:
+    """The same, with the time to the first piece of the reply and, if it is not known, the speed."""
+    if turn.first_token_at is None:
+        return usage
+    pace = usage.tokens_per_second
+    if pace is None:
+        pace = speed(usage.completion_tokens, time.monotonic() - turn.first_token_at)
+    ttft = round((turn.first_token_at - turn.began) * 1000)
+    return msgspec.structs.replace(usage, ttft_ms=ttft, tokens_per_second=pace)
+
+
+def share_of_thinking(turn: Turn, tokens: int) -> int:
+    """How many of the tokens that were written are reasoning, by their share of the text."""
+    thought = turn.chars - sum(map(len, turn.response))
+    return round(tokens * thought / turn.chars) if turn.chars else 0
