@@ -287,10 +287,15 @@ async def test_every_failure_of_the_server_has_its_error(
         await client.agenerate(HI)
     assert raised.value.retryable is retryable
     assert "secret" not in raised.value.message, "what the server says of itself is not told"
-    if script.headers:
-        assert raised.value.retry_after == 7
     assert client.places.taken == 0
     fake.script = Script()
+    if script.headers:
+        assert raised.value.retry_after == 7
+        with pytest.raises(Overloaded) as again:
+            await client.agenerate(HI)
+        assert again.value.retry_after == pytest.approx(7, abs=1)
+        assert len(fake.requests) == 1, "it asked to be left alone for so long"
+        return
     assert await client.agenerate(HI) == "Hello there"
 
 
@@ -317,7 +322,7 @@ async def test_idle_connections_are_used_again_and_replaced_when_they_broke(
 
 
 async def test_the_context_comes_from_the_server(fake: FakeLLM, client: LLMClient) -> None:
-    assert client.context is None
+    assert client.context_of(None) is None
     fake.context = 2048
     await client.amodels()
-    assert client.context == 2048
+    assert client.context_of(None) == 2048

@@ -6,7 +6,12 @@ import time
 import pytest
 
 from app.errors import Expired, Overloaded
-from app.services.places import Place, Places
+from app.services.places import Load, Place, Queue
+from app.services.places import Places as AllPlaces
+
+
+def Places(capacity: int, max_queue: int) -> AllPlaces:  # noqa: N802
+    return AllPlaces(Queue(max_queue), [Load(capacity)])
 
 
 async def positions(place: Place, deadline: float | None = None) -> list[int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
 from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -52,7 +53,7 @@ class Settings(BaseSettings):
     llm_server_url: str = Field(
         DEFAULT_LLM_SERVER_URL,
         description="The OpenAI-compatible LLM server (llama.cpp, vLLM, Ollama, LocalAI, OpenAI), "
-        "with or without /v1.",
+        "with or without /v1. Several that serve the same model, separated by commas, are a pool.",
         json_schema_extra=_heading("LLM server"),
     )
     llm_api_key: SecretStr = Field(SecretStr(""), description="The key for that server, if it wants one.")
@@ -92,7 +93,7 @@ class Settings(BaseSettings):
         0, ge=0, description="Most messages of history sent with a message; 0 is no bound."
     )
     llm_max_concurrency: int = Field(
-        8, ge=1, description="Most generations at once. For llama.cpp: its number of slots."
+        8, ge=1, description="Most generations at once at each server. For llama.cpp: its number of slots."
     )
     llm_max_queue: int = Field(
         1000, ge=0, description="Most generations that wait for a place; further ones are refused."
@@ -183,8 +184,8 @@ class Settings(BaseSettings):
     )
     models_file: str = Field(
         "models.toml",
-        description="A file with the prices of models (docs/operations.md); relative to this .env file. It "
-        "need not exist.",
+        description="A file with providers of models, and the models' names, prices and fallbacks "
+        "(docs/providers.md); relative to this .env file. It need not exist.",
     )
     redis_url: str = Field(
         "",
@@ -235,6 +236,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
     _base: Path = PrivateAttr(default=BACKEND_DIR)
+    _env_file: Path | None = PrivateAttr(default=None)
 
     @field_validator(
         "cors_origins",
@@ -262,11 +264,11 @@ class Settings(BaseSettings):
 
     @field_validator("llm_server_url")
     @classmethod
-    def _one_server(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or "," in value:
-            raise ValueError("give one URL such as http://localhost:8080")
-        return value.rstrip("/").removesuffix("/v1")
+    def _servers(cls, value: str) -> str:
+        servers = [http_url(url).removesuffix("/v1") for url in value.replace(",", " ").split()]
+        if not servers or len(set(servers)) < len(servers):
+            raise ValueError("give one URL such as http://localhost:8080, or several different ones")
+        return ",".join(servers)
 
     @field_validator("mqtt_broker_url")
     @classmethod
@@ -352,6 +354,26 @@ class Settings(BaseSettings):
                 return f"postgresql+psycopg://{url.removeprefix(scheme)}"
         return url
 
+    @property
+    def llm_servers(self) -> tuple[str, ...]:
+        """Where the servers of `LLM_SERVER_URL` are, without `/v1`."""
+        return tuple(self.llm_server_url.split(","))
+
+    def variable(self, name: str) -> str:
+        """A variable that a file of the admin's names, from the environment first, then from the .env file;
+        empty when it is in neither."""
+        return (
+            os.environ.get(name) or (dotenv_values(self._env_file).get(name) if self._env_file else "") or ""
+        )
+
+    def secret_file(self, name: str) -> str:
+        """What stands in a file that holds one secret, relative to the .env file; nothing when it cannot be
+        read."""
+        try:
+            return self.path(name).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
     def path(self, name: str) -> Path:
         """A file that a setting names, relative to the .env file."""
         return self._base / name
@@ -386,7 +408,18 @@ def load_settings(env_file: Path = DEFAULT_ENV_FILE, **overrides: Any) -> Settin
     """
     settings = Settings(_env_file=env_file, **overrides)
     settings._base = env_file.resolve().parent
+    settings._env_file = env_file
     return settings
+
+
+def http_url(value: str) -> str:
+    """A URL of a server, without a slash at its end. Raises `ValueError` when it is none."""
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("give a URL such as http://localhost:8080")
+    if parts.port == 0:  # reading the port checks its range
+        raise ValueError("give a port from 1 to 65535")
+    return value.rstrip("/")
 
 
 def is_loopback(host: str) -> bool:

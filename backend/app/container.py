@@ -23,6 +23,7 @@ from app.services.alerts import Alerts
 from app.services.api_keys import ApiKeys
 from app.services.audit import Audit, seal
 from app.services.authorizer import Authorizer
+from app.services.catalog import Catalog
 from app.services.devices import DeviceRights, Devices
 from app.services.hint_feed import HintFeed
 from app.services.leases import Leases
@@ -33,7 +34,6 @@ from app.services.outbound import Outbound
 from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.policies import Policies, read_roles
-from app.services.prices import Prices
 from app.services.projects import Projects, read_projects
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
@@ -104,7 +104,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 
         devices = await stack.enter_async_context(_devices(settings, database, authorizer, policies))
 
-        llm = LLMClient(settings)
+        catalog = Catalog(settings.path(settings.models_file))
+        llm = LLMClient(settings, catalog)
         await llm.open()
         stack.push_async_callback(llm.close)
         await stack.enter_async_context(_background(llm.watch(), "llm watch"))
@@ -114,8 +115,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         if webhook is not None:
             await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
         alerts = Alerts(database, authorizer, settings.alert_percent, webhook)
-        prices = Prices(settings.path(settings.models_file))
-        admission = Admission(settings, policies, ledger, book, prices, alerts)
+        admission = Admission(settings, policies, ledger, book, catalog, alerts)
         accounting = Accounting(database, admission)
         templates = Templates(database, authorizer)
         sessions = SessionManager(
@@ -173,7 +173,7 @@ def check_files(settings: Settings) -> None:
     """Reads the files that settings name. Raises `InvalidRequest`, which says what is wrong in them."""
     read_roles(settings.path(settings.roles_file))
     read_projects(settings.path(settings.projects_file))
-    Prices(settings.path(settings.models_file))
+    LLMClient(settings, Catalog(settings.path(settings.models_file)))
 
 
 def _webhook(settings: Settings) -> Webhook | None:

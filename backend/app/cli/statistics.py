@@ -35,8 +35,8 @@ async def _tell(container: Container, since: float) -> float:
         done = await container.database.read(lambda connection: _between(connection, since, now))
     except StorageUnavailable:
         return since  # the next line tells of this time too
-    places = container.llm.places
-    log.info("statistics", seconds=round(now - since), in_flight=places.taken, waiting=places.waiting, **done)
+    queue = container.llm.queue
+    log.info("statistics", seconds=round(now - since), in_flight=queue.taken, waiting=queue.waiting, **done)
     return now
 
 

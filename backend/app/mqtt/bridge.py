@@ -232,16 +232,16 @@ class ProjectDoor:
             await asyncio.sleep(STATUS_S)
 
     def _render_status(self, state: Any) -> bytes:
-        places = self._parts.llm.places
+        llm = self._parts.llm
         return msgspec.json.encode(
             Status(
                 state,
                 self._birth,
-                model=self._parts.llm.last_health.model,
+                model=llm.last_health.model,
                 since=self._since,
                 version=__version__,
-                queue=places.waiting,
-                eta_s=places.eta(places.waiting),
+                queue=llm.queue.waiting,
+                eta_s=llm.places.eta(llm.queue.waiting),
             )
         )
 

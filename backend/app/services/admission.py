@@ -22,10 +22,10 @@ from app.errors import BudgetExceeded, InvalidRequest, RateLimited, quota_header
 from app.events import TurnRequest, Usage
 from app.logs import get_logger
 from app.services.alerts import Alerts
+from app.services.catalog import Catalog
 from app.services.history import estimate_tokens
 from app.services.ledger import Hold, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
-from app.services.prices import Prices
 from app.services.usage import Spent, UsageBook, day_of, month_of
 
 BUDGETS = {
@@ -90,7 +90,7 @@ class Admission:
         policies: Policies,
         ledger: Ledger,
         book: UsageBook,
-        prices: Prices,
+        catalog: Catalog,
         alerts: Alerts,
     ) -> None:
         self._settings = settings
@@ -98,7 +98,7 @@ class Admission:
         self._ledger = ledger
         self._book = book
         self._alerts = alerts
-        self.prices = prices
+        self._catalog = catalog
         self._merged: dict[tuple[str, bool], tuple[Limits, Limits, Limits]] = {}
         self._of_people = Limits(
             concurrent_turns=settings.max_turns_per_user,
@@ -175,7 +175,7 @@ class Admission:
 
     def cost(self, model: str, usage: Usage, gpu_seconds: float) -> float:
         """What a turn costs."""
-        return self.prices.of(model).of(usage, gpu_seconds)
+        return self._catalog.price(model).of(usage, gpu_seconds)
 
     # --- what counts for a turn ---
 

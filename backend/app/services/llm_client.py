@@ -1,7 +1,7 @@
-"""The one client of the LLM server: any that speaks OpenAI's chat completions.
+"""The one client of the LLM servers: any that speak OpenAI's chat completions.
 
-What waits for a place, what is asked for, and how plain Python asks, is here; the server itself is spoken to
-in `llm_server`, and its replies are read in `replies`.
+What waits for a place, which server is asked, and how plain Python asks, is here; a server itself is spoken
+to in `llm_server`, and its replies are read in `replies`.
 """
 
 from __future__ import annotations
@@ -10,57 +10,35 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from app.config import Settings
-from app.errors import InvalidRequest, PortalError
+from app.errors import PortalError
 from app.events import GenerationOptions, Usage
 from app.loop import LoopDoor
-from app.services.llm_server import Clock, LLMServer, Loading, Message, ModelInfo
-from app.services.places import Meter, Places
-from app.services.prompts import with_system
-from app.services.replies import Completion, InQueue, Piece, ReplyReader, Update
-from app.services.tools import ConstrainedReply, constrained, instructions
+from app.services.catalog import DEFAULT, Catalog
+from app.services.chat_body import chat_body
+from app.services.llm_server import Clock, LLMServer, Message, ModelInfo, open_http
+from app.services.places import Meter, NoServer, Places, Queue
+from app.services.pool import Pool, Status, default_upstream, upstream_of
+from app.services.replies import Completion, Done, InQueue, Piece, ReplyReader, Update
+from app.services.routing import Journey, OwnKey, Router
 
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
 
+ANY = ("*",)
+
 COUNT_AT_ONCE_S = 0.5
 """How long the end of a turn waits for its tokens to be counted."""
-
-# How a server is told not to think; each knows only its own way, and OpenAI refuses what it does not
-# know. The keys are the `owned_by` of /v1/models.
-_NO_THINKING: dict[str, dict[str, Any]] = {
-    "llamacpp": {"chat_template_kwargs": {"enable_thinking": False}},
-    "vllm": {"chat_template_kwargs": {"enable_thinking": False}},
-    "library": {"reasoning_effort": "none"},  # Ollama
-}
-
-
-def _thinking(server: str, effort: str | None, *, hidden: bool) -> dict[str, Any]:
-    """How a server is told how much to think: as much as was asked for, else not at all where it is hidden.
-    llama.cpp reads an effort only as a variable of the chat template."""
-    if effort is not None and effort != "none":
-        return {"chat_template_kwargs": {"reasoning_effort": effort}} if server == "llamacpp" else {}
-    return _NO_THINKING.get(server, {}) if hidden or effort is not None else {}
-
-
-def _check_taken(server: str, options: GenerationOptions) -> None:
-    """Raises `InvalidRequest` for what a server is known to leave out without a word."""
-    if server != "library":  # Ollama
-        return
-    if options.logit_bias is not None:
-        raise InvalidRequest("logit_bias: Ollama does not take it; leave it out")
-    if options.tool_choice not in {None, "auto"} if isinstance(options.tool_choice, str | None) else True:
-        raise InvalidRequest("tool_choice: Ollama always chooses by itself; leave it out")
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How the LLM server is: `degraded` means that it is there but cannot answer now. `queue` is the
-    number of requests that wait for it."""
+    """How the LLM servers are: `degraded` means that some cannot answer, or that none can now and may soon.
+    `queue` is the number of requests that wait for one."""
 
-    status: Literal["ok", "degraded", "down"]
+    status: Status
     model: str | None
     latency_ms: int | None
     temperature: float
@@ -69,25 +47,45 @@ class Health:
 
 
 class LLMClient:
-    """Speaks to the LLM server, at most `LLM_MAX_CONCURRENCY` generations at once.
+    """Speaks to the LLM servers, at most `LLM_MAX_CONCURRENCY` generations at once to each.
 
     The methods without `a` in front block and may be called from any thread but the event loop's;
     those with it may be awaited on any event loop. `stream` is for the portal's own loop.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, catalog: Catalog | None = None) -> None:
+        """Raises `InvalidRequest` when `models.toml` names secrets that are not there."""
         self._settings = settings
-        self._server = LLMServer(settings, settings.llm_server_url)
-        self.places = Places(settings.llm_max_concurrency, settings.llm_max_queue)
+        self._catalog = catalog or Catalog(settings.path(settings.models_file))
+        self.queue = Queue(settings.llm_max_queue)
+        self.pools = {DEFAULT: Pool(settings, default_upstream(settings), settings.llm_servers, self.queue)}
+        for name, provider in self._catalog.providers.items():
+            upstream = upstream_of(settings, name, provider, self._catalog.file)
+            self.pools[name] = Pool(settings, upstream, provider.urls, self.queue)
+        self._router = Router(settings, self._catalog, self.pools)
 
     async def open(self) -> None:
-        """Makes the connection pool. The LLM server need not be there."""
+        """Makes the connection pool. The LLM servers need not be there."""
         self._door = LoopDoor(asyncio.get_running_loop())
-        await self._server.open()
+        self._http = open_http(self._settings)
+        for pool in self.pools.values():
+            pool.open(self._http)
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._server.close()
+        for pool in self.pools.values():
+            pool.close()
+        await self._http.close()
+
+    @property
+    def places(self) -> Places:
+        """The places at the servers of the default model."""
+        return self._router.route(None).pool.places
+
+    @property
+    def servers(self) -> list[LLMServer]:
+        """All servers, of all providers."""
+        return [server for pool in self.pools.values() for server in pool.servers]
 
     # --- generating ---
 
@@ -133,94 +131,89 @@ class LLMClient:
         *,
         deadline: float | None = None,
         owner: str = "",
+        session: str | None = None,
         meter: Meter | None = None,
+        own_key: OwnKey | None = None,
+        allowed: tuple[str, ...] = ANY,
     ) -> AsyncGenerator[Update, None]:
         """Waits for a place, until `deadline` (Unix time) at most and in fair turns with other owners,
         and yields the reply. `meter` tells in the end what was used, also of a reply that broke off.
 
-        Closing the generator closes the request to the server. Raises `Expired` besides what
-        `generate` raises.
+        A `session` stays with the server that has its prefix. Where a server fails before the first piece,
+        another one is asked, and then the model's fallbacks that are `allowed`. Closing the generator closes
+        the request to the server. Raises `Expired` besides what `generate` raises.
         """
-        place = self.places.ask(owner)
-        meter = meter or Meter()
-        try:
-            async for position in place.wait(deadline):
-                yield InQueue(position, self.places.eta(position))
-            async with aclosing(self._request(messages, options, meter)) as updates:
-                async for update in updates:
-                    yield update
-        finally:
-            meter.gpu_seconds = place.leave()
+        journey = Journey(self._router, options.model, allowed, session, meter or Meter())
+        clock: Clock | None = None
+        while True:
+            if not journey.is_ready:
+                await journey.ready()
+            place = journey.ask(owner)
+            try:
+                async for position in place.wait(deadline):
+                    yield InQueue(position, place.eta(position))
+                clock = _begun(clock, self._settings)
+                async with aclosing(self._reply(journey, messages, options, clock, own_key)) as updates:
+                    async for update in updates:
+                        if not journey.begun:
+                            journey.begin()
+                        yield update
+                journey.end()
+                return
+            except NoServer:
+                journey.stranded()
+            except PortalError as error:
+                journey.go_on(error, clock, own_key)
+            finally:
+                journey.leave()
 
-    async def _request(
-        self, messages: Sequence[Message], options: GenerationOptions, meter: Meter
-    ) -> AsyncGenerator[Update, None]:
-        clock = Clock(self._settings)
-        model = await self._server.resolve(options.model)
-        meter.model = model.name
-        _check_taken(model.server, options)
-        tools = None
-        if options.tools:
-            messages, options, tools = self._with_tools(model, messages, options)
+    def _reply(
+        self,
+        journey: Journey,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        clock: Clock,
+        own_key: OwnKey | None,
+    ) -> AsyncGenerator[Piece | Done, None]:
+        server, model = journey.arrive()
+        body, tools = chat_body(self._settings, server, model, journey.route.entry, messages, options)
+        if journey.slot is not None:
+            body["id_slot"] = journey.slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
-        body = self._body(model, messages, options)
-        async with aclosing(self._server.generate(model, body, reader, clock)) as updates:
-            async for update in updates:
-                yield update
+        return server.generate(model, body, reader, clock, journey.key(own_key))
 
-    def _with_tools(
-        self, model: ModelInfo, messages: Sequence[Message], options: GenerationOptions
-    ) -> tuple[Sequence[Message], GenerationOptions, ConstrainedReply | None]:
-        """The request as `LLM_TOOL_MODE` wants tools to be asked for, and who reads the reply."""
-        mode = self._settings.llm_tool_mode
-        if mode == "off":
-            return messages, options.model_copy(update={"tools": None, "tool_choice": None}), None
-        if mode == "native" or (mode == "auto" and model.knows_tools):
-            return messages, options, None
-        told = with_system(messages, after=instructions(options.tools or ()))
-        return told, constrained(options), ConstrainedReply()
-
-    def _body(
-        self, model: ModelInfo, messages: Sequence[Message], options: GenerationOptions
-    ) -> dict[str, Any]:
-        settings, given = self._settings, options.given()
-        extra = given.pop("extra", {})
-        return {
-            "temperature": settings.llm_temperature,
-            "top_p": settings.llm_top_p,
-            "max_tokens": settings.llm_max_tokens,
-            **given,
-            **_thinking(model.server, options.reasoning_effort, hidden=settings.llm_skip_thinking),
-            **extra,
-            "model": model.id,
-            "messages": messages,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-
-    async def count_tokens(self, messages: Sequence[Message]) -> int | None:
-        """The exact length of the prompt that `messages` make, in tokens; None where the server
+    async def count_tokens(self, messages: Sequence[Message], model: str | None = None) -> int | None:
+        """The exact length of the prompt that `messages` make for a model, in tokens; None where the server
         cannot tell (only llama.cpp and vLLM can)."""
         try:
-            model = await self._server.resolve(None)
+            server, found = await self._one(model)
         except PortalError:
             return None
-        return await self._server.count_tokens(model, messages)
+        return await server.count_tokens(found, messages)
 
     async def count(self, messages: Sequence[Message], reply: str, wanted: str | None) -> Usage | None:
         """What a generation that the server did not report has used, counted with its tokenizer; None where
         it has none, or does not answer at once."""
-        server = self._server
-        if server.problem is not None:
+        if not self._router.route(wanted).pool.is_open():
             return None
         try:
             async with asyncio.timeout(COUNT_AT_ONCE_S):
-                model = await server.resolve(wanted)
+                server, model = await self._one(wanted)
                 prompt = await server.count_tokens(model, messages)
                 written = await server.count_text(model, reply) if reply and prompt is not None else 0
         except (TimeoutError, PortalError):
             return None
         return None if prompt is None or written is None else Usage(prompt, written)
+
+    async def _one(self, wanted: str | None) -> tuple[LLMServer, ModelInfo]:
+        """A server that has a model, to be asked something small, and the model there. Raises why there is
+        none."""
+        route = self._router.route(wanted)
+        server = await route.pool.one()
+        model = route.found(server)
+        if model is None:
+            raise route.pool.not_served()
+        return server, model
 
     # --- models and health ---
 
@@ -242,54 +235,74 @@ class LLMClient:
 
     @property
     def last_health(self) -> Health:
-        """How the server was when it was last asked."""
-        settings, server = self._settings, self._server
-        problem = server.problem
-        full = self.places.waiting >= max(1, self.places.max_queue)
-        status: Literal["ok", "degraded", "down"] = "degraded" if full else "ok"
-        if problem is not None:
-            status = "down" if problem.code in {"llm_unavailable", "llm_timeout"} else "degraded"
-            if isinstance(problem, Loading):
-                status = "degraded"
+        """How the servers were when they were last asked."""
+        settings, route = self._settings, self._router.route(None)
+        status = route.pool.status
+        full = self.queue.waiting >= max(1, self.queue.most)
+        if status == "ok" and (full or any(pool.status != "ok" for pool in self.pools.values())):
+            status = "degraded"
         return Health(
             status=status,
-            model=server.models[0].name if server.models else None,
-            latency_ms=None if problem else server.latency_ms,
+            model=self.known_model(None) or None,
+            latency_ms=route.pool.latency_ms,
             temperature=settings.llm_temperature,
             max_tokens=settings.llm_max_tokens,
-            queue=self.places.waiting,
+            queue=self.queue.waiting,
         )
 
-    @property
-    def context(self) -> int | None:
-        """The context length of the model served by default, in tokens, where the server tells."""
-        return self._server.default().context if self._server.models else None
+    def context_of(self, model: str | None) -> int | None:
+        """The context length of a model, in tokens, where the server or `models.toml` tells."""
+        found = self._router.route(model).found()
+        return None if found is None else found.context
 
     async def watch(self) -> None:
-        """Asks the server every few seconds, and at once after a failure. Runs until cancelled."""
-        await self._server.watch()
+        """Asks the servers every few seconds how they are, and at once after a failure. Runs until
+        cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for pool in self.pools.values():
+                tasks.create_task(pool.watch(), name="llm servers watch")
 
     async def model_name(self, wanted: str | None) -> str:
         """The name of the model that answers when `wanted` is asked for. Raises `InvalidRequest` for one
         that is not served, `LLMUnavailable` while nobody knows."""
-        return (await self._server.resolve(wanted)).name
+        route = self._router.route(wanted)
+        found = route.found()
+        if found is None:
+            await route.pool.look()
+            route = self._router.route(wanted)
+            found = route.found()
+        if found is None:
+            raise route.pool.not_served()
+        return route.name_of(found)
 
     def known_model(self, wanted: str | None) -> str:
         """The same as far as it is known without asking; else what is wanted, or nothing."""
-        models = self._server.models
-        if wanted in {None, "", "default"}:
-            return self._server.default().name if models else ""
-        return next((model.name for model in models if wanted in {model.id, model.name}), wanted or "")
+        route = self._router.route(wanted)
+        found = route.found()
+        return (wanted or "") if found is None else route.name_of(found)
+
+    def provider_of(self, wanted: str | None) -> str | None:
+        """The provider of a model, where it takes keys that sessions bring."""
+        upstream = self._router.route(wanted).pool.upstream
+        return upstream.name if upstream.own_keys else None
 
     async def _current_models(self) -> list[ModelInfo]:
-        await self._server.probe_if_stale()
-        if self._server.problem is not None:
-            raise self._server.problem
-        return self._server.models
+        pool = self._router.route(None).pool
+        await pool.look()
+        await pool.ready()
+        return pool.models
 
     async def _health(self) -> Health:
-        await self._server.probe_if_stale()
+        await self._router.route(None).pool.look()
         return self.last_health
+
+
+def _begun(clock: Clock | None, settings: Settings) -> Clock:
+    """The limits of a request, which has come to a server; to the next one where it has a clock."""
+    if clock is None:
+        return Clock(settings)
+    clock.begin_again()
+    return clock
 
 
 # --- the documented accessors for plain Python ---------------------------------------------------

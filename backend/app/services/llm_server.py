@@ -1,4 +1,4 @@
-"""One LLM server at one address: its requests and answers over HTTP, its models, and how it is.
+"""One LLM server at one address: its requests and answers over HTTP.
 
 Chat completions are spoken here directly over aiohttp, always streamed: a plain answer is the fold of
 a stream, so cancelling, timeouts and partial text work the same for both.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -18,56 +18,35 @@ import aiohttp
 import msgspec
 
 from app.config import Settings
-from app.errors import InvalidRequest, LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
+from app.errors import LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
 from app.logs import get_logger
-from app.services.replies import LONGEST_LINE, NO_JSON, Done, Piece, ReplyReader, error_text
+from app.services import dialects
+from app.services.catalog import DEFAULT, ProviderKind
+from app.services.replies import LONGEST_LINE, NO_JSON, Done, Fault, Piece, ReplyReader, error_text
+from app.services.server_state import NEVER_ASKED, Loading, Refused, ServerState
+from app.services.slots import Slots
 
 log = get_logger(__name__)
+
+Http = aiohttp.ClientSession
+"""The connections to all servers."""
 
 Message = Mapping[str, Any]
 """A chat message in OpenAI's form: `{"role": …, "content": …}`."""
 
-WATCH_INTERVAL_S = 5.0
-WATCH_INTERVAL_DOWN_S = 1.0
 COUNT_TIMEOUT_S = 2.0
 LONGEST_RETRY_S = 3600.0
-FRESH_S = 1.0
-"""A health report younger than this is not asked for again."""
+LOOK_AGAIN_S = 1.0
+TOKEN_RESERVE_S = 60.0
+"""A token is replaced so long before it runs out."""
+
+MOST_TOKENS = 1000
 
 _JSON = {"Content-Type": "application/json"}
 
 
-# --- what the server says of itself --------------------------------------------------------------
-
-
-class _ModelMeta(msgspec.Struct):
-    n_ctx: int | None = None
-
-
-class _Model(msgspec.Struct):
-    id: str
-    owned_by: str | None = ""
-    max_model_len: int | None = None
-    meta: _ModelMeta | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model] | None = None
-
-
-class _TemplateCaps(msgspec.Struct):
-    supports_tools: bool = True
-
-
-class _Props(msgspec.Struct):
-    """The part of llama.cpp's `/props` that tells of the chat template."""
-
-    chat_template: str = ""
-    chat_template_caps: _TemplateCaps | None = None
-
-
-_decode_props = msgspec.json.Decoder(_Props).decode
-_decode_models = msgspec.json.Decoder(_Models).decode
+class NotOffered(LLMError):
+    """The server has no answer to this kind of question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,52 +67,66 @@ class ModelInfo:
         return self.id.replace("\\", "/").rsplit("/", 1)[-1] if is_path else self.id
 
 
-class Loading(LLMUnavailable):
-    """It answers, but is still loading its model."""
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """What the servers of one provider have in common. `headers` are more than those that show the `key`."""
+
+    name: str = DEFAULT
+    kind: ProviderKind = "compatible"
+    key: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    own_keys: bool = False
+    capacity: int = 1
+    api_version: str = ""
+    token_url: str = ""
+
+    @property
+    def whose_key(self) -> str:
+        """How the portal's key is called."""
+        place = "LLM_API_KEY" if self.name == DEFAULT else f"providers.{self.name}.key"
+        return f"the portal's key ({place})"
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether its servers are asked how they are. Without a key of the portal's they would say no."""
+        return self.kind in dialects.LOCAL and (bool(self.key) or not self.own_keys)
 
 
 class LLMServer:
-    """Speaks to the LLM server at one address."""
+    """Speaks to the LLM server at one address. `models`, `slots` and `latency_ms` are what it said of itself
+    when it was last asked."""
 
-    def __init__(self, settings: Settings, url: str) -> None:
+    def __init__(self, settings: Settings, upstream: Upstream, name: str, url: str) -> None:
         self._settings = settings
-        self._base = url
+        self.upstream = upstream
+        self.name = name
+        self.url = url
+        self.base = dialects.base(upstream.kind, url)
+        self.root = self.base.removesuffix("/v1")
+        self.state = ServerState(name, upstream.capacity, NEVER_ASKED if upstream.is_asked else None)
         self.models: list[ModelInfo] = []
-        self.problem: PortalError | None = LLMUnavailable("The LLM server has not been asked yet.")
+        self.slots = Slots()
         self.latency_ms: int | None = None
-        self._knows_tools = True
-        self._probed_at = float("-inf")
-        self._probe_lock = asyncio.Lock()
-        self._look_again = asyncio.Event()
+        self.look_again = asyncio.Event()
+        self._headers = {**_JSON, **upstream.headers, **dialects.key_headers(upstream.kind, upstream.key)}
+        self._tokens: dict[str, tuple[str, float]] = {}
 
-    async def open(self) -> None:
-        """Makes the connection pool. The server need not be there."""
-        settings = self._settings
-        key = settings.llm_api_key.get_secret_value()
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=settings.llm_connect_timeout, sock_connect=settings.llm_connect_timeout
-            ),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            auto_decompress=True,
-        )
-
-    async def close(self) -> None:
-        """Closes all connections."""
-        await self._http.close()
+    def open(self, http: Http) -> None:
+        """From now on it can be asked. It need not be there."""
+        self._http = http
 
     # --- generating ---
 
     async def generate(
-        self, model: ModelInfo, body: Mapping[str, Any], reader: ReplyReader, clock: Clock
+        self, model: ModelInfo, body: Mapping[str, Any], reader: ReplyReader, clock: Clock, key: str | None
     ) -> AsyncGenerator[Piece | Done, None]:
-        """Posts a chat completion and yields the reply as `reader` reads it, within the limits of `clock`.
-        Closing the generator closes the request to the server."""
-        response = await self._post(msgspec.json.encode(body), clock)
+        """Posts a chat completion, with another `key` than the provider's where one is given, and yields the
+        reply as `reader` reads it, within the limits of `clock`. Closing the generator closes the request to
+        the server."""
+        response = await self._post(model, msgspec.json.encode(body), clock, key)
         try:
             if response.status != 200:
-                raise await _refusal(response, model.name)
+                raise await self._refusal(response, model.name, key)
             while not reader.complete:
                 data = await self._read(response, clock)
                 if not data:
@@ -152,23 +145,53 @@ class LLMServer:
                 await _drain(response) if reader.complete else None
             response.close()
 
-    async def _post(self, body: bytes, clock: Clock) -> aiohttp.ClientResponse:
+    async def _post(
+        self, model: ModelInfo, body: bytes, clock: Clock, key: str | None
+    ) -> aiohttp.ClientResponse:
+        kind = self.upstream.kind
+        url = dialects.chat_url(kind, self.url, model.id, self.upstream.api_version)
         for attempt in (1, 2):
             try:
                 async with asyncio.timeout_at(clock.next_limit()):
-                    return await self._http.post(
-                        f"{self._base}/v1/chat/completions", data=body, headers=_JSON, allow_redirects=False
-                    )
+                    headers = await self._headers_with(key)
+                    return await self._http.post(url, data=body, headers=headers, allow_redirects=False)
             except TimeoutError as error:
                 raise self._too_slow(error, clock) from None
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 # An idle connection may have been closed from the other side: that is no answer,
                 # and nothing was generated, so one fresh connection is tried.
-                if attempt == 2 or isinstance(error, aiohttp.ClientConnectorError):
-                    raise self._unreachable() from None
+                refused = isinstance(error, aiohttp.ClientConnectorError)
+                if attempt == 2 or refused:
+                    raise self._unreachable(refused=refused) from None
             except aiohttp.ClientError as error:
                 raise LLMError(f"The LLM server's answer is no HTTP: {type(error).__name__}.") from None
         raise AssertionError("unreachable")
+
+    async def _headers_with(self, key: str | None) -> Mapping[str, str]:
+        upstream = self.upstream
+        if upstream.kind == "watsonx":
+            key = await self._token_for(upstream.key if key is None else key)
+        elif key is None:
+            return self._headers
+        return {**self._headers, **dialects.key_headers(upstream.kind, key)}
+
+    async def _token_for(self, key: str) -> str:
+        """IBM Cloud's token for an API key: good for an hour, and what its services want to see."""
+        token, until = self._tokens.get(key, ("", 0.0))
+        if time.monotonic() < until:
+            return token
+        form = {"grant_type": "urn:ibm:params:oauth:grant-type:apikey", "apikey": key}
+        async with self._http.post(self.upstream.token_url, data=form, allow_redirects=False) as response:
+            if response.status != 200:
+                raise await self._refusal(response, None, key)
+            try:
+                found = msgspec.json.decode(await _whole(response), type=_Token)
+            except NO_JSON:
+                raise LLMError("What answers where tokens are given out gave none.") from None
+        if len(self._tokens) >= MOST_TOKENS:
+            self._tokens.clear()
+        self._tokens[key] = (found.access_token, time.monotonic() + found.expires_in - TOKEN_RESERVE_S)
+        return found.access_token
 
     async def _read(self, response: aiohttp.ClientResponse, clock: Clock) -> bytes:
         try:
@@ -181,24 +204,61 @@ class LLMServer:
 
     def _too_slow(self, error: TimeoutError, clock: Clock) -> PortalError:
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return self._unreachable()
+            return self._unreachable(refused=True)
         return LLMTimeout(clock.complaint())
 
-    def _unreachable(self) -> LLMUnavailable:
-        error = LLMUnavailable("The LLM server cannot be reached.", retry_after=WATCH_INTERVAL_DOWN_S)
-        self._note(error)
+    def _unreachable(self, *, refused: bool) -> LLMUnavailable:
+        kind = Refused if refused and self.upstream.is_asked else LLMUnavailable
+        error = kind("The LLM server cannot be reached.", retry_after=LOOK_AGAIN_S)
+        if self.upstream.is_asked:
+            self.state.note(error)
+            self.look_again.set()
         return error
+
+    async def _refusal(
+        self, response: aiohttp.ClientResponse, model: str | None, own_key: str | None = None
+    ) -> PortalError:
+        """The error for an answer that is not 200. What the server says may tell of its insides, so it
+        goes to the debug log and not to the client."""
+        status = response.status
+        try:
+            async with asyncio.timeout(2):
+                text = error_text(await response.content.read(65536))
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            text = ""
+        if own_key is None:  # a provider may repeat a key that it does not know
+            log.debug("LLM server refused a request", server=self.name, status=status, said=text)
+        if status in {401, 403}:
+            whose = "the session's own key" if own_key is not None else self.upstream.whose_key
+            return LLMError(f"The LLM server did not accept {whose}.")
+        return _error_of(status, model, _seconds(response.headers.get("Retry-After")))
+
+    # --- other questions ---
+
+    async def get(self, url: str) -> bytes:
+        """What the server answers to a question about itself. Raises `LLMUnavailable`, `LLMError` and what
+        else a refusal means."""
+        try:
+            async with (
+                asyncio.timeout(self._settings.llm_connect_timeout),
+                self._http.get(url, headers=self._headers, allow_redirects=False) as response,
+            ):
+                if response.status != 200:
+                    raise await self._refusal(response, None)
+                return await _whole(response)
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            raise LLMUnavailable("The LLM server cannot be reached.", retry_after=LOOK_AGAIN_S) from None
 
     async def count_tokens(self, model: ModelInfo, messages: Sequence[Message]) -> int | None:
         """The exact length of the prompt that `messages` make, in tokens; None where the server
         cannot tell (only llama.cpp and vLLM can)."""
         try:
             if model.server == "llamacpp":
-                answer = await self._ask("/v1/chat/completions/input_tokens", {"messages": messages})
+                answer = await self._ask(f"{self.base}/chat/completions/input_tokens", {"messages": messages})
                 return int(answer["input_tokens"])
             if model.server == "vllm":
-                answer = await self._ask("/tokenize", {"model": model.id, "messages": messages})
-                return int(answer["count"])
+                question = {"model": model.id, "messages": messages}
+                return int((await self._ask(f"{self.root}/tokenize", question))["count"])
         except (PortalError, KeyError, TypeError, ValueError) as error:
             log.debug("tokens could not be counted", reason=type(error).__name__)
         return None
@@ -207,133 +267,45 @@ class LLMServer:
         """The tokens of a text that stands in no prompt; None where the server cannot tell."""
         try:
             if model.server == "llamacpp":
-                return len((await self._ask("/tokenize", {"content": text}))["tokens"])
+                return len((await self._ask(f"{self.root}/tokenize", {"content": text}))["tokens"])
             if model.server == "vllm":
-                body = {"model": model.id, "prompt": text, "add_special_tokens": False}
-                return int((await self._ask("/tokenize", body))["count"])
+                question = {"model": model.id, "prompt": text, "add_special_tokens": False}
+                return int((await self._ask(f"{self.root}/tokenize", question))["count"])
         except (PortalError, KeyError, TypeError, ValueError) as error:
             log.debug("tokens could not be counted", reason=type(error).__name__)
         return None
 
-    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+    async def _ask(self, url: str, body: dict[str, Any]) -> Any:
+        data = msgspec.json.encode(body)
         try:
             async with (
                 asyncio.timeout(COUNT_TIMEOUT_S),
-                self._http.post(self._base + path, data=msgspec.json.encode(body), headers=_JSON) as response,
+                self._http.post(url, data=data, headers=self._headers) as response,
             ):
                 if response.status != 200:
-                    raise LLMError(f"{path} answered {response.status}.")
+                    raise LLMError(f"It answered {response.status}.")
                 return msgspec.json.decode(await _whole(response))
         except (TimeoutError, aiohttp.ClientError, *NO_JSON) as error:
-            raise LLMError(f"{path} did not answer: {type(error).__name__}.") from None
-
-    # --- models and health ---
-
-    def default(self) -> ModelInfo:
-        """The model that answers when none is named. Some must be known."""
-        wanted = self._settings.llm_model
-        for model in self.models:
-            if wanted in {model.id, model.name}:
-                return model
-        first = self.models[0]
-        return first if wanted == "default" else replace(first, id=wanted)
-
-    async def resolve(self, wanted: str | None) -> ModelInfo:
-        """The model to ask for. Servers such as vLLM refuse names they do not know, so `default` must
-        become the real one. Raises `InvalidRequest` for one that is not served, `LLMUnavailable` while
-        nobody knows."""
-        if not self.models or self.problem is not None:
-            await self.probe_if_stale()
-        if not self.models:
-            raise self.problem or LLMUnavailable("The LLM server cannot be reached.")
-        if wanted in {None, "", "default"}:
-            return self.default()
-        for model in self.models:
-            if wanted in {model.id, model.name}:
-                return model
-        raise InvalidRequest(
-            "model: the LLM server does not serve this one; try one of "
-            + ", ".join(sorted(model.name for model in self.models)[:10])
-        )
-
-    async def watch(self) -> None:
-        """Asks the server every few seconds, and at once after a failure. Runs until cancelled."""
-        while True:
-            await self._probe()
-            pause = WATCH_INTERVAL_S if self.problem is None else WATCH_INTERVAL_DOWN_S
-            self._look_again.clear()
-            try:
-                async with asyncio.timeout(pause):
-                    await self._look_again.wait()
-                await asyncio.sleep(WATCH_INTERVAL_DOWN_S / 4)
-            except TimeoutError:
-                pass
-
-    async def probe_if_stale(self) -> None:
-        """Asks the server, unless it was asked within the last second. Raises nothing."""
-        async with self._probe_lock:
-            if time.monotonic() - self._probed_at >= FRESH_S:
-                await self._probe()
-
-    async def _probe(self) -> None:
-        began = time.monotonic()
-        try:
-            async with (
-                asyncio.timeout(self._settings.llm_connect_timeout),
-                self._http.get(f"{self._base}/v1/models", allow_redirects=False) as response,
-            ):
-                if response.status != 200:
-                    raise await _refusal(response, None)
-                models = _decode_models(await _whole(response)).data or []
-            if not models:
-                raise LLMError("The LLM server serves no model.")
-            if [model.id for model in models] != [known.id for known in self.models]:
-                self._knows_tools = await self._asks_for_tools(models[0])
-            self.models = [_model_info(model, self._knows_tools) for model in models]
-            self.latency_ms = round((time.monotonic() - began) * 1000)
-            self._note(None)
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            self._note(LLMUnavailable("The LLM server cannot be reached.", retry_after=WATCH_INTERVAL_DOWN_S))
-        except NO_JSON:
-            self._note(LLMError("What answers at LLM_SERVER_URL is no OpenAI-compatible server."))
-        except PortalError as error:
-            self._note(error)
-        self._probed_at = time.monotonic()
-
-    async def _asks_for_tools(self, model: _Model) -> bool:
-        """Whether the chat template of a llama.cpp server knows tools: it leaves them out without a word
-        where it does not. Of other servers it is taken for granted."""
-        if model.owned_by != "llamacpp":
-            return True
-        try:
-            async with self._http.get(f"{self._base}/props", allow_redirects=False) as response:
-                props = _decode_props(await _whole(response))
-        except (aiohttp.ClientError, OSError, LLMError, *NO_JSON):
-            return True
-        if props.chat_template_caps is not None:
-            return props.chat_template_caps.supports_tools
-        return "tools" in props.chat_template
-
-    def _note(self, problem: PortalError | None) -> None:
-        if (problem is None) != (self.problem is None):
-            if problem is None:
-                log.info("LLM server is there", model=self.default().name)
-            else:
-                log.warning("LLM server is not there", reason=problem.message)
-        self.problem = problem
-        if problem is not None:
-            self._look_again.set()
+            raise LLMError(f"It did not answer: {type(error).__name__}.") from None
 
 
 class Clock:
     """The limits of one request: to begin, between pieces, and in all."""
 
     def __init__(self, settings: Settings) -> None:
-        now = asyncio.get_running_loop().time()
         self._settings = settings
-        self._end = now + settings.llm_timeout
-        self._first = now + settings.llm_first_token_timeout
+        self._end = asyncio.get_running_loop().time() + settings.llm_timeout
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Another server is asked: it has as long to begin, and what is left of the whole time."""
+        self._first = asyncio.get_running_loop().time() + self._settings.llm_first_token_timeout
         self.has_begun = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole time has passed."""
+        return asyncio.get_running_loop().time() >= self._end
 
     def next_limit(self) -> float:
         """When the wait that begins now must be over, in the loop's time."""
@@ -344,11 +316,27 @@ class Clock:
     def complaint(self) -> str:
         """What to say once a limit has passed."""
         settings = self._settings
-        if asyncio.get_running_loop().time() >= self._end:
+        if self.is_over:
             return f"The LLM server did not finish its reply within {settings.llm_timeout:g} s."
         if not self.has_begun:
             return f"The LLM server did not begin its reply within {settings.llm_first_token_timeout:g} s."
         return f"The LLM server fell silent in its reply for {settings.llm_idle_timeout:g} s."
+
+
+class _Token(msgspec.Struct):
+    access_token: str
+    expires_in: float
+
+
+def open_http(settings: Settings) -> Http:
+    """Connections for all servers, none of them open yet. No cookie of one request is sent with another."""
+    connect = settings.llm_connect_timeout
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=True,
+    )
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:
@@ -370,28 +358,17 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
         return
 
 
-async def _refusal(response: aiohttp.ClientResponse, model: str | None) -> PortalError:
-    """The error for an answer that is not 200. What the server says may tell of its insides, so it
-    goes to the debug log and not to the client."""
-    status = response.status
-    try:
-        async with asyncio.timeout(2):
-            text = error_text(await response.content.read(65536))
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        text = ""
-    log.debug("LLM server refused a request", status=status, said=text)
-    retry_after = _seconds(response.headers.get("Retry-After"))
+def _error_of(status: int, model: str | None, retry_after: float | None) -> PortalError:
     if status in {400, 413, 422}:
         return LLMError("The LLM server refused the request as wrong or too long.")
-    if status in {401, 403}:
-        return LLMError("The LLM server did not accept the portal's key (LLM_API_KEY).")
     if status == 404 and model:
         return LLMError(f"The LLM server does not know the model {model}.")
     if status == 429:
         return Overloaded("The LLM server is busy.", retry_after=retry_after or 5)
     if status == 503:
         return Loading("The LLM server is not ready yet.", retry_after=retry_after or 2)
-    return LLMError(f"The LLM server answered with status {status}.", retryable=status >= 500)
+    kind = NotOffered if status in {404, 405, 501} else Fault if status == 500 else LLMError
+    return kind(f"The LLM server answered with status {status}.", retryable=status >= 500)
 
 
 def _seconds(header: str | None) -> float | None:
@@ -407,8 +384,3 @@ def _seconds(header: str | None) -> float | None:
 
 def _until(moment: datetime) -> float:
     return moment.timestamp() - time.time()
-
-
-def _model_info(model: _Model, knows_tools: bool) -> ModelInfo:
-    context = model.max_model_len or (model.meta.n_ctx if model.meta else None)
-    return ModelInfo(model.id, model.owned_by or "", context, knows_tools)

@@ -1,4 +1,4 @@
-"""What models cost, from `models.toml`.
+"""What models cost: the `price` of a model in `models.toml`, which `catalog` reads.
 
     [models."gpt-4o*".price]
     input = 2.50        # a million tokens of prompt
@@ -6,20 +6,16 @@
     output = 10.00      # a million tokens of reply
     gpu_second = 0.0    # a second of the LLM server's time
 
-The currency is whatever the admin thinks in. A model that no entry matches costs nothing, as a local one
-does; of several that match, the first counts.
+The currency is whatever the admin thinks in.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.access import matches
 from app.events import Usage
-from app.files import read_toml
 
 Money = Annotated[float, Field(ge=0)]
 
@@ -42,28 +38,4 @@ class Price(BaseModel):
         return tokens / 1_000_000 + gpu_seconds * self.gpu_second
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    price: Price = Price()
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    models: dict[str, _Model] = {}
-
-
 FREE = Price()
-
-
-class Prices:
-    """The prices of all models."""
-
-    def __init__(self, file: Path) -> None:
-        """Reads `file`, which need not exist. Raises `InvalidRequest` when it is wrong."""
-        self._models = read_toml(file, TypeAdapter(_File)).models
-
-    def of(self, model: str) -> Price:
-        """The price of a model."""
-        return next((found.price for name, found in self._models.items() if matches(model, (name,))), FREE)

@@ -32,6 +32,10 @@ NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding raises for bytes that are not the JSON that is expected."""
 
 
+class Fault(LLMError):
+    """The server says that it failed. That may be the request's fault, or its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class InQueue:
     """The request waits for a place: `position` from 1, `eta_s` in seconds."""
@@ -211,7 +215,7 @@ class ReplyReader:
             raise LLMError("The LLM server sent something that is no chat completion.") from None
         if chunk.error is not None:
             log.debug("LLM server failed in its reply", said=message_in(chunk.error))
-            raise LLMError("The LLM server failed in its reply.", retryable=True)
+            raise Fault("The LLM server failed in its reply.", retryable=True)
         self._usage = chunk.usage or self._usage
         self._timings = chunk.timings or self._timings
         for choice in chunk.choices[:1]:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -238,8 +239,8 @@ class Runner:
                 kind=turn.row.kind,
                 budget=self._budget(options),
                 max_messages=self._settings.llm_max_history_messages,
-                context=self._llm.context,
-                count=self._llm.count_tokens,
+                context=self._llm.context_of(options.model),
+                count=partial(self._llm.count_tokens, model=options.model),
             )
             return await self._generate(turn, fitting, options)
         except PortalError as error:
@@ -284,7 +285,7 @@ class Runner:
         """Tokens for the prompt: what the setting allows, and what the server's context has room for
         beside the reply."""
         budget = self._settings.llm_max_history_tokens
-        context = self._llm.context
+        context = self._llm.context_of(options.model)
         if context is None:
             return budget
         reserve = options.max_tokens or self._settings.llm_max_tokens
@@ -340,7 +341,13 @@ class Runner:
 
     async def _stream(self, turn: Turn, options: GenerationOptions) -> Done:
         updates = self._llm.stream(
-            turn.prompt, options, deadline=turn.row.deadline, owner=turn.session.owner, meter=turn.meter
+            turn.prompt,
+            options,
+            deadline=turn.row.deadline,
+            owner=turn.session.owner,
+            session=turn.session.id or None,
+            meter=turn.meter,
+            allowed=self._role_of(turn).models,
         )
         most = RUNAWAY_FACTOR * (options.max_tokens or self._settings.llm_max_tokens)
         async with aclosing(updates):

@@ -1,0 +1,215 @@
+"""Where a request goes: which servers have the model that it names, and where else when they cannot
+answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from app.access import matches
+from app.config import Settings
+from app.errors import Overloaded, PortalError
+from app.services.catalog import DEFAULT, PLAIN, Catalog, Model
+from app.services.llm_server import Clock, LLMServer, ModelInfo
+from app.services.places import Load, Meter, Place
+from app.services.pool import Pool
+from app.services.replies import Fault
+from app.services.server_state import Refused
+from app.services.slots import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKey:
+    """A key that a session brings for a provider."""
+
+    provider: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The way to a model: the servers that have it, and their name for it (`id`; None for the default one).
+    `name` is what the portal calls it: empty where the servers tell."""
+
+    name: str
+    pool: Pool
+    id: str | None
+    entry: Model
+
+    def found(self, server: LLMServer | None = None) -> ModelInfo | None:
+        """The model as a server, or some server, has it; None where that is not known."""
+        return self.pool.find(server, self.id, self.entry)
+
+    def name_of(self, model: ModelInfo) -> str:
+        """What the portal calls the model that was found."""
+        return self.name or model.name
+
+
+class Router:
+    """Finds the way to a model by its name."""
+
+    def __init__(self, settings: Settings, catalog: Catalog, pools: Mapping[str, Pool]) -> None:
+        self._catalog = catalog
+        self._pools = pools
+        self._default_name = catalog.canonical(settings.llm_model)
+        self._served_first = Route("", pools[DEFAULT], None, PLAIN)
+
+    def route(self, wanted: str | None) -> Route:
+        """The way to a model; nothing, or `default`, is the one of `LLM_MODEL`."""
+        if wanted in {None, "", DEFAULT}:
+            return self._default()
+        return self._to(self._catalog.canonical(wanted or ""))
+
+    def fallbacks(self, route: Route, allowed: tuple[str, ...]) -> Iterator[Route]:
+        """Where to go when no server of the route can answer: to models that are `allowed`."""
+        for name in route.entry.fallbacks:
+            found = self.route(name)
+            model = found.found()
+            if model is not None and matches(found.name_of(model), allowed):
+                yield found
+
+    def _default(self) -> Route:
+        if self._catalog.has(self._default_name):
+            return self._to(self._default_name)
+        known = self._served_first
+        model = known.found()
+        if model is not None and model.name != known.name:  # it is known only since the server was asked
+            known = Route(model.name, known.pool, None, self._catalog.model(model.name))
+            self._served_first = known
+        return known
+
+    def _to(self, name: str) -> Route:
+        entry = self._catalog.model(name)
+        is_named = entry.provider != DEFAULT or self._catalog.has(name)
+        return Route(name if is_named else "", self._pools[entry.provider], entry.id or name, entry)
+
+
+class Journey:
+    """The way of one request: from server to server, and from the model to its fallbacks, until one begins to
+    answer. `begun` says that one has: from then on there is no other way."""
+
+    def __init__(
+        self, router: Router, wanted: str | None, allowed: tuple[str, ...], session: str | None, meter: Meter
+    ) -> None:
+        self.route = router.route(wanted)
+        self.begun = False
+        self.server: LLMServer | None = None
+        self._fallbacks = router.fallbacks(self.route, allowed)
+        self._session = session
+        self._meter = meter
+        self._place: Place | None = None
+        self._slots: Slots | None = None
+        self._slot: int | None = None
+        self._failed: set[Load] = set()
+        self._doubtful: list[LLMServer] = []
+        self._error: PortalError | None = None
+
+    # --- one stage of the way ---
+
+    async def ready(self) -> None:
+        """Returns when some server can be asked. Raises why none can."""
+        while not self.route.pool.is_open(self._failed):
+            try:
+                await self.route.pool.ready()
+                if self.route.pool.is_open(self._failed):
+                    return
+                raise self.route.pool.problem()
+            except PortalError as error:
+                self._fall_back(error)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some server can be asked, as far as is known."""
+        return self.route.pool.is_open(self._failed)
+
+    def ask(self, owner: str) -> Place:
+        """A place on this stage. Raises `Overloaded`. Whoever asked must `leave`."""
+        pool = self.route.pool
+        barred = {*self._failed, *pool.lacking(self.route.id)}
+        self._place = pool.ask(owner, self._session, barred, again=self._error is not None)
+        return self._place
+
+    def arrive(self) -> tuple[LLMServer, ModelInfo]:
+        """The server of the place that was granted, and the model there. Raises `InvalidRequest` when it is
+        not served."""
+        assert self._place is not None
+        server = self.server = self.route.pool.server_of(self._place, self._session)
+        model = self.route.found(server)
+        if model is None:
+            raise self.route.pool.not_served()
+        self._meter.model = self.route.name_of(model)
+        self._slots = server.slots
+        self._slot = server.slots.take(self._session)
+        return server, model
+
+    @property
+    def slot(self) -> int | None:
+        """The slot of the server that is to be used."""
+        return self._slot
+
+    def begin(self) -> None:
+        """The server has begun to answer. One that failed at the same request failed by its own fault."""
+        self.begun = True
+        if self.server is not None:
+            self.server.state.begun()
+        for server in self._doubtful:
+            server.state.failed()
+
+    def end(self) -> None:
+        """The server has answered to the end."""
+        if self.server is not None:
+            self.server.state.answered()
+
+    def key(self, own_key: OwnKey | None) -> str | None:
+        """The session's own key, where it is for the provider of this stage."""
+        if own_key is None or own_key.provider != self.route.pool.upstream.name:
+            return None
+        self._meter.own_key = True
+        return own_key.key
+
+    def leave(self) -> None:
+        """Gives back the place of this stage."""
+        if self._slots is not None and self._slot is not None:
+            self._slots.give_back(self._slot)
+        if self._place is not None:
+            self._meter.gpu_seconds += self._place.leave()
+        self.server = self._place = self._slots = self._slot = None
+
+    # --- going on ---
+
+    def go_on(self, error: PortalError, clock: Clock | None, own_key: OwnKey | None) -> None:
+        """This stage has failed. Returns when there is another way to go, and raises `error` when there is
+        none."""
+        server = self.server
+        if server is None or clock is None or not error.retryable:
+            raise error
+        if clock.is_over:
+            raise error
+        self._note(server, error, own_key)
+        if self.begun:
+            raise error
+        self._failed.add(server.state.load)
+        if not self.route.pool.is_open(self._failed):
+            self._fall_back(error)
+        self._error = error
+
+    def stranded(self) -> None:
+        """No server is left that could give the place. Raises why, when there is no other way."""
+        self._fall_back(self._error or self.route.pool.problem())
+
+    def _fall_back(self, error: PortalError) -> None:
+        self._error = self._error or error
+        following = next(self._fallbacks, None)
+        if following is None:
+            raise error
+        self.route = following
+
+    def _note(self, server: LLMServer, error: PortalError, own_key: OwnKey | None) -> None:
+        """What the failure says of the server."""
+        if isinstance(error, Overloaded):
+            if own_key is None:  # else it is that key's business
+                server.state.busy(error.retry_after or 1.0)
+        elif isinstance(error, Fault) and not self.begun:
+            self._doubtful.append(server)
+        elif not isinstance(error, Refused):  # of that is known more by asking it
+            server.state.failed()
