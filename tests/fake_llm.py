@@ -8,7 +8,7 @@ import random
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 
@@ -35,6 +35,15 @@ class Script:
     lengths: tuple[int, int] = (20, 20)
     """Fewest and most pieces of a random text."""
     headers: dict[str, str] = field(default_factory=dict)
+    whole: bool = False
+    """Answer in one piece, as a server that does not stream."""
+    wire: bytes | None = None
+    """What goes over the connection in place of an HTTP answer."""
+    flood: int = 0
+    """So many bytes come first, without the end of a line."""
+    then: Literal["abort", "eof", "hold"] = "abort"
+    """What becomes of the connection after `wire` or `cut_after`: a reset, an end of what is sent, or
+    nothing."""
 
 
 def text(*pieces: str) -> list[dict[str, Any]]:
@@ -54,6 +63,8 @@ class FakeLLM:
     running: int = 0
     most_running: int = 0
     finished: int = 0
+    pieces: int = 0
+    """How many were sent, of all replies."""
     dropped: int = 0
     models_status: int = 200
     url: str = ""
@@ -93,13 +104,22 @@ class FakeLLM:
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         script = self.script
         await asyncio.sleep(script.before_headers)
+        if script.wire is not None:
+            return await _broken(request, script)
         if script.status != 200:
             return web.json_response(
                 {"error": {"message": script.error}}, status=script.status, headers=script.headers
             )
+        if script.whole:
+            await asyncio.sleep(script.before_first)
+            reply = "".join(piece.get("content", "") for piece in script.pieces)
+            choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+            return web.json_response({"choices": [choice], "usage": script.usage})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await asyncio.sleep(script.before_first)
+        for _ in range(script.flood >> 16):
+            await response.write(b"x" * (1 << 16))
         if script.raw is not None:
             await response.write(script.raw)
             return response
@@ -109,16 +129,28 @@ class FakeLLM:
             pieces = text(*(f"{random.getrandbits(32):08x} " for _ in range(length)))
         for number, delta in enumerate(pieces):
             if script.cut_after == number:
-                assert request.transport is not None
-                request.transport.abort()
-                return response
+                return await _broken(request, script)
             await response.write(_chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
+            self.pieces += 1
             await asyncio.sleep(script.between)
         await response.write(_chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
         if script.usage is not None:
             await response.write(_chunk({"choices": [], "usage": script.usage}))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+async def _broken(request: web.Request, script: Script) -> web.StreamResponse:
+    transport = request.transport
+    assert isinstance(transport, asyncio.Transport)
+    transport.write(script.wire or b"")
+    if script.then == "eof":
+        transport.write_eof()
+    if script.then == "abort":
+        transport.abort()
+    else:
+        await asyncio.sleep(3600)
+    return web.Response()
 
 
 def _chunk(body: dict[str, Any]) -> bytes:

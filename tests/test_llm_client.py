@@ -145,17 +145,9 @@ async def test_tool_calls_are_put_together(fake: FakeLLM, client: LLMClient) -> 
     ]
 
 
-async def test_a_server_that_does_not_stream_is_understood(settings_for: SettingsFor) -> None:
-    async def answer(request: Any) -> Any:
-        from aiohttp import web
-
-        choice = {"index": 0, "message": {"role": "assistant", "content": "whole"}, "finish_reason": "stop"}
-        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
-
-    fake = FakeLLM()
-    fake.completions = answer  # type: ignore[method-assign]
-    async with serve(fake), client_for(settings_for(fake.url)) as client:
-        assert (await complete(client)).response == "whole"
+async def test_a_server_that_does_not_stream_is_understood(fake: FakeLLM, client: LLMClient) -> None:
+    fake.script = Script(whole=True)
+    assert (await complete(client)).response == "Hello there"
 
 
 async def test_pieces_that_come_together_leave_together(fake: FakeLLM, client: LLMClient) -> None:

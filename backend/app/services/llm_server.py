@@ -135,6 +135,8 @@ class LLMServer:
                 clock.has_begun = reader.has_begun
                 for piece in pieces:
                     yield piece
+                if reader.broken is not None:
+                    raise reader.broken
             for piece in reader.finish(response.content_type):
                 yield piece
             yield reader.done()

@@ -167,12 +167,21 @@ class ReplyReader:
         self._chars = {"text": 0, "thinking": 0}
         self.has_begun = False
         self.complete = False
+        self.broken: LLMError | None = None
 
     def feed(self, data: bytes) -> list[Piece]:
-        """The pieces in what was read, neighbours of one kind joined."""
+        """The pieces in what was read, neighbours of one kind joined: those before the fault where it is
+        `broken`."""
         parts: list[tuple[Kind, str]] = []
         lines = (self._buffer + data).split(b"\n")
         self._buffer = lines.pop()
+        try:
+            self._read_lines(lines, parts)
+        except LLMError as error:
+            self.broken = error
+        return self._pieces(parts)
+
+    def _read_lines(self, lines: list[bytes], parts: list[tuple[Kind, str]]) -> None:
         for line in lines:
             if line.startswith(b"data:"):
                 self._read_event(line[5:].strip(), parts)
@@ -180,7 +189,6 @@ class ReplyReader:
                 self._body += line
         if len(self._buffer) + len(self._body) > LONGEST_LINE:
             raise LLMError(f"The LLM server sent more than {LONGEST_LINE >> 20} MiB in one piece.")
-        return self._pieces(parts)
 
     def finish(self, content_type: str) -> list[Piece]:
         """The last pieces, after the last byte.
