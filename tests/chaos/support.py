@@ -33,11 +33,24 @@ class Form:
     broker_kills: int
     broker_restarts: int
     takeovers: int
+    stops: int
+    """How often a turn is stopped at each door, at each stage."""
+    overload_s: float
 
 
 FORMS = {
-    "short": Form(requests=200, bridge_kills=20, broker_kills=4, broker_restarts=3, takeovers=1),
-    "long": Form(requests=1000, bridge_kills=100, broker_kills=20, broker_restarts=10, takeovers=6),
+    "short": Form(
+        requests=200, bridge_kills=20, broker_kills=4, broker_restarts=3, takeovers=1, stops=1, overload_s=5
+    ),
+    "long": Form(
+        requests=1000,
+        bridge_kills=100,
+        broker_kills=20,
+        broker_restarts=10,
+        takeovers=6,
+        stops=7,
+        overload_s=60,
+    ),
 }
 
 
