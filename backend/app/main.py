@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
@@ -128,7 +129,7 @@ def render(request: Request, error: PortalError) -> JSONResponse:
     request_id = given if is_id(given) else new_id()
     headers = {"X-Request-ID": request_id, **quota_headers(error.quotas)}
     if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     elif error.status in {429, 503}:
         headers["Retry-After"] = "1"
     if error.status == 401:

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -92,7 +93,8 @@ class ServerState:
         if self.drained:
             return LLMUnavailable("The LLM server is being taken out of service.", retry_after=COOL_OFF_S)
         if self.problem is None and self._closed_by is not None:
-            left = max(1.0, round(self._closed_until - asyncio.get_running_loop().time(), 1))
+            left = self._closed_until - asyncio.get_running_loop().time()
+            left = max(1.0, math.ceil(left * 10) / 10)  # who comes then does not come too early
             return type(self._closed_by)(self._closed_by.message, retry_after=left)
         return self.problem or LLMUnavailable("The LLM server cannot answer now.", retry_after=1)
 
