@@ -27,6 +27,7 @@ from sqlalchemy.exc import DataError, InterfaceError, InternalError, Operational
 
 from app.errors import Internal, InvalidRequest, StorageUnavailable
 from app.logs import get_logger
+from app.prepared import Prepared
 
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
@@ -213,13 +214,16 @@ def _commit_group(
 
 def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
     """Inserts a row unless there is such a one already; tells whether it did."""
-    statement = _insert_new(connection.dialect.name, table)
-    return connection.execute(statement, values).first() is not None
+    statement = _insert_new(table, tuple(values))
+    return statement.first(connection, values) is not None
 
 
 @cache
-def _insert_new(dialect: str, table: Table) -> Any:
-    return insert_of(dialect, table).on_conflict_do_nothing().returning(*table.primary_key)
+def _insert_new(table: Table, _columns: tuple[str, ...]) -> Prepared:
+    def made(dialect: str) -> Any:
+        return insert_of(dialect, table).on_conflict_do_nothing().returning(*table.primary_key)
+
+    return Prepared(made)
 
 
 def insert_of(dialect: str, table: Table) -> Any:

@@ -14,11 +14,12 @@ from app.database import insert_new, insert_of
 from app.errors import Conflict, Overloaded, PortalError
 from app.events import Failed, Mark, SupersededBy, TurnRequest, decode_ending, encode, new_id
 from app.models.tables import ACTIVE, messages, received, sessions, turns
+from app.prepared import Prepared
 from app.services.branches import drop_reply, move, parent_for
 from app.services.endings import Ended
 from app.services.outbox import Delivery, make_ready, owe, owe_again
 from app.services.rows import (
-    NAMED,
+    NAMED_ONE,
     SESSION_COLUMNS,
     TURN_COLUMNS,
     SessionRow,
@@ -50,30 +51,41 @@ class Acceptance:
     superseded: tuple[Ended, ...] = ()
 
 
-_SESSION = NAMED.add_columns(sessions.c.next_position).with_for_update()
-_OF_REQUEST = select(*TURN_COLUMNS, turns.c.fingerprint).where(
-    turns.c.session == bindparam("session"), turns.c.request_id == bindparam("request")
+_SESSION = Prepared(NAMED_ONE.add_columns(sessions.c.next_position).with_for_update())
+_OF_REQUEST = Prepared(
+    select(*TURN_COLUMNS, turns.c.fingerprint).where(
+        turns.c.session == bindparam("session"), turns.c.request_id == bindparam("request")
+    )
 )
-_OF_MARK = (
+_OF_MARK = Prepared(
     select(*TURN_COLUMNS, *SESSION_COLUMNS)
     .join(sessions, sessions.c.id == turns.c.session)
     .join(received, received.c.turn_id == turns.c.id)
     .where(received.c.mark == bindparam("hash"), sessions.c.owner == bindparam("owner"))
 )
-_ACTIVE = select(turns.c.id, turns.c.state, turns.c.kind).where(
-    turns.c.session == bindparam("of"), text(ACTIVE)
+_ACTIVE = Prepared(
+    select(turns.c.id, turns.c.state, turns.c.kind).where(turns.c.session == bindparam("of"), text(ACTIVE))
 )
-_TURN, _MESSAGE = insert(turns), insert(messages)
-_MOVED = (
+_TURN, _MESSAGE = Prepared(insert(turns)), Prepared(insert(messages))
+_MOVED = Prepared(
     update(sessions)
     .where(sessions.c.id == bindparam("moved"))
     .values(leaf_id=bindparam("leaf"), next_position=bindparam("position"), updated_at=bindparam("now"))
 )
-_SUPERSEDED = (
+_SUPERSEDED = Prepared(
     update(turns)
     .where(turns.c.id == bindparam("old"), turns.c.state == "waiting")
     .values(state="superseded", ending=bindparam("event"), ended_at=bindparam("now"))
 )
+
+
+def _remember(dialect: str) -> Any:
+    inserted = insert_of(dialect, received)
+    again = {"turn_id": inserted.excluded.turn_id, "at": inserted.excluded.at}
+    return inserted.on_conflict_do_update(index_elements=["mark"], set_=again)
+
+
+_REMEMBER = Prepared(_remember)
 
 
 def accept(
@@ -98,8 +110,8 @@ def accept(
         return Acceptance("known", known, session, delivery)
     if full is not None:
         return full
-    active = connection.execute(_ACTIVE, {"of": session.id}).all()
-    old = [row.id for row in active if request.kind == row.kind == "state" and row.state == "waiting"]
+    active = _ACTIVE.all(connection, {"of": session.id})
+    old = [id for id, state, kind in active if request.kind == kind == "state" and state == "waiting"]
     if len(active) - len(old) > MAX_WAITING:
         return Overloaded(f"{MAX_WAITING} messages already wait in this session.", retry_after=5)
 
@@ -116,8 +128,7 @@ def accept(
         if state == "running":
             move(connection, session, turn)
     leaf = turn.message_id if state == "running" else session.leaf_id
-    moved = {"moved": session.id, "leaf": leaf, "position": position + 1, "now": now}
-    connection.execute(_MOVED, moved)
+    _MOVED.run(connection, {"moved": session.id, "leaf": leaf, "position": position + 1, "now": now})
     session = msgspec.structs.replace(session, leaf_id=leaf)
     delivery = owe(connection, turn.id, request.reply_to, ready=False)
     return Acceptance("new" if known is None else "again", turn, session, delivery, superseded)
@@ -126,7 +137,7 @@ def accept(
 def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionRow, int]:
     """The session, locked for this transaction and made if it is new, and its next position."""
     named = {"owner": request.who.owner, "name": request.session_id}
-    row = connection.execute(_SESSION, named).first()
+    row = _SESSION.first(connection, named)
     if row is None:
         make_session(
             connection,
@@ -136,7 +147,7 @@ def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionR
             template_version=request.template_version,
             title=" ".join(request.message.split())[:TITLE_CHARS],
         )
-        row = connection.execute(_SESSION, named).one()
+        row = _SESSION.one(connection, named)
     return SessionRow(*row[:-1]), row[-1]
 
 
@@ -146,14 +157,14 @@ def _find_request(
     if request.request_id is None:
         return None
     named = {"session": session.id, "request": request.request_id}
-    row = connection.execute(_OF_REQUEST, named).first()
+    row = _OF_REQUEST.first(connection, named)
     if row is None:
         return None
     turn = TurnRow(*row[:-1])
     if not turn.is_active and turn.created_at < now - RETRY_WINDOW_S:
         connection.execute(update(turns).where(turns.c.id == turn.id).values(request_id=None))
         return None
-    if row.fingerprint != request.fingerprint():
+    if row[-1] != request.fingerprint():
         return Conflict(
             "This request_id was already used in this session with another message or parameters."
         )
@@ -170,7 +181,7 @@ def _may_try_again(turn: TurnRow) -> bool:
 def _supersede(connection: Connection, turn_id: str, by: str, session: SessionRow, now: float) -> Ended:
     """Ends a waiting state. Its message never came into the history, so that stays as it is."""
     ending = SupersededBy(turn_id, by)
-    connection.execute(_SUPERSEDED, {"old": turn_id, "event": encode(ending), "now": now})
+    _SUPERSEDED.run(connection, {"old": turn_id, "event": encode(ending), "now": now})
     return Ended(True, turn_id, ending, session.version, make_ready(connection, turn_id))
 
 
@@ -206,8 +217,8 @@ def _insert_turn(
         trace=None,
     )
     message = {"id": turn.message_id, "session": session.id, "parent_id": parent, "turn_id": turn_id}
-    connection.execute(_MESSAGE, {**message, "role": "user", "content": request.message, "created_at": now})
-    connection.execute(_TURN, {**msgspec.structs.asdict(turn), "fingerprint": request.fingerprint()})
+    _MESSAGE.run(connection, {**message, "role": "user", "content": request.message, "created_at": now})
+    _TURN.run(connection, {**msgspec.structs.asdict(turn), "fingerprint": request.fingerprint()})
     if request.mark is not None:
         remember(connection, request.mark, turn_id, now)
     return turn
@@ -239,15 +250,13 @@ def _new_attempt(
 
 def _of_mark(connection: Connection, request: TurnRequest, mark: Mark) -> Acceptance | None:
     """The turn that this very message has made before. Its reply is owed, or was delivered, already."""
-    row = connection.execute(_OF_MARK, {"hash": mark.hash, "owner": request.who.owner}).first()
+    row = _OF_MARK.first(connection, {"hash": mark.hash, "owner": request.who.owner})
     return None if row is None else Acceptance("known", *turn_and_session(row), delivery=None)
 
 
 def remember(connection: Connection, mark: Mark, turn_id: str | None, now: float) -> None:
     """Notes that a message was taken."""
-    body = {"turn_id": turn_id, "at": now}
-    statement = insert_of(connection.dialect.name, received).values(mark=mark.hash, **body)
-    connection.execute(statement.on_conflict_do_update(index_elements=["mark"], set_=body))
+    _REMEMBER.run(connection, {"mark": mark.hash, "turn_id": turn_id, "at": now})
 
 
 def was_taken(connection: Connection, mark: Mark | None) -> bool:

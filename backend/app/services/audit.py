@@ -20,6 +20,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, insert, select
 from app.access import Identity
 from app.database import Database, defer
 from app.models.tables import audit, audit_head
+from app.prepared import Prepared
 
 PAGE = 1000
 """Rows that are read at once when all are."""
@@ -104,7 +105,7 @@ def note(connection: Connection, who: Identity | None, action: str, **rest: Any)
 
 def seal(connection: Connection, entries: Sequence[Entry]) -> None:
     """Writes the entries of a transaction at the end of the chain. For `Database.before_commit`."""
-    seq, last = connection.execute(_HEAD).one()
+    seq, last = _HEAD.one(connection, {})
     now = round(time.time(), 6)  # as it is shown, so that it can be searched for
     rows = []
     for entry in entries:
@@ -123,13 +124,13 @@ def seal(connection: Connection, entries: Sequence[Entry]) -> None:
         )
         last = _hash(last, row)
         rows.append({**msgspec.structs.asdict(row), "hash": last})
-    connection.execute(_INSERT, rows)
-    connection.execute(_MOVE_HEAD, {"new_seq": seq, "new_hash": last})
+    _INSERT.run_all(connection, rows)
+    _MOVE_HEAD.run(connection, {"new_seq": seq, "new_hash": last})
 
 
-_HEAD = select(audit_head.c.seq, audit_head.c.hash).with_for_update()
-_INSERT = insert(audit)
-_MOVE_HEAD = update(audit_head).values(seq=bindparam("new_seq"), hash=bindparam("new_hash"))
+_HEAD = Prepared(select(audit_head.c.seq, audit_head.c.hash).with_for_update())
+_INSERT = Prepared(insert(audit))
+_MOVE_HEAD = Prepared(update(audit_head).values(seq=bindparam("new_seq"), hash=bindparam("new_hash")))
 
 
 def _hash(previous: str, row: AuditRow) -> str:

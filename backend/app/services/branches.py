@@ -6,11 +6,12 @@ import msgspec
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
 from app.models.tables import ACTIVE, messages, turns
+from app.prepared import Prepared
 from app.services.rows import SessionRow, TurnRow
 
 _leaf = messages.alias("leaf")
 
-_LAST = (
+_LAST = Prepared(
     select(turns.c.kind, messages.c.parent_id)
     .join(_leaf, _leaf.c.turn_id == turns.c.id)
     .join(messages, messages.c.id == turns.c.message_id)
@@ -25,9 +26,9 @@ def parent_for(connection: Connection, session: SessionRow, kind: str) -> str | 
     """What a message that comes to the end of the history follows. A state takes the place of a state
     there: however many there were in a row, the history has one."""
     if kind == "state" and session.leaf_id is not None:
-        last = connection.execute(_LAST, {"leaf": session.leaf_id}).first()
-        if last is not None and last.kind == "state":
-            parent: str | None = last.parent_id
+        last = _LAST.first(connection, {"leaf": session.leaf_id})
+        if last is not None and last[0] == "state":
+            parent: str | None = last[1]
             return parent
     return session.leaf_id
 

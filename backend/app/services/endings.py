@@ -14,10 +14,11 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, text, upda
 from app.errors import NotFound
 from app.events import Cancelled, Ending, Usage, decode_ending, encode, type_of
 from app.models.tables import ACTIVE, messages, sessions, turns
+from app.prepared import Prepared
 from app.services.branches import move, slip_in
 from app.services.outbox import Delivery, make_ready
 from app.services.rows import (
-    NAMED,
+    NAMED_ONE,
     SESSION_COLUMNS,
     TURN_COLUMNS,
     SessionRow,
@@ -47,13 +48,13 @@ class Ended:
     deliveries: tuple[Delivery, ...] = ()
 
 
-_CURRENT = (
+_CURRENT = Prepared(
     select(turns.c.state, turns.c.attempt, turns.c.ending, *SESSION_COLUMNS)
     .join(sessions, sessions.c.id == turns.c.session)
     .where(turns.c.id == bindparam("turn"))
     .with_for_update(of=sessions)
 )
-_END = (
+_END = Prepared(
     update(turns)
     .where(turns.c.id == bindparam("turn"))
     .values(
@@ -63,7 +64,7 @@ _END = (
         ended_at=bindparam("now"),
     )
 )
-_CHANGE = (
+_CHANGE = Prepared(
     update(sessions)
     .where(sessions.c.id == bindparam("session"))
     .values(
@@ -73,10 +74,10 @@ _CHANGE = (
         updated_at=bindparam("now"),
     )
 )
-_NAMED = NAMED.with_for_update()
-_REPLY = insert(messages)
-_TURN = select(*TURN_COLUMNS).where(turns.c.id == bindparam("turn"))
-_EARLIER = (
+_NAMED = Prepared(NAMED_ONE.with_for_update())
+_REPLY = Prepared(insert(messages))
+_TURN = Prepared(select(*TURN_COLUMNS).where(turns.c.id == bindparam("turn")))
+_EARLIER = Prepared(
     select(turns.c.id)
     .where(turns.c.session == bindparam("session"), text(ACTIVE), turns.c.position < bindparam("mine"))
     .limit(1)
@@ -90,12 +91,12 @@ def active_turns(session: str) -> Any:
 
 def claim(connection: Connection, turn_id: str, instance: str) -> SessionRow | None:
     """Makes a waiting turn the running one of its session; None when it cannot be that now."""
-    found = connection.execute(_TURN, {"turn": turn_id}).first()
+    found = _TURN.first(connection, {"turn": turn_id})
     if found is None:
         return None
     row = TurnRow(*found)
     session = locked_session(connection, row.session)
-    if connection.execute(_EARLIER, {"session": session.id, "mine": row.position}).first() is not None:
+    if _EARLIER.first(connection, {"session": session.id, "mine": row.position}) is not None:
         return None
     claimed = connection.execute(
         update(turns)
@@ -119,15 +120,15 @@ def end(
     also: Callable[[Connection], None] | None,
 ) -> Ended | None:
     """Ends a turn; None when it is active in another attempt."""
-    state, attempt, stored, *rest = connection.execute(_CURRENT, {"turn": turn.id}).one()
+    state, attempt, stored, *rest = _CURRENT.one(connection, {"turn": turn.id})
     session = SessionRow(*rest)
     if state not in {"waiting", "running"}:
         return Ended(False, turn.id, decode_ending(stored), session.version)
     if attempt != turn.attempt:
         return None
     now, leaf = time.time(), session.leaf_id
-    connection.execute(
-        _END,
+    _END.run(
+        connection,
         {"turn": turn.id, "outcome": type_of(ending), "event": encode(ending), "cuts": trace, "now": now},
     )
     if state == "waiting" and turn.kind == "message":  # a state that never ran is of no use to anybody
@@ -137,7 +138,7 @@ def end(
         _insert_reply(connection, turn, reply, now)
     version = session.version + 1
     changes = {"leaf": leaf, "window": window_start or session.window_start, "changed": version, "now": now}
-    connection.execute(_CHANGE, {"session": session.id, **changes})
+    _CHANGE.run(connection, {"session": session.id, **changes})
     if also is not None:
         also(connection)
     return Ended(True, turn.id, ending, version, make_ready(connection, turn.id))
@@ -155,7 +156,7 @@ def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: floa
         "usage": None if reply.usage is None else msgspec.to_builtins(reply.usage),
         "created_at": now,
     }
-    connection.execute(_REPLY, row)
+    _REPLY.run(connection, row)
 
 
 def clear(connection: Connection, session: SessionRow, partial: dict[str, str]) -> list[Ended]:
@@ -182,5 +183,5 @@ def cut_off(connection: Connection, session: SessionRow, partial: dict[str, str]
 
 def locked_by_name(connection: Connection, owner: str, session_id: str) -> SessionRow | NotFound:
     """The session that an owner calls so, locked for the transaction."""
-    row = connection.execute(_NAMED, {"owner": owner, "name": session_id}).first()
+    row = _NAMED.first(connection, {"owner": owner, "name": session_id})
     return NotFound("There is no such session.") if row is None else SessionRow(*row)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, bindparam, delete, select, update
+from sqlalchemy import Connection, bindparam, delete, select, update
 
 from app.database import Database, insert_new
 from app.events import ReplyTarget, new_id
 from app.models.tables import outbox
+from app.prepared import Prepared
 
 MOST_READ = 500
 """Replies that are read at once."""
@@ -28,8 +29,10 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 _COLUMNS = [outbox.c[name] for name in ("id", "turn_id", "target", "ready")]
-_READY = update(outbox).where(outbox.c.turn_id == bindparam("turn")).values(ready=True).returning(*_COLUMNS)
-_GONE = delete(outbox).where(outbox.c.id == bindparam("gone"))
+_READY = Prepared(
+    update(outbox).where(outbox.c.turn_id == bindparam("turn")).values(ready=True).returning(*_COLUMNS)
+)
+_GONE = Prepared(delete(outbox).where(outbox.c.id == bindparam("gone")))
 
 _decode = msgspec.json.Decoder(ReplyTarget).decode
 
@@ -52,7 +55,7 @@ def owe(connection: Connection, turn_id: str, target: ReplyTarget | None, *, rea
 
 def make_ready(connection: Connection, turn_id: str) -> tuple[Delivery, ...]:
     """The turn has ended: what is owed for it."""
-    return tuple(_delivery(row) for row in connection.execute(_READY, {"turn": turn_id}).all())
+    return tuple(_delivery(row) for row in _READY.all(connection, {"turn": turn_id}))
 
 
 def owe_again(connection: Connection, turn_id: str) -> None:
@@ -84,8 +87,9 @@ class Outbox:
     async def delivered(self, delivery_ids: Sequence[str]) -> None:
         """Forgets replies that the broker has confirmed."""
         gone = [{"gone": delivery} for delivery in delivery_ids]
-        await self._database.write(lambda c: c.execute(_GONE, gone))
+        await self._database.write(lambda c: _GONE.run_all(c, gone))
 
 
-def _delivery(row: Row[Any]) -> Delivery:
-    return Delivery(row.id, row.turn_id, _decode(row.target), row.ready)
+def _delivery(row: Sequence[Any]) -> Delivery:
+    delivery, turn_id, target, ready = row
+    return Delivery(delivery, turn_id, _decode(target), ready)

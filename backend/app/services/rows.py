@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, bindparam, select, text
+from sqlalchemy import Connection, bindparam, select, text
 
 from app.database import insert_new
 from app.events import Kind, Usage, new_id
 from app.models.tables import LIVE, messages, sessions, turns
+from app.prepared import Prepared
 
 
 class SessionRow(msgspec.Struct, frozen=True):
@@ -86,24 +87,24 @@ TURN_COLUMNS = [turns.c[name] for name in TurnRow.__struct_fields__]
 _MESSAGE_NAMES = ("id", "parent_id", "turn_id", "role", "content", "tool_calls", "usage", "created_at")
 MESSAGE_COLUMNS = [*(messages.c[name] for name in _MESSAGE_NAMES), turns.c.state, turns.c.kind]
 
-NAMED = select(*SESSION_COLUMNS).where(
+NAMED_ONE = select(*SESSION_COLUMNS).where(
     sessions.c.owner == bindparam("owner"), sessions.c.session_id == bindparam("name"), text(LIVE)
 )
 """The session that `owner` calls `name`: a deleted one may have had the same name."""
 
-LOCKED = select(*SESSION_COLUMNS).where(sessions.c.id == bindparam("session")).with_for_update()
-"""A session, locked for the transaction."""
+NAMED = Prepared(NAMED_ONE)
+_LOCKED = Prepared(select(*SESSION_COLUMNS).where(sessions.c.id == bindparam("session")).with_for_update())
 
 
 def session_named(connection: Connection, owner: str, name: str) -> SessionRow | None:
     """The session that an owner calls so."""
-    row = connection.execute(NAMED, {"owner": owner, "name": name}).first()
+    row = NAMED.first(connection, {"owner": owner, "name": name})
     return None if row is None else SessionRow(*row)
 
 
 def locked_session(connection: Connection, session: str) -> SessionRow:
     """The session with this row id, locked for the transaction."""
-    return SessionRow(*connection.execute(LOCKED, {"session": session}).one())
+    return SessionRow(*_LOCKED.one(connection, {"session": session}))
 
 
 def make_session(
@@ -134,7 +135,7 @@ def make_session(
     insert_new(connection, sessions, values)
 
 
-def turn_and_session(row: Row[Any]) -> tuple[TurnRow, SessionRow]:
+def turn_and_session(row: Sequence[Any]) -> tuple[TurnRow, SessionRow]:
     """Both, from a row of their columns."""
     border = len(TURN_COLUMNS)
     return TurnRow(*row[:border]), SessionRow(*row[border:])

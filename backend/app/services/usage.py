@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -17,6 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Row, func, select
 
 from app.database import Database, insert_of
 from app.models.tables import usage, usage_days
+from app.prepared import Prepared
 
 
 class TurnUsage(msgspec.Struct, frozen=True):
@@ -79,24 +79,27 @@ def day_of(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
 
 
-@cache
-def _statements(dialect: str) -> tuple[Any, Any]:
-    """The INSERT of a row and the adding to the sums of a day, made once."""
-    row = insert_of(dialect, usage).on_conflict_do_nothing().returning(usage.c.turn_id)
+def _add_row(dialect: str) -> Any:
+    return insert_of(dialect, usage).on_conflict_do_nothing().returning(usage.c.turn_id)
+
+
+def _add_to_sums(dialect: str) -> Any:
     added = insert_of(dialect, usage_days)
     sums = {name: usage_days.c[name] + added.excluded[name] for name in SUMS}
     keys = [usage_days.c[name] for name in _KEYS]
-    return row, added.on_conflict_do_update(index_elements=keys, set_=sums)
+    return added.on_conflict_do_update(index_elements=keys, set_=sums)
+
+
+_ROW, _SUMS = Prepared(_add_row), Prepared(_add_to_sums)
 
 
 def write(connection: Connection, used: TurnUsage) -> bool:
     """Adds what an attempt has used, with this transaction, unless that was done before; tells whether it
     did."""
-    row, sums = _statements(connection.dialect.name)
-    if connection.execute(row, msgspec.structs.asdict(used)).first() is None:
+    if _ROW.first(connection, msgspec.structs.asdict(used)) is None:
         return False
     line = {name: getattr(used, name) for name in (*_KEYS[1:], *SUMS[1:])}
-    connection.execute(sums, {**line, "day": day_of(used.at), "turns": 1})
+    _SUMS.run(connection, {**line, "day": day_of(used.at), "turns": 1})
     return True
 
 
