@@ -26,6 +26,7 @@ from app.services.authorizer import Authorizer
 from app.services.catalog import Catalog
 from app.services.devices import DeviceRights, Devices
 from app.services.hint_feed import HintFeed
+from app.services.known_tokens import KnownTokens
 from app.services.leases import Leases
 from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
@@ -98,9 +99,10 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         await stack.enter_async_context(_background(policies.watch(), "policies"))
         ledger = _ledger(settings)
         stack.push_async_callback(ledger.close)
-        sign_ins = SignIns(settings, database, authorizer)
-        keys = ApiKeys(database, authorizer, policies)
-        accounts = Accounts(settings, database, sign_ins, keys, policies, authorizer, ledger)
+        known = KnownTokens(database, policies)
+        sign_ins = SignIns(settings, database, authorizer, known)
+        keys = ApiKeys(database, authorizer, policies, known)
+        accounts = Accounts(settings, database, sign_ins, keys, policies, authorizer, ledger, known)
 
         devices = await stack.enter_async_context(_devices(settings, database, authorizer, policies))
 
@@ -150,7 +152,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             accounts=accounts,
             sign_ins=sign_ins,
             keys=keys,
-            people=People(database, authorizer, policies, sign_ins),
+            people=People(database, authorizer, policies, sign_ins, known),
             links=Links(database, authorizer, policies),
             devices=devices,
             admission=admission,

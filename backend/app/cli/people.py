@@ -13,6 +13,7 @@ from app.config import Settings, load_settings
 from app.database import Database, migrate
 from app.services.audit import Audit, Verdict, seal
 from app.services.authorizer import Authorizer
+from app.services.known_tokens import KnownTokens
 from app.services.links import INVITATION_DAYS, Link, Links
 from app.services.people import People
 from app.services.policies import ADMIN, Policies
@@ -43,7 +44,9 @@ async def open_policies(settings: Settings) -> AsyncIterator[tuple[Database, Aut
 
 async def _invite(settings: Settings, role: str, days: float, *, unless_admin: bool) -> Link | None:
     async with open_policies(settings) as (database, authorizer, policies):
-        people = People(database, authorizer, policies, SignIns(settings, database, authorizer))
+        known = KnownTokens(database, policies)
+        sign_ins = SignIns(settings, database, authorizer, known)
+        people = People(database, authorizer, policies, sign_ins, known)
         if unless_admin and await people.has_admin():
             return None
         if not policies.has_role(role):

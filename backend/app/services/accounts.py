@@ -21,6 +21,7 @@ from app.services import links
 from app.services.api_keys import PREFIX, ApiKeys
 from app.services.audit import DENIED, note
 from app.services.authorizer import Authorizer
+from app.services.known_tokens import Holder, KnownTokens
 from app.services.ledger import Ledger, Window
 from app.services.policies import ANONYMOUS, NEIGHBOUR, Policies
 from app.services.sign_ins import SignIns, Tokens
@@ -60,6 +61,7 @@ class Accounts:
         policies: Policies,
         authorizer: Authorizer,
         ledger: Ledger,
+        known: KnownTokens,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -68,6 +70,7 @@ class Accounts:
         self._policies = policies
         self._authorizer = authorizer
         self._ledger = ledger
+        self._known = known
 
     async def register(
         self, username: str, email: str, password: str, *, invitation: str | None = None, address: str = ""
@@ -150,7 +153,7 @@ class Accounts:
             self._sign_ins.end_in(connection, who.user or "", but=who.sign_in)
             note(connection, who, "auth.password", target=who.owner)
 
-        await self._database.write(operation)
+        await self._known.change(operation)
 
     async def reset_password(self, link: str, new: str, *, address: str) -> None:
         """Sets the password of the account that an admin's link is for, and ends all its sign-ins. Raises
@@ -167,7 +170,7 @@ class Accounts:
             note(connection, None, "auth.password", target=f"user:{used.user}", door="http")
             return True
 
-        if not await self._database.write(operation):
+        if not await self._known.change(operation):
             raise InvalidRequest("link: it was used, has run out, or is none; ask an admin for another one")
 
     async def _is_right(self, row: Row[Any] | None, password: str, account: str, address: str) -> bool:
@@ -192,11 +195,14 @@ class Accounts:
     async def identify(self, token: str, *, door: Door = "http") -> Identity:
         """Who holds the access token or API key that came in by `door`. Raises `Unauthenticated` when it
         is forged, has run out, or its account or its sign-in is gone."""
+        return await self._known.holder(token, door, lambda: self._look_up(token, door))
+
+    async def _look_up(self, token: str, door: Door) -> Holder:
         if token.startswith(PREFIX):
             return await self._keys.identify(token, in_payload=door == "mqtt")
         claims = verify(self._settings, "access", token)
         if claims["sub"] == LOCAL.owner:
-            return replace(LOCAL, door=door)
+            return Holder(replace(LOCAL, door=door), claims["exp"])
         sign_in = claims.get("sid")
         statement = (
             select(users)
@@ -207,7 +213,7 @@ class Accounts:
         row: Row[Any] | None = await self._database.read(lambda c: c.execute(statement).first())
         if row is None:
             raise Unauthenticated("This sign-in has ended; sign in again.")
-        return self._policies.identity(row, sign_in=sign_in, door=door)
+        return Holder(self._policies.identity(row, sign_in=sign_in, door=door), claims["exp"])
 
     def anonymous(self, project: str) -> Identity:
         """Whoever sends MQTT messages in a project without showing who they are."""

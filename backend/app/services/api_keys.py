@@ -23,6 +23,7 @@ from app.logs import get_logger
 from app.models.tables import api_keys, users
 from app.services.audit import note
 from app.services.authorizer import Authorizer
+from app.services.known_tokens import Holder, KnownTokens
 from app.services.links import hash_of
 from app.services.policies import Policies
 
@@ -58,10 +59,13 @@ COLUMNS = [api_keys.c[name] for name in ApiKey.__dataclass_fields__]
 class ApiKeys:
     """Makes, lists, checks and revokes keys."""
 
-    def __init__(self, database: Database, authorizer: Authorizer, policies: Policies) -> None:
+    def __init__(
+        self, database: Database, authorizer: Authorizer, policies: Policies, known: KnownTokens
+    ) -> None:
         self._database = database
         self._authorizer = authorizer
         self._policies = policies
+        self._known = known
 
     async def make(
         self,
@@ -127,10 +131,10 @@ class ApiKeys:
                 note(connection, who, "key.revoke", target=f"key:{key_id}")
             return gone
 
-        if not await self._database.write(operation):
+        if not await self._known.change(operation):
             raise NotFound("There is no such key.")
 
-    async def identify(self, secret: str, *, in_payload: bool) -> Identity:
+    async def identify(self, secret: str, *, in_payload: bool) -> Holder:
         """Whose key it is; `in_payload` when it came in an MQTT payload. Raises `Unauthenticated`, and
         `Forbidden` for a key in the wrong place."""
         statement = (
@@ -150,7 +154,8 @@ class ApiKeys:
         if row.key_last_used_at is None or now - row.key_last_used_at >= USED_EVERY_S:
             await self._used(row.key_id, now)
         key = KeyUse(row.key_id, row.key_name, frozenset(row.key_scopes), row.key_project, row.key_device)
-        return self._policies.identity(row, key=key, door="mqtt" if in_payload else "http")
+        who = self._policies.identity(row, key=key, door="mqtt" if in_payload else "http")
+        return Holder(who, row.key_expires_at)
 
     async def _used(self, key_id: str, now: float) -> None:
         statement = update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=now)

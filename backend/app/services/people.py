@@ -14,6 +14,7 @@ from app.errors import Conflict, InvalidRequest, NotFound, PortalError
 from app.models.tables import sign_ins, users
 from app.services.audit import note
 from app.services.authorizer import Authorizer
+from app.services.known_tokens import KnownTokens
 from app.services.links import Link, make_password_link
 from app.services.policies import ADMIN, Policies
 from app.services.sign_ins import SignIns
@@ -50,12 +51,18 @@ class People:
     """Lists and changes accounts."""
 
     def __init__(
-        self, database: Database, authorizer: Authorizer, policies: Policies, sign_ins: SignIns
+        self,
+        database: Database,
+        authorizer: Authorizer,
+        policies: Policies,
+        sign_ins: SignIns,
+        known: KnownTokens,
     ) -> None:
         self._database = database
         self._authorizer = authorizer
         self._policies = policies
         self._sign_ins = sign_ins
+        self._known = known
 
     async def search(
         self, who: Identity, text: str = "", *, limit: int = 50, offset: int = 0
@@ -109,7 +116,7 @@ class People:
                 note(connection, who, "user.change", target=f"user:{user}", details=details)
             return Person(*connection.execute(select(*_COLUMNS).where(users.c.id == user)).one())
 
-        outcome = await self._database.write(operation)
+        outcome = await self._known.change(operation)
         if isinstance(outcome, PortalError):
             raise outcome
         return outcome
@@ -129,7 +136,7 @@ class People:
             self._sign_ins.end_in(connection, user)
             note(connection, who, "user.sign_out", target=f"user:{user}")
 
-        await self._database.write(operation)
+        await self._known.change(operation)
 
     async def has_admin(self) -> bool:
         """Whether there is an open account of an admin."""

@@ -21,6 +21,7 @@ from app.events import new_id
 from app.models.tables import sign_ins
 from app.services.audit import DENIED, note
 from app.services.authorizer import Authorizer
+from app.services.known_tokens import KnownTokens
 from app.services.tokens import sign, verify
 
 RENEWAL_GRACE_S = 60.0
@@ -52,10 +53,13 @@ class SignIn:
 class SignIns:
     """Begins, renews, lists and ends sign-ins."""
 
-    def __init__(self, settings: Settings, database: Database, authorizer: Authorizer) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, authorizer: Authorizer, known: KnownTokens
+    ) -> None:
         self._settings = settings
         self._database = database
         self._authorizer = authorizer
+        self._known = known
         self._access_s = settings.access_token_minutes * 60
         self._refresh_s = settings.refresh_token_days * 86400
 
@@ -84,7 +88,7 @@ class SignIns:
         """New tokens for a refresh token, which is used up by that. Raises `Unauthenticated` when it is
         wrong, has run out, or was used before; the last ends the sign-in."""
         claims = verify(self._settings, "refresh", refresh_token)
-        generation = await self._database.write(
+        generation = await self._known.change(
             lambda connection: self._renew(connection, str(claims["sid"]), int(claims["gen"]))
         )
         if generation is None:
@@ -137,7 +141,7 @@ class SignIns:
             if _end(connection, and_(_open_of(user), sign_ins.c.id == claims["sid"])):
                 note(connection, None, "auth.sign_out", target=f"user:{user}", door="http")
 
-        await self._database.write(operation)
+        await self._known.change(operation)
 
     async def end(self, who: Identity, sign_in: str) -> None:
         """Ends one of the sign-ins of who asks. Raises `NotFound`."""
@@ -149,7 +153,7 @@ class SignIns:
                 note(connection, who, "auth.sign_out", target=who.owner)
             return ended
 
-        if not await self._database.write(operation):
+        if not await self._known.change(operation):
             raise NotFound("There is no such sign-in.")
 
     async def end_all(self, who: Identity) -> None:
@@ -160,7 +164,7 @@ class SignIns:
             self.end_in(connection, who.user or "")
             note(connection, who, "auth.sign_out", target=who.owner, details={"everywhere": True})
 
-        await self._database.write(operation)
+        await self._known.change(operation)
 
     def end_in(self, connection: Connection, user: str, *, but: str | None = None) -> None:
         """Ends all sign-ins of a user, except `but`, with this transaction."""

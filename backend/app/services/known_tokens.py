@@ -1,0 +1,65 @@
+"""Whose the tokens are that came in just now.
+
+To tell who holds a token takes a signature and a question to the database. Somebody who chats asks many
+times in a few seconds, so the answer is kept for so long. What this process changes counts at once; what
+another one changes, within `KEPT_S`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from app.access import Door, Identity
+from app.database import REFRESH_S, Database, Operation
+from app.services.policies import Policies
+
+T = TypeVar("T")
+
+KEPT_S = REFRESH_S
+MOST_KEPT = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a token. It has run out at `ends_at` (Unix time), if it ever does."""
+
+    identity: Identity
+    ends_at: float | None
+
+
+class KnownTokens:
+    """Remembers who holds a token, and forgets it when accounts, sign-ins or keys change."""
+
+    def __init__(self, database: Database, policies: Policies) -> None:
+        self._database = database
+        self._policies = policies
+        self._holders: dict[tuple[str, Door], tuple[Identity, float]] = {}
+        self._changes = 0
+
+    async def change(self, operation: Operation[T]) -> T:
+        """`Database.write` for what changes accounts, sign-ins or keys."""
+        try:
+            return await self._database.write(operation)
+        finally:
+            self._changes += 1
+            self._holders.clear()
+
+    async def holder(self, token: str, door: Door, look_up: Callable[[], Awaitable[Holder]]) -> Identity:
+        """Who holds the token that came in by `door`; raises what `look_up()` does."""
+        known = self._holders.get((token, door))
+        if known is not None:
+            identity, until = known
+            if time.time() < until and self._policies.role(identity.role_name) is identity.role:
+                return identity
+        changes = self._changes
+        found = await look_up()
+        if changes == self._changes:  # else it may be what was so before the change
+            until = time.time() + KEPT_S
+            if len(self._holders) >= MOST_KEPT:
+                self._holders.clear()
+            kept = until if found.ends_at is None else min(until, found.ends_at)
+            self._holders[token, door] = (found.identity, kept)
+        return found.identity
