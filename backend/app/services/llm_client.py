@@ -18,11 +18,12 @@ from app.events import GenerationOptions, Usage
 from app.loop import LoopDoor
 from app.services.catalog import DEFAULT, Catalog
 from app.services.chat_body import chat_body
-from app.services.llm_server import Clock, LLMServer, Message, ModelInfo, open_http
+from app.services.llm_server import Clock, LLMServer, Message, ModelInfo
 from app.services.places import Meter, NoServer, Places, Queue
 from app.services.pool import Pool, Status, default_upstream, upstream_of
 from app.services.replies import Completion, Done, InQueue, Piece, ReplyReader, Update
 from app.services.routing import Journey, OwnKey, Router
+from app.services.streaming_http import StreamingHttp
 
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
@@ -67,7 +68,7 @@ class LLMClient:
     async def open(self) -> None:
         """Makes the connection pool. The LLM servers need not be there."""
         self._door = LoopDoor(asyncio.get_running_loop())
-        self._http = open_http(self._settings)
+        self._http = StreamingHttp(connect_timeout=self._settings.llm_connect_timeout)
         for pool in self.pools.values():
             pool.open(self._http)
 
@@ -75,7 +76,7 @@ class LLMClient:
         """Closes all connections."""
         for pool in self.pools.values():
             pool.close()
-        await self._http.close()
+        self._http.close()
 
     @property
     def places(self) -> Places:

@@ -1,6 +1,6 @@
 """One LLM server at one address: its requests and answers over HTTP.
 
-Chat completions are spoken here directly over aiohttp, always streamed: a plain answer is the fold of
+Chat completions are spoken here directly over HTTP, always streamed: a plain answer is the fold of
 a stream, so cancelling, timeouts and partial text work the same for both.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlencode
 
-import aiohttp
 import msgspec
 
 from app.config import Settings
@@ -25,16 +25,18 @@ from app.services.catalog import DEFAULT, ProviderKind
 from app.services.replies import LONGEST_LINE, NO_JSON, Done, Fault, Piece, ReplyReader, error_text
 from app.services.server_state import NEVER_ASKED, Loading, Refused, ServerState
 from app.services.slots import Slots
+from app.services.streaming_http import Answer, BrokenAnswer, NoAnswer, NoConnection, StreamingHttp
 
 log = get_logger(__name__)
-
-Http = aiohttp.ClientSession
-"""The connections to all servers."""
 
 Message = Mapping[str, Any]
 """A chat message in OpenAI's form: `{"role": …, "content": …}`."""
 
 COUNT_TIMEOUT_S = 2.0
+REFUSAL_S = 2.0
+LONGEST_REFUSAL = 65536
+"""Seconds and bytes for why a request was refused."""
+
 LONGEST_RETRY_S = 3600.0
 LOOK_AGAIN_S = 1.0
 TOKEN_RESERVE_S = 60.0
@@ -43,6 +45,7 @@ TOKEN_RESERVE_S = 60.0
 MOST_TOKENS = 1000
 
 _JSON = {"Content-Type": "application/json"}
+_FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 class NotOffered(LLMError):
@@ -111,7 +114,7 @@ class LLMServer:
         self._headers = {**_JSON, **upstream.headers, **dialects.key_headers(upstream.kind, upstream.key)}
         self._tokens: dict[str, tuple[str, float]] = {}
 
-    def open(self, http: Http) -> None:
+    def open(self, http: StreamingHttp) -> None:
         """From now on it can be asked. It need not be there."""
         self._http = http
 
@@ -123,12 +126,12 @@ class LLMServer:
         """Posts a chat completion, with another `key` than the provider's where one is given, and yields the
         reply as `reader` reads it, within the limits of `clock`. Closing the generator closes the request to
         the server."""
-        response = await self._post(model, msgspec.json.encode(body), clock, key)
+        answer = await self._post(model, msgspec.json.encode(body), clock, key)
         try:
-            if response.status != 200:
-                raise await self._refusal(response, model.name, key)
+            if answer.status != 200:
+                raise await self._refusal(answer, model.name, key)
             while not reader.complete:
-                data = await self._read(response, clock)
+                data = answer.take() or await self._read(answer, clock)
                 if not data:
                     break
                 pieces = reader.feed(data)
@@ -137,37 +140,25 @@ class LLMServer:
                     yield piece
                 if reader.broken is not None:
                     raise reader.broken
-            for piece in reader.finish(response.content_type):
+            for piece in reader.finish(answer.content_type):
                 yield piece
             yield reader.done()
         finally:
-            # A reply that was read to its end leaves a connection that can serve again; any other
-            # one is closed, which tells the server to stop.
-            if not response.content.at_eof():
-                await _drain(response) if reader.complete else None
-            response.close()
+            await answer.leave(is_read=reader.complete)
 
-    async def _post(
-        self, model: ModelInfo, body: bytes, clock: Clock, key: str | None
-    ) -> aiohttp.ClientResponse:
+    async def _post(self, model: ModelInfo, body: bytes, clock: Clock, key: str | None) -> Answer:
         kind = self.upstream.kind
         url = dialects.chat_url(kind, self.url, model.id, self.upstream.api_version)
-        for attempt in (1, 2):
-            try:
-                async with asyncio.timeout_at(clock.next_limit()):
-                    headers = await self._headers_with(key)
-                    return await self._http.post(url, data=body, headers=headers, allow_redirects=False)
-            except TimeoutError as error:
-                raise self._too_slow(error, clock) from None
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                # An idle connection may have been closed from the other side: that is no answer,
-                # and nothing was generated, so one fresh connection is tried.
-                refused = isinstance(error, aiohttp.ClientConnectorError)
-                if attempt == 2 or refused:
-                    raise self._unreachable(refused=refused) from None
-            except aiohttp.ClientError as error:
-                raise LLMError(f"The LLM server's answer is no HTTP: {type(error).__name__}.") from None
-        raise AssertionError("unreachable")
+        try:
+            async with asyncio.timeout_at(clock.next_limit()):
+                headers = await self._headers_with(key)
+                return await self._http.request("POST", url, headers, body)
+        except TimeoutError:
+            raise LLMTimeout(clock.complaint()) from None
+        except NoAnswer as error:
+            raise self._unreachable(refused=isinstance(error, NoConnection)) from None
+        except BrokenAnswer as error:
+            raise LLMError(str(error)) from None
 
     async def _headers_with(self, key: str | None) -> Mapping[str, str]:
         upstream = self.upstream
@@ -183,31 +174,24 @@ class LLMServer:
         if time.monotonic() < until:
             return token
         form = {"grant_type": "urn:ibm:params:oauth:grant-type:apikey", "apikey": key}
-        async with self._http.post(self.upstream.token_url, data=form, allow_redirects=False) as response:
-            if response.status != 200:
-                raise await self._refusal(response, None, key)
-            try:
-                found = msgspec.json.decode(await _whole(response), type=_Token)
-            except NO_JSON:
-                raise LLMError("What answers where tokens are given out gave none.") from None
+        whole = await self._fetch("POST", self.upstream.token_url, _FORM, urlencode(form).encode(), key)
+        try:
+            found = msgspec.json.decode(whole, type=_Token)
+        except NO_JSON:
+            raise LLMError("What answers where tokens are given out gave none.") from None
         if len(self._tokens) >= MOST_TOKENS:
             self._tokens.clear()
         self._tokens[key] = (found.access_token, time.monotonic() + found.expires_in - TOKEN_RESERVE_S)
         return found.access_token
 
-    async def _read(self, response: aiohttp.ClientResponse, clock: Clock) -> bytes:
+    async def _read(self, answer: Answer, clock: Clock) -> bytes:
         try:
             async with asyncio.timeout_at(clock.next_limit()):
-                return await response.content.readany()
-        except TimeoutError as error:
-            raise self._too_slow(error, clock) from None
-        except (aiohttp.ClientError, OSError):
+                return await answer.read()
+        except TimeoutError:
+            raise LLMTimeout(clock.complaint()) from None
+        except BrokenAnswer:
             raise LLMError("The LLM server broke off its answer.", retryable=True) from None
-
-    def _too_slow(self, error: TimeoutError, clock: Clock) -> PortalError:
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return self._unreachable(refused=True)
-        return LLMTimeout(clock.complaint())
 
     def _unreachable(self, *, refused: bool) -> LLMUnavailable:
         kind = Refused if refused and self.upstream.is_asked else LLMUnavailable
@@ -217,23 +201,21 @@ class LLMServer:
             self.look_again.set()
         return error
 
-    async def _refusal(
-        self, response: aiohttp.ClientResponse, model: str | None, own_key: str | None = None
-    ) -> PortalError:
+    async def _refusal(self, answer: Answer, model: str | None, own_key: str | None = None) -> PortalError:
         """The error for an answer that is not 200. What the server says may tell of its insides, so it
         goes to the debug log and not to the client."""
-        status = response.status
+        status = answer.status
         try:
-            async with asyncio.timeout(2):
-                text = error_text(await response.content.read(65536))
-        except (TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(REFUSAL_S):
+                text = error_text(await answer.read_whole(LONGEST_REFUSAL))
+        except (TimeoutError, BrokenAnswer):
             text = ""
         if own_key is None:  # a provider may repeat a key that it does not know
             log.debug("LLM server refused a request", server=self.name, status=status, said=text)
         if status in {401, 403}:
             whose = "the session's own key" if own_key is not None else self.upstream.whose_key
             return LLMError(f"The LLM server did not accept {whose}.")
-        return _error_of(status, model, _seconds(response.headers.get("Retry-After")))
+        return _error_of(status, model, _seconds(answer.headers.get("retry-after")))
 
     # --- other questions ---
 
@@ -241,15 +223,29 @@ class LLMServer:
         """What the server answers to a question about itself. Raises `LLMUnavailable`, `LLMError` and what
         else a refusal means."""
         try:
-            async with (
-                asyncio.timeout(self._settings.llm_connect_timeout),
-                self._http.get(url, headers=self._headers, allow_redirects=False) as response,
-            ):
-                if response.status != 200:
-                    raise await self._refusal(response, None)
-                return await _whole(response)
-        except (TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(self._settings.llm_connect_timeout):
+                return await self._fetch("GET", url, self._headers)
+        except (TimeoutError, NoAnswer):
             raise LLMUnavailable("The LLM server cannot be reached.", retry_after=LOOK_AGAIN_S) from None
+        except BrokenAnswer as error:
+            raise LLMError(str(error)) from None
+
+    async def _fetch(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"", key: str | None = None
+    ) -> bytes:
+        """A whole answer. Raises `NoAnswer`, `BrokenAnswer`, and a `PortalError` for a refusal."""
+        answer = await self._http.request(method, url, headers, body)
+        is_read = False
+        try:
+            if answer.status != 200:
+                raise await self._refusal(answer, None, key)
+            whole = await answer.read_whole(LONGEST_LINE + 1)
+            if len(whole) > LONGEST_LINE:
+                raise LLMError("The LLM server's answer is too long.")
+            is_read = True
+            return whole
+        finally:
+            await answer.leave(is_read=is_read)
 
     async def count_tokens(self, model: ModelInfo, messages: Sequence[Message]) -> int | None:
         """The exact length of the prompt that `messages` make, in tokens; None where the server
@@ -280,14 +276,9 @@ class LLMServer:
     async def _ask(self, url: str, body: dict[str, Any]) -> Any:
         data = msgspec.json.encode(body)
         try:
-            async with (
-                asyncio.timeout(COUNT_TIMEOUT_S),
-                self._http.post(url, data=data, headers=self._headers) as response,
-            ):
-                if response.status != 200:
-                    raise LLMError(f"It answered {response.status}.")
-                return msgspec.json.decode(await _whole(response))
-        except (TimeoutError, aiohttp.ClientError, *NO_JSON) as error:
+            async with asyncio.timeout(COUNT_TIMEOUT_S):
+                return msgspec.json.decode(await self._fetch("POST", url, self._headers, data))
+        except (TimeoutError, NoAnswer, BrokenAnswer, *NO_JSON) as error:
             raise LLMError(f"It did not answer: {type(error).__name__}.") from None
 
 
@@ -328,36 +319,6 @@ class Clock:
 class _Token(msgspec.Struct):
     access_token: str
     expires_in: float
-
-
-def open_http(settings: Settings) -> Http:
-    """Connections for all servers, none of them open yet. No cookie of one request is sent with another."""
-    connect = settings.llm_connect_timeout
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=True,
-    )
-
-
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
-    """The body of a short answer. Raises `LLMError` when it is not short."""
-    body = b""
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > LONGEST_LINE:
-            raise LLMError("The LLM server's answer is too long.")
-    return body
-
-
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    """Reads what little follows the end of a reply, so that its connection can be used again."""
-    try:
-        async with asyncio.timeout(0.5):
-            await response.content.readany()
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        return
 
 
 def _error_of(status: int, model: str | None, retry_after: float | None) -> PortalError:

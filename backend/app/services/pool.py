@@ -12,9 +12,10 @@ from app.config import Settings
 from app.errors import InvalidRequest, LLMUnavailable, PortalError
 from app.services.catalog import DEFAULT, Model, Provider, secret
 from app.services.dialects import OWNERS
-from app.services.llm_server import Http, LLMServer, ModelInfo, Upstream
+from app.services.llm_server import LLMServer, ModelInfo, Upstream
 from app.services.places import Load, Place, Places, Queue
 from app.services.server_probe import Probe
+from app.services.streaming_http import StreamingHttp
 
 Status = Literal["ok", "degraded", "down"]
 
@@ -39,7 +40,7 @@ class Pool:
         for server in self.servers:
             server.state.on_offer = self.places.offer
 
-    def open(self, http: Http) -> None:
+    def open(self, http: StreamingHttp) -> None:
         """From now on its servers can be asked."""
         for server in self.servers:
             server.open(http)

@@ -6,6 +6,7 @@ One read of the socket gives at most one piece of each kind, however many chunks
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +147,7 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_chunks = msgspec.json.Decoder(list[_Chunk]).decode
 
 
 class ReplyReader:
@@ -172,23 +173,20 @@ class ReplyReader:
     def feed(self, data: bytes) -> list[Piece]:
         """The pieces in what was read, neighbours of one kind joined: those before the fault where it is
         `broken`."""
-        parts: list[tuple[Kind, str]] = []
-        lines = (self._buffer + data).split(b"\n")
+        lines = (self._buffer + data).split(b"\n") if self._buffer else data.split(b"\n")
         self._buffer = lines.pop()
-        try:
-            self._read_lines(lines, parts)
-        except LLMError as error:
-            self.broken = error
-        return self._pieces(parts)
-
-    def _read_lines(self, lines: list[bytes], parts: list[tuple[Kind, str]]) -> None:
+        events: list[bytes] = []
         for line in lines:
             if line.startswith(b"data:"):
-                self._read_event(line[5:].strip(), parts)
-            elif not line.startswith((b":", b"event:", b"id:", b"retry:")):
+                events.append(line[5:])
+            elif line and not line.startswith((b"\r", b":", b"event:", b"id:", b"retry:")):
                 self._body += line
         if len(self._buffer) + len(self._body) > LONGEST_LINE:
-            raise LLMError(f"The LLM server sent more than {LONGEST_LINE >> 20} MiB in one piece.")
+            self.broken = LLMError(f"The LLM server sent more than {LONGEST_LINE >> 20} MiB in one piece.")
+        while events and events[-1].strip() == b"[DONE]":
+            events.pop()
+            self.complete = True
+        return self._pieces(self._read(events)) if events else []
 
     def finish(self, content_type: str) -> list[Piece]:
         """The last pieces, after the last byte.
@@ -197,7 +195,9 @@ class ReplyReader:
         """
         parts: list[tuple[Kind, str]] = []
         if content_type == "application/json":  # a server that does not stream
-            self._read_event(self._body + self._buffer, parts)
+            parts += self._read([self._body + self._buffer])
+        if self.broken is not None:
+            raise self.broken
         if self._finish_reason is None and not self.complete:
             raise LLMError("The LLM server broke off its answer.", retryable=True)
         parts += self._splitter.flush()
@@ -213,32 +213,59 @@ class ReplyReader:
             reason = "tool_calls"
         return Done(reason, self._read_usage(), calls)
 
-    def _read_event(self, data: bytes, parts: list[tuple[Kind, str]]) -> None:
-        if data == b"[DONE]":
-            self.complete = True
-            return
+    def _read(self, events: list[bytes]) -> list[tuple[Kind, str]]:
+        """The parts in some events, up to the first fault."""
+        parts: list[tuple[Kind, str]] = []
+        text: list[str] = []
         try:
-            chunk = _decode_chunk(data)
+            for chunk in self._decoded(events):
+                delta = self._delta_of(chunk)
+                if delta is None:
+                    continue
+                if thought := delta.reasoning_content or delta.reasoning:
+                    parts += self._splitter.feed("".join(text))
+                    parts.append(("thinking", thought))
+                    text = []
+                if delta.content:
+                    text.append(delta.content)
+                for call in delta.tool_calls or ():
+                    self._read_tool_call(call)
+        except LLMError as error:
+            self.broken = error
+        return parts + self._splitter.feed("".join(text))
+
+    def _decoded(self, events: list[bytes]) -> Iterator[_Chunk]:
+        """The chunks of some events. All are decoded at once, which costs less than one by one; where one of
+        them is none, those before it still count."""
+        try:
+            yield from _decode_chunks(b"[%b]" % b",".join(events))
+            return
         except NO_JSON:
-            raise LLMError("The LLM server sent something that is no chat completion.") from None
+            pass
+        for event in events:
+            try:
+                (chunk,) = _decode_chunks(b"[%b]" % event)
+            except (ValueError, *NO_JSON):
+                raise LLMError("The LLM server sent something that is no chat completion.") from None
+            yield chunk
+
+    def _delta_of(self, chunk: _Chunk) -> _Delta | None:
+        """What a chunk adds; the rest of it is noted."""
         if chunk.error is not None:
             log.debug("LLM server failed in its reply", said=message_in(chunk.error))
             raise Fault("The LLM server failed in its reply.", retryable=True)
-        self._usage = chunk.usage or self._usage
-        self._timings = chunk.timings or self._timings
-        for choice in chunk.choices[:1]:
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+        if chunk.timings is not None:
+            self._timings = chunk.timings
+        if not chunk.choices:
+            return None
+        choice = chunk.choices[0]
+        if choice.finish_reason is not None:
             self._finish_reason = choice.finish_reason or self._finish_reason
-            self._read_delta(choice.delta or choice.message or _Delta(), parts)
-
-    def _read_delta(self, delta: _Delta, parts: list[tuple[Kind, str]]) -> None:
         if not self.has_begun:
             self.has_begun, self._began = True, time.monotonic()
-        if thought := delta.reasoning_content or delta.reasoning:
-            parts.append(("thinking", thought))
-        if delta.content:
-            parts += self._splitter.feed(delta.content)
-        for call in delta.tool_calls or ():
-            self._read_tool_call(call)
+        return choice.delta or choice.message
 
     def _read_tool_call(self, delta: _ToolCallDelta) -> None:
         empty = {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
