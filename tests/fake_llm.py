@@ -59,7 +59,9 @@ class FakeLLM:
     model: str = "fake-1"
     owner: str = "test"
     context: int | None = None
+    slots: int = 1
     requests: list[dict[str, Any]] = field(default_factory=list)
+    token_requests: list[dict[str, Any]] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
     finished: int = 0
@@ -84,9 +86,16 @@ class FakeLLM:
         model = {"id": self.model, "object": "model", "owned_by": self.owner, **meta}
         return web.json_response({"object": "list", "data": [model]}, status=self.models_status)
 
+    async def props(self, request: web.Request) -> web.Response:
+        return web.json_response({"chat_template": "tools", "total_slots": self.slots})
+
+    async def token(self, request: web.Request) -> web.Response:
+        self.token_requests.append(dict(await request.post()))
+        return web.json_response({"access_token": f"token-{len(self.token_requests)}", "expires_in": 3600})
+
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.requests.append({**body, "headers": dict(request.headers)})
+        self.requests.append({**body, "headers": dict(request.headers), "path": request.path_qs})
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await self._changed()
@@ -162,7 +171,9 @@ async def serve(fake: FakeLLM, port: int = 0) -> AsyncIterator[FakeLLM]:
     """Serves until the context is left; its handlers are cancelled when a client goes."""
     app = web.Application()
     app.router.add_get("/v1/models", fake.models)
-    app.router.add_post("/v1/chat/completions", fake.completions)
+    app.router.add_get("/props", fake.props)
+    app.router.add_post("/identity/token", fake.token)
+    app.router.add_post("/{base:.*}/chat/completions", fake.completions)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
