@@ -29,6 +29,8 @@ PERMISSIONS = {
     "usage:read-all": "See what everybody has used, and the alerts",
     "devices:read": "See all MQTT devices",
     "devices:write": "Add and remove MQTT devices, and give them new passwords",
+    "servers:read": "See the LLM servers and how they are",
+    "servers:write": "Take LLM servers out of service and back",
     "audit:read": "Read, export and verify the audit log",
 }
 """Everything that there is to be allowed, with what it means."""

@@ -36,6 +36,8 @@ from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.policies import Policies, read_roles
 from app.services.projects import Projects, read_projects
+from app.services.servers import Servers
+from app.services.session_keys import SessionKeys
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
@@ -70,6 +72,8 @@ class Container:
     llm: LLMClient
     templates: Templates
     sessions: SessionManager
+    servers: Servers
+    session_keys: SessionKeys
     hints: HintFeed
     mqtt: MqttBridge | None
 
@@ -107,10 +111,11 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         devices = await stack.enter_async_context(_devices(settings, database, authorizer, policies))
 
         catalog = Catalog(settings.path(settings.models_file))
-        llm = LLMClient(settings, catalog)
-        await llm.open()
-        stack.push_async_callback(llm.close)
-        await stack.enter_async_context(_background(llm.watch(), "llm watch"))
+        llm = await stack.enter_async_context(_llm(settings, catalog))
+        servers = Servers(llm, database, authorizer)
+        await servers.refresh()
+        await stack.enter_async_context(_background(servers.watch(), "llm servers"))
+        session_keys = SessionKeys(settings, database, store, authorizer, llm)
 
         book = UsageBook(database)
         webhook = _webhook(settings)
@@ -131,6 +136,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             projects,
             admission,
             accounting,
+            session_keys,
         )
         await sessions.open()
         stack.push_async_callback(sessions.close)
@@ -161,6 +167,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             llm=llm,
             templates=templates,
             sessions=sessions,
+            servers=servers,
+            session_keys=session_keys,
             hints=HintFeed(store, sessions, projects, authorizer),
             mqtt=mqtt,
         )
@@ -199,6 +207,17 @@ async def _projects(
     await projects.open()
     async with _background(projects.watch(), "projects"):
         yield projects
+
+
+@asynccontextmanager
+async def _llm(settings: Settings, catalog: Catalog) -> AsyncIterator[LLMClient]:
+    llm = LLMClient(settings, catalog)
+    await llm.open()
+    try:
+        async with _background(llm.watch(), "llm watch"):
+            yield llm
+    finally:
+        await llm.close()
 
 
 @asynccontextmanager

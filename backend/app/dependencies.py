@@ -24,6 +24,8 @@ from app.services.llm_client import LLMClient
 from app.services.people import People
 from app.services.policies import Policies
 from app.services.projects import Projects
+from app.services.servers import Servers
+from app.services.session_keys import SessionKeys
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
@@ -113,6 +115,16 @@ async def _store(request: Request) -> Store:
     return store
 
 
+async def _servers(request: Request) -> Servers:
+    servers: Servers = request.app.state.container.servers
+    return servers
+
+
+async def _session_keys(request: Request) -> SessionKeys:
+    keys: SessionKeys = request.app.state.container.session_keys
+    return keys
+
+
 class MqttDoor(Protocol):
     """What HTTP may know of the MQTT door."""
 
@@ -160,6 +172,8 @@ AuditDep = Annotated[Audit, Depends(_audit)]
 SessionsDep = Annotated[SessionManager, Depends(_sessions)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
+ServersDep = Annotated[Servers, Depends(_servers)]
+SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
 StoreDep = Annotated[Store, Depends(_store)]
 HintsDep = Annotated[HintFeed, Depends(_hints)]
 ProjectsDep = Annotated[Projects, Depends(_projects)]

@@ -29,7 +29,20 @@ from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
 from app.mqtt import asyncapi
 from app.options import problem_in
-from app.routers import admin, auth, devices, health, keys, llm, mqtt, page, sessions, stats, templates
+from app.routers import (
+    admin,
+    auth,
+    devices,
+    health,
+    keys,
+    llm,
+    mqtt,
+    page,
+    servers,
+    sessions,
+    stats,
+    templates,
+)
 
 log = get_logger(__name__)
 
@@ -87,7 +100,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # a page of its own, like the portal's, instead of scripts from elsewhere
         redoc_url=None,
     )
-    for part in (auth, llm, sessions, templates, keys, stats, mqtt, admin, devices, health):
+    for part in (auth, llm, sessions, templates, keys, stats, mqtt, admin, devices, servers, health):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)

@@ -204,6 +204,16 @@ sessions = Table(
     Index("ix_sessions_recent", "owner", "updated_at", sqlite_where=text(LIVE), postgresql_where=text(LIVE)),
 )
 
+session_keys = Table(
+    "session_keys",
+    metadata,
+    Column("session", ForeignKey("sessions.id"), primary_key=True),
+    Column("provider", String(64), nullable=False),
+    Column("sealed", LargeBinary, nullable=False, comment="the key, encrypted with the server's secret"),
+    Column("created_at", Float, nullable=False),
+    comment="Keys that sessions bring for a provider of models.",
+)
+
 messages = Table(
     "messages",
     metadata,
@@ -328,6 +338,14 @@ alerts = Table(
     Column("amount", Float, nullable=False, comment="the whole budget"),
     Column("at", Float, nullable=False),
     UniqueConstraint("subject", "budget", "period", "percent"),
+)
+
+drained_servers = Table(
+    "drained_servers",
+    metadata,
+    Column("url", String(500), primary_key=True),
+    Column("drained_at", Float, nullable=False),
+    comment="LLM servers that get no new requests, by the admin's word.",
 )
 
 audit = Table(

@@ -48,6 +48,6 @@ async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep)
         database = "down"
     broker: State = "off" if mqtt is None else "ok" if mqtt.is_connected else "down"
     server: State = (await llm.ahealth()).status
-    is_ready = {database, server, broker} <= {"ok", "off"}
+    is_ready = llm.can_answer and {database, broker} <= {"ok", "off"}
     response.status_code = 200 if is_ready else 503
     return Ready(status="ok" if is_ready else "down", database=database, llm=server, mqtt=broker)

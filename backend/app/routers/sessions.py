@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr, field_validator
 
-from app.dependencies import CurrentUser, SessionsDep, TemplatesDep
+from app.dependencies import CurrentUser, SessionKeysDep, SessionsDep, TemplatesDep
 from app.hardening import StrictRoute
 from app.routers.times import moment
 from app.services.rows import SessionRow
+from app.services.session_keys import StoredKey
 from app.services.templates import Templates, TemplateVersion
 
 router = APIRouter(prefix="/api/sessions", tags=["sessions"], route_class=StrictRoute)
@@ -100,6 +102,51 @@ async def restore_session(
 ) -> Session:
     """Brings a deleted session back, unless its id is in use again."""
     return await _one(await sessions.restore(user, session_id), templates)
+
+
+class NewKey(BaseModel):
+    """A key for a provider of models that takes keys of sessions."""
+
+    provider: Annotated[str, Field(max_length=64, description="Its name in models.toml")]
+    key: Annotated[SecretStr, Field(min_length=1, max_length=4096)]
+
+    @field_validator("key")
+    @classmethod
+    def _visible(cls, value: SecretStr) -> SecretStr:
+        if re.fullmatch("[!-~]+", value.get_secret_value()) is None:
+            raise ValueError("only visible characters of ASCII can be sent as a key")
+        return value
+
+
+class SessionKey(BaseModel):
+    """That a session has a key of its own, and for which provider. The key itself is shown to nobody."""
+
+    provider: str
+    created_at: datetime
+
+    @classmethod
+    def of(cls, key: StoredKey) -> SessionKey:
+        """The body of a key."""
+        return cls(provider=key.provider, created_at=moment(key.created_at))
+
+
+@router.put("/{session_id}/key")
+async def put_key(session_id: str, body: NewKey, user: CurrentUser, keys: SessionKeysDep) -> SessionKey:
+    """Gives a session a key of its own, with which its turns at this provider are asked for."""
+    key = body.key.get_secret_value()
+    return SessionKey.of(await keys.put(user, session_id, body.provider, key))
+
+
+@router.get("/{session_id}/key")
+async def get_key(session_id: str, user: CurrentUser, keys: SessionKeysDep) -> SessionKey:
+    """Whether a session has a key of its own."""
+    return SessionKey.of(await keys.get(user, session_id))
+
+
+@router.delete("/{session_id}/key", status_code=204)
+async def delete_key(session_id: str, user: CurrentUser, keys: SessionKeysDep) -> None:
+    """Takes a session's key away."""
+    await keys.forget(user, session_id)
 
 
 async def _one(row: SessionRow, templates: Templates) -> Session:

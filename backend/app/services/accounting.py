@@ -53,7 +53,7 @@ class Accounting:
             reasoning_tokens=tokens.reasoning_tokens,
             estimated=tokens.estimated,
             gpu_seconds=gpu_seconds,
-            cost=self._admission.cost(meter.model, tokens, gpu_seconds),
+            cost=0.0 if meter.own_key else self._admission.cost(meter.model, tokens, gpu_seconds),
             ttft_ms=None if first is None else round((first - turn.began) * 1000),
             elapsed_ms=round((time.monotonic() - turn.began) * 1000),
         )

@@ -64,6 +64,8 @@ class LLMClient:
             upstream = upstream_of(settings, name, provider, self._catalog.file)
             self.pools[name] = Pool(settings, upstream, provider.urls, self.queue)
         self._router = Router(settings, self._catalog, self.pools)
+        self.own_key_providers = sorted(name for name, pool in self.pools.items() if pool.upstream.own_keys)
+        """Those that take keys that sessions bring."""
 
     async def open(self) -> None:
         """Makes the connection pool. The LLM servers need not be there."""
@@ -144,7 +146,7 @@ class LLMClient:
         another one is asked, and then the model's fallbacks that are `allowed`. Closing the generator closes
         the request to the server. Raises `Expired` besides what `generate` raises.
         """
-        journey = Journey(self._router, options.model, allowed, session, meter or Meter())
+        journey = Journey(self._router, options.model, allowed, session, meter or Meter(), own_key)
         clock: Clock | None = None
         while True:
             if not journey.is_ready:
@@ -154,7 +156,7 @@ class LLMClient:
                 async for position in place.wait(deadline):
                     yield InQueue(position, place.eta(position))
                 clock = _begun(clock, self._settings)
-                async with aclosing(self._reply(journey, messages, options, clock, own_key)) as updates:
+                async with aclosing(self._reply(journey, messages, options, clock)) as updates:
                     async for update in updates:
                         if not journey.begun:
                             journey.begin()
@@ -164,7 +166,7 @@ class LLMClient:
             except NoServer:
                 journey.stranded()
             except PortalError as error:
-                journey.go_on(error, clock, own_key)
+                journey.go_on(error, clock)
             finally:
                 journey.leave()
 
@@ -174,14 +176,13 @@ class LLMClient:
         messages: Sequence[Message],
         options: GenerationOptions,
         clock: Clock,
-        own_key: OwnKey | None,
     ) -> AsyncGenerator[Piece | Done, None]:
         server, model = journey.arrive()
         body, tools = chat_body(self._settings, server, model, journey.route.entry, messages, options)
         if journey.slot is not None:
             body["id_slot"] = journey.slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
-        return server.generate(model, body, reader, clock, journey.key(own_key))
+        return server.generate(model, body, reader, clock, journey.key())
 
     async def count_tokens(self, messages: Sequence[Message], model: str | None = None) -> int | None:
         """The exact length of the prompt that `messages` make for a model, in tokens; None where the server
@@ -282,10 +283,11 @@ class LLMClient:
         found = route.found()
         return (wanted or "") if found is None else route.name_of(found)
 
-    def provider_of(self, wanted: str | None) -> str | None:
-        """The provider of a model, where it takes keys that sessions bring."""
-        upstream = self._router.route(wanted).pool.upstream
-        return upstream.name if upstream.own_keys else None
+    @property
+    def can_answer(self) -> bool:
+        """Whether the default model can be asked now, by whichever server."""
+        pool = self._router.route(None).pool
+        return pool.is_open() and self.queue.waiting < max(1, self.queue.most)
 
     async def _current_models(self) -> list[ModelInfo]:
         pool = self._router.route(None).pool

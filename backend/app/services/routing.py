@@ -4,11 +4,11 @@ answer."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.access import matches
 from app.config import Settings
-from app.errors import Overloaded, PortalError
+from app.errors import InvalidRequest, Overloaded, PortalError
 from app.services.catalog import DEFAULT, PLAIN, Catalog, Model
 from app.services.llm_server import Clock, LLMServer, ModelInfo
 from app.services.places import Load, Meter, Place
@@ -20,10 +20,10 @@ from app.services.slots import Slots
 
 @dataclass(frozen=True, slots=True)
 class OwnKey:
-    """A key that a session brings for a provider."""
+    """A key that a session brings for a provider; None where it cannot be read any more."""
 
     provider: str
-    key: str
+    key: str | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,12 @@ class Route:
     def found(self, server: LLMServer | None = None) -> ModelInfo | None:
         """The model as a server, or some server, has it; None where that is not known."""
         return self.pool.find(server, self.id, self.entry)
+
+    def lacks_key(self, own_key: OwnKey | None) -> bool:
+        """Whether the provider wants a key of the session's own, and the session has none for it."""
+        upstream = self.pool.upstream
+        has_one = own_key is not None and own_key.provider == upstream.name and own_key.key is not None
+        return upstream.own_keys and not upstream.key and not has_one
 
     def name_of(self, model: ModelInfo) -> str:
         """What the portal calls the model that was found."""
@@ -60,12 +66,13 @@ class Router:
             return self._default()
         return self._to(self._catalog.canonical(wanted or ""))
 
-    def fallbacks(self, route: Route, allowed: tuple[str, ...]) -> Iterator[Route]:
-        """Where to go when no server of the route can answer: to models that are `allowed`."""
+    def fallbacks(self, route: Route, allowed: tuple[str, ...], own_key: OwnKey | None) -> Iterator[Route]:
+        """Where to go when no server of the route can answer: to models that are `allowed`, where there is a
+        key to show."""
         for name in route.entry.fallbacks:
             found = self.route(name)
             model = found.found()
-            if model is not None and matches(found.name_of(model), allowed):
+            if model is not None and matches(found.name_of(model), allowed) and not found.lacks_key(own_key):
                 yield found
 
     def _default(self) -> Route:
@@ -89,13 +96,20 @@ class Journey:
     answer. `begun` says that one has: from then on there is no other way."""
 
     def __init__(
-        self, router: Router, wanted: str | None, allowed: tuple[str, ...], session: str | None, meter: Meter
+        self,
+        router: Router,
+        wanted: str | None,
+        allowed: tuple[str, ...],
+        session: str | None,
+        meter: Meter,
+        own_key: OwnKey | None,
     ) -> None:
         self.route = router.route(wanted)
         self.begun = False
         self.server: LLMServer | None = None
-        self._fallbacks = router.fallbacks(self.route, allowed)
+        self._fallbacks = router.fallbacks(self.route, allowed, own_key)
         self._session = session
+        self._own_key = own_key
         self._meter = meter
         self._place: Place | None = None
         self._slots: Slots | None = None
@@ -160,12 +174,21 @@ class Journey:
         if self.server is not None:
             self.server.state.answered()
 
-    def key(self, own_key: OwnKey | None) -> str | None:
-        """The session's own key, where it is for the provider of this stage."""
-        if own_key is None or own_key.provider != self.route.pool.upstream.name:
-            return None
-        self._meter.own_key = True
-        return own_key.key
+    def key(self) -> str | None:
+        """The session's own key, where it is for the provider of this stage. Raises `InvalidRequest` when one
+        is needed that the session does not have."""
+        own, upstream = self._own_key, self.route.pool.upstream
+        if own is not None and own.provider == upstream.name and own.key is None:
+            raise InvalidRequest(
+                "The session's own key cannot be read since the server's secret has changed: set it again."
+            )
+        if self.route.lacks_key(own):
+            raise InvalidRequest(
+                f"model: {upstream.name} takes only keys of sessions; give the session one with "
+                "PUT /api/sessions/{session_id}/key"
+            )
+        self._meter.own_key = own is not None and own.provider == upstream.name
+        return own.key if own is not None and self._meter.own_key else None
 
     def leave(self) -> None:
         """Gives back the place of this stage."""
@@ -177,7 +200,7 @@ class Journey:
 
     # --- going on ---
 
-    def go_on(self, error: PortalError, clock: Clock | None, own_key: OwnKey | None) -> None:
+    def go_on(self, error: PortalError, clock: Clock | None) -> None:
         """This stage has failed. Returns when there is another way to go, and raises `error` when there is
         none."""
         server = self.server
@@ -185,7 +208,7 @@ class Journey:
             raise error
         if clock.is_over:
             raise error
-        self._note(server, error, own_key)
+        self._note(server, error)
         if self.begun:
             raise error
         self._failed.add(server.state.load)
@@ -204,10 +227,10 @@ class Journey:
             raise error
         self.route = following
 
-    def _note(self, server: LLMServer, error: PortalError, own_key: OwnKey | None) -> None:
+    def _note(self, server: LLMServer, error: PortalError) -> None:
         """What the failure says of the server."""
         if isinstance(error, Overloaded):
-            if own_key is None:  # else it is that key's business
+            if not self._meter.own_key:  # else it is that key's business
                 server.state.busy(error.retry_after or 1.0)
         elif isinstance(error, Fault) and not self.begun:
             self._doubtful.append(server)

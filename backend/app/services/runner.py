@@ -34,7 +34,9 @@ from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
 from app.services.replies import Done, InQueue
+from app.services.routing import OwnKey
 from app.services.rows import SessionRow, TurnRow
+from app.services.session_keys import SessionKeys
 from app.services.store import StaleAttempt, Store
 from app.services.tools import instructions
 from app.services.turns import Interruption, Turn, recall
@@ -75,6 +77,7 @@ class Runner:
         policies: Policies,
         projects: Projects,
         accounting: Accounting,
+        keys: SessionKeys,
         instance: str,
     ) -> None:
         self._settings = settings
@@ -83,6 +86,7 @@ class Runner:
         self._llm = llm
         self._policies = policies
         self._accounting = accounting
+        self._keys = keys
         self._instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
         self._side_tasks: set[asyncio.Task[None]] = set()
@@ -340,6 +344,9 @@ class Runner:
         turn.usage = timed(turn, usage)
 
     async def _stream(self, turn: Turn, options: GenerationOptions) -> Done:
+        own_key: OwnKey | None = None
+        if self._llm.own_key_providers and turn.session.id:
+            own_key = await self._insist(lambda: self._keys.of(turn.session.id))
         updates = self._llm.stream(
             turn.prompt,
             options,
@@ -347,6 +354,7 @@ class Runner:
             owner=turn.session.owner,
             session=turn.session.id or None,
             meter=turn.meter,
+            own_key=own_key,
             allowed=self._role_of(turn).models,
         )
         most = RUNAWAY_FACTOR * (options.max_tokens or self._settings.llm_max_tokens)

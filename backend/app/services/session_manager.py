@@ -37,6 +37,7 @@ from app.services.prompts import with_system
 from app.services.redaction import redact, redacted_message
 from app.services.rows import MessageRow, SessionRow, TurnRow
 from app.services.runner import Runner
+from app.services.session_keys import SessionKeys
 from app.services.store import EVERYBODY, Store
 from app.services.templates import Templates
 from app.services.turns import Turn, answer_of
@@ -77,6 +78,7 @@ class SessionManager:
         projects: Projects,
         admission: Admission,
         accounting: Accounting,
+        keys: SessionKeys,
     ) -> None:
         self._store = store
         self._leases = leases
@@ -88,7 +90,7 @@ class SessionManager:
         self._admission = admission
         self._epoch = new_id()
         self._instance = settings.instance or f"python-{self._epoch}"
-        self._runner = Runner(settings, store, llm, policies, projects, accounting, self._instance)
+        self._runner = Runner(settings, store, llm, policies, projects, accounting, keys, self._instance)
         self._accepting: set[asyncio.Task[Turn]] = set()
         self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
 

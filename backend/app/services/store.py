@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, and_, func, select, text, update
+from sqlalchemy import Connection, and_, delete, func, select, text, update
 
 from app.database import Database
 from app.errors import Conflict, NotFound, Overloaded, PortalError
 from app.events import Ending, Mark, TurnRequest
-from app.models.tables import ACTIVE, LIVE, identity, leases, messages, sessions, turns
+from app.models.tables import ACTIVE, LIVE, identity, leases, messages, session_keys, sessions, turns
 from app.services import acceptance, endings
 from app.services.acceptance import Acceptance, was_taken
 from app.services.endings import Ended, Reply
@@ -177,6 +177,7 @@ class Store:
             ended = endings.cut_off(connection, session, partial)
             deleted = update(sessions).where(sessions.c.id == session.id).values(deleted_at=time.time())
             connection.execute(deleted)
+            connection.execute(delete(session_keys).where(session_keys.c.session == session.id))
             return session.id, ended
 
         return _raised(await self._database.write(operation))

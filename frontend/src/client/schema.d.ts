@@ -280,6 +280,66 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/admin/servers": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Servers
+         * @description All LLM servers, and how they are.
+         */
+        get: operations["list_servers"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/servers/{name}/drain": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Drain Server
+         * @description Takes a server out of service: it gets no new requests, and what runs there ends as ever.
+         */
+        post: operations["drain_server"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/admin/servers/{name}/undrain": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Undrain Server
+         * @description Takes a server back into service.
+         */
+        post: operations["undrain_server"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/admin/usage": {
         parameters: {
             query?: never;
@@ -999,6 +1059,34 @@ export interface paths {
         patch: operations["change_session"];
         trace?: never;
     };
+    "/api/sessions/{session_id}/key": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Key
+         * @description Whether a session has a key of its own.
+         */
+        get: operations["get_key"];
+        /**
+         * Put Key
+         * @description Gives a session a key of its own, with which its turns at this provider are asked for.
+         */
+        put: operations["put_key"];
+        post?: never;
+        /**
+         * Delete Key
+         * @description Takes a session's key away.
+         */
+        delete: operations["delete_key"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/sessions/{session_id}/restore": {
         parameters: {
             query?: never;
@@ -1334,6 +1422,47 @@ export interface components {
         AlertList: {
             /** Alerts */
             alerts: components["schemas"]["AlertBody"][];
+        };
+        /**
+         * NewKey
+         * @description A key to make. Without `scopes` it may do all that a key of mine can.
+         */
+        app__routers__keys__NewKey: {
+            /**
+             * Device
+             * @description Makes it good in MQTT payloads of this device, and nowhere else
+             */
+            device?: string | null;
+            /** Expires At */
+            expires_at?: string | null;
+            /** Name */
+            name: string;
+            /**
+             * Project
+             * @description The only project it is good for
+             */
+            project?: string | null;
+            /**
+             * Scopes
+             * @description Permissions
+             */
+            scopes?: string[] | null;
+        };
+        /**
+         * NewKey
+         * @description A key for a provider of models that takes keys of sessions.
+         */
+        app__routers__sessions__NewKey: {
+            /**
+             * Key
+             * Format: password
+             */
+            key: string;
+            /**
+             * Provider
+             * @description Its name in models.toml
+             */
+            provider: string;
         };
         /**
          * AuditEntry
@@ -1827,8 +1956,8 @@ export interface components {
         };
         /**
          * Health
-         * @description How the LLM server is: `degraded` means that it is there but cannot answer now. `queue` is the
-         *     number of requests that wait for it.
+         * @description How the LLM servers are: `degraded` means that some cannot answer, or that none can now and may soon.
+         *     `queue` is the number of requests that wait for one.
          */
         Health: {
             /** Latency Ms */
@@ -2225,31 +2354,6 @@ export interface components {
             role: string;
         };
         /**
-         * NewKey
-         * @description A key to make. Without `scopes` it may do all that a key of mine can.
-         */
-        NewKey: {
-            /**
-             * Device
-             * @description Makes it good in MQTT payloads of this device, and nowhere else
-             */
-            device?: string | null;
-            /** Expires At */
-            expires_at?: string | null;
-            /** Name */
-            name: string;
-            /**
-             * Project
-             * @description The only project it is good for
-             */
-            project?: string | null;
-            /**
-             * Scopes
-             * @description Permissions
-             */
-            scopes?: string[] | null;
-        };
-        /**
          * NewPrompt
          * @description Another system prompt: for a session, or for the sessions that a project will have.
          */
@@ -2575,6 +2679,66 @@ export interface components {
             roles: components["schemas"]["NamedRole"][];
         };
         /**
+         * Server
+         * @description An LLM server. `problem` says why it gets no requests now; null where it does.
+         */
+        Server: {
+            /**
+             * Breaker
+             * @enum {string}
+             */
+            breaker: "closed" | "open" | "half-open";
+            /** Capacity */
+            capacity: number;
+            /**
+             * Draining
+             * @description Whether an admin has taken it out of service
+             */
+            draining: boolean;
+            /**
+             * Failures
+             * @description Requests in a row that it failed at
+             */
+            failures: number;
+            /** Kind */
+            kind: string;
+            /** Latency Ms */
+            latency_ms: number | null;
+            /** Models */
+            models: string[];
+            /** Name */
+            name: string;
+            /** Problem */
+            problem: string | null;
+            /**
+             * Provider
+             * @description `default` for those of LLM_SERVER_URL
+             */
+            provider: string;
+            /** Running */
+            running: number;
+            /**
+             * State
+             * @enum {string}
+             */
+            state: "ok" | "loading" | "busy" | "broken" | "down" | "wrong" | "draining" | "drained";
+            /** Url */
+            url: string;
+            /**
+             * Waiting
+             * @description Requests that wait for it, or another one of its provider
+             */
+            waiting: number;
+        };
+        /**
+         * ServerList
+         * @description The LLM servers, of all providers.
+         */
+        ServerList: {
+            /** Servers */
+            servers: components["schemas"]["Server"][];
+        };
+        /**
          * Session
          * @description A session. Its system prompt came from `template`, where there is one.
          */
@@ -2746,6 +2910,19 @@ export interface components {
             variables?: {
                 [key: string]: unknown;
             };
+        };
+        /**
+         * SessionKey
+         * @description That a session has a key of its own, and for which provider. The key itself is shown to nobody.
+         */
+        SessionKey: {
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
+            /** Provider */
+            provider: string;
         };
         /**
          * SessionPage
@@ -3170,6 +3347,8 @@ export type Account = components['schemas']['Account'];
 export type AddedDevice = components['schemas']['AddedDevice'];
 export type AlertBody = components['schemas']['AlertBody'];
 export type AlertList = components['schemas']['AlertList'];
+export type AppRoutersKeysNewKey = components['schemas']['app__routers__keys__NewKey'];
+export type AppRoutersSessionsNewKey = components['schemas']['app__routers__sessions__NewKey'];
 export type AuditEntry = components['schemas']['AuditEntry'];
 export type AuditPage = components['schemas']['AuditPage'];
 export type AuditVerdict = components['schemas']['AuditVerdict'];
@@ -3212,7 +3391,6 @@ export type NamedRole = components['schemas']['NamedRole'];
 export type NamedSchema = components['schemas']['NamedSchema'];
 export type NewDevice = components['schemas']['NewDevice'];
 export type NewInvitation = components['schemas']['NewInvitation'];
-export type NewKey = components['schemas']['NewKey'];
 export type NewPrompt = components['schemas']['NewPrompt'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
 export type OneUseLink = components['schemas']['OneUseLink'];
@@ -3233,10 +3411,13 @@ export type ResponseFormat = components['schemas']['ResponseFormat'];
 export type Restarted = components['schemas']['Restarted'];
 export type Role = components['schemas']['Role'];
 export type RoleList = components['schemas']['RoleList'];
+export type Server = components['schemas']['Server'];
+export type ServerList = components['schemas']['ServerList'];
 export type Session = components['schemas']['Session'];
 export type SessionAnswer = components['schemas']['SessionAnswer'];
 export type SessionChange = components['schemas']['SessionChange'];
 export type SessionChat = components['schemas']['SessionChat'];
+export type SessionKey = components['schemas']['SessionKey'];
 export type SessionPage = components['schemas']['SessionPage'];
 export type SessionTemplate = components['schemas']['SessionTemplate'];
 export type SignInBody = components['schemas']['SignInBody'];
@@ -3798,6 +3979,97 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_servers: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ServerList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    drain_server: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Server"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    undrain_server: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                name: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Server"];
+                };
             };
             /** @description An error */
             default: {
@@ -4444,7 +4716,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["NewKey"];
+                "application/json": components["schemas"]["app__routers__keys__NewKey"];
             };
         };
         responses: {
@@ -5051,6 +5323,101 @@ export interface operations {
                 content: {
                     "application/json": components["schemas"]["Session"];
                 };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    get_key: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["SessionKey"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    put_key: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["app__routers__sessions__NewKey"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["SessionKey"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    delete_key: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
             };
             /** @description An error */
             default: {
