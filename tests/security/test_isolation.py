@@ -19,7 +19,7 @@ CANARY = f"canary-{new_id()}"
 """In all that Ada has said and made."""
 
 WITH_IDS = [name for name, route in ROUTES.items() if "{" in name and route.needs != PUBLIC]
-FOR_ADMINS = ("users:", "roles:", "audit:", "devices:")
+FOR_ADMINS = ("users:", "roles:", "audit:", "devices:", "servers:")
 OWN = [name for name in WITH_IDS if not ROUTES[name].needs.startswith(FOR_ADMINS)]
 """Routes to things that somebody owns."""
 
