@@ -112,9 +112,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 
         catalog = Catalog(settings.path(settings.models_file))
         llm = await stack.enter_async_context(_llm(settings, catalog))
-        servers = Servers(llm, database, authorizer)
-        await servers.refresh()
-        await stack.enter_async_context(_background(servers.watch(), "llm servers"))
+        servers = await stack.enter_async_context(_servers(llm, database, authorizer))
         session_keys = SessionKeys(settings, database, store, authorizer, llm)
 
         book = UsageBook(database)
@@ -218,6 +216,14 @@ async def _llm(settings: Settings, catalog: Catalog) -> AsyncIterator[LLMClient]
             yield llm
     finally:
         await llm.close()
+
+
+@asynccontextmanager
+async def _servers(llm: LLMClient, database: Database, authorizer: Authorizer) -> AsyncIterator[Servers]:
+    servers = Servers(llm, database, authorizer)
+    await servers.refresh()
+    async with _background(servers.watch(), "llm servers"):
+        yield servers
 
 
 @asynccontextmanager
