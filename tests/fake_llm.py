@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from aiohttp import web
@@ -21,7 +21,7 @@ class Script:
 
     pieces: list[dict[str, Any]] = field(default_factory=lambda: text("Hello", " there"))
     status: int = 200
-    error: str = "as told"
+    error: str | dict[str, Any] = "as told"
     before_headers: float = 0.0
     before_first: float = 0.0
     between: float = 0.0
@@ -34,6 +34,14 @@ class Script:
     random: bool = False
     lengths: tuple[int, int] = (20, 20)
     """Fewest and most pieces of a random text."""
+    counts: bool = False
+    """Whether the usage is as many tokens as the messages have characters, and four for each of them."""
+    room: int | None = None
+    """Longer prompts, counted so, are refused with `overflow`."""
+    notes: str = ""
+    """What is answered to who asks for notes of a conversation, with `notes_status`."""
+    notes_status: int = 200
+    overflow: dict[str, Any] = field(default_factory=lambda: {"code": "context_length_exceeded"})
     headers: dict[str, str] = field(default_factory=dict)
     whole: bool = False
     """Answer in one piece, as a server that does not stream."""
@@ -44,6 +52,11 @@ class Script:
     then: Literal["abort", "eof", "hold"] = "abort"
     """What becomes of the connection after `wire` or `cut_after`: a reset, an end of what is sent, or
     nothing."""
+
+
+def size_of(messages: list[dict[str, Any]]) -> int:
+    """How many tokens messages have, where a script counts them."""
+    return sum(len(str(message.get("content") or "")) + 4 for message in messages)
 
 
 def text(*pieces: str) -> list[dict[str, Any]]:
@@ -93,6 +106,10 @@ class FakeLLM:
         self.token_requests.append(dict(await request.post()))
         return web.json_response({"access_token": f"token-{len(self.token_requests)}", "expires_in": 3600})
 
+    async def count(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        return web.json_response({"input_tokens": size_of(body["messages"])})
+
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append({**body, "headers": dict(request.headers), "path": request.path_qs})
@@ -115,10 +132,10 @@ class FakeLLM:
         await asyncio.sleep(script.before_headers)
         if script.wire is not None:
             return await _broken(request, script)
+        script = _for(script, body["messages"])
         if script.status != 200:
-            return web.json_response(
-                {"error": {"message": script.error}}, status=script.status, headers=script.headers
-            )
+            error = {"message": script.error} if isinstance(script.error, str) else script.error
+            return web.json_response({"error": error}, status=script.status, headers=script.headers)
         if script.whole:
             await asyncio.sleep(script.before_first)
             reply = "".join(piece.get("content", "") for piece in script.pieces)
@@ -132,11 +149,7 @@ class FakeLLM:
         if script.raw is not None:
             await response.write(script.raw)
             return response
-        pieces = text("echo: ", body["messages"][-1]["content"]) if script.echo else script.pieces
-        if script.random:  # another text each time it is asked
-            length = random.randint(*script.lengths)
-            pieces = text(*(f"{random.getrandbits(32):08x} " for _ in range(length)))
-        for number, delta in enumerate(pieces):
+        for number, delta in enumerate(script.pieces):
             if script.cut_after == number:
                 return await _broken(request, script)
             await response.write(_chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
@@ -147,6 +160,23 @@ class FakeLLM:
             await response.write(_chunk({"choices": [], "usage": script.usage}))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def _for(script: Script, messages: list[dict[str, Any]]) -> Script:
+    """The script, with what it says of these messages."""
+    if script.room is not None and size_of(messages) > script.room:
+        return replace(script, status=400, error=script.overflow)
+    if script.notes and "keep the notes" in messages[0]["content"]:
+        script = replace(script, pieces=text(script.notes), status=script.notes_status)
+    elif script.echo:
+        script = replace(script, pieces=text("echo: ", messages[-1]["content"]))
+    elif script.random:  # another text each time it is asked
+        length = random.randint(*script.lengths)
+        script = replace(script, pieces=text(*(f"{random.getrandbits(32):08x} " for _ in range(length))))
+    if script.counts:
+        said = sum(len(piece.get("content") or "") for piece in script.pieces)
+        script = replace(script, usage={"prompt_tokens": size_of(messages), "completion_tokens": said})
+    return script
 
 
 async def _broken(request: web.Request, script: Script) -> web.StreamResponse:
@@ -174,6 +204,7 @@ async def serve(fake: FakeLLM, port: int = 0) -> AsyncIterator[FakeLLM]:
     app.router.add_get("/props", fake.props)
     app.router.add_post("/identity/token", fake.token)
     app.router.add_post("/{base:.*}/chat/completions", fake.completions)
+    app.router.add_post("/v1/chat/completions/input_tokens", fake.count)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)

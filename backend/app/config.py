@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     llm_max_history_messages: int = Field(
         0, ge=0, description="Most messages of history sent with a message; 0 is no bound."
     )
+    llm_history_summary: int = Field(
+        0,
+        ge=0,
+        description="Longest summary of what is no longer sent, in tokens: the model writes it in the "
+        "background, and reads it with each message. 0 is none.",
+    )
     llm_max_concurrency: int = Field(
         8, ge=1, description="Most generations at once at each server. For llama.cpp: its number of slots."
     )

@@ -31,9 +31,11 @@ from app.services.leases import Leases
 from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
 from app.services.llm_client import LLMClient
+from app.services.memory import Memory
 from app.services.outbound import Outbound
 from app.services.outbox import Outbox
 from app.services.people import People
+from app.services.pins import Pins
 from app.services.policies import Policies, read_roles
 from app.services.projects import Projects, read_projects
 from app.services.servers import Servers
@@ -74,6 +76,8 @@ class Container:
     sessions: SessionManager
     servers: Servers
     session_keys: SessionKeys
+    memory: Memory
+    pins: Pins
     hints: HintFeed
     mqtt: MqttBridge | None
 
@@ -94,6 +98,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         await database.open()
         stack.push_async_callback(database.close)
         store, outbox, leases = Store(database), Outbox(database), Leases(database)
+        memory = Memory(database)
 
         audit = Audit(database)
         authorizer = Authorizer(audit)
@@ -126,6 +131,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         sessions = SessionManager(
             settings,
             store,
+            memory,
             leases,
             llm,
             templates,
@@ -167,6 +173,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             sessions=sessions,
             servers=servers,
             session_keys=session_keys,
+            memory=memory,
+            pins=Pins(settings, memory, sessions, authorizer, llm),
             hints=HintFeed(store, sessions, projects, authorizer),
             mqtt=mqtt,
         )

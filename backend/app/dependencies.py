@@ -21,7 +21,9 @@ from app.services.devices import Devices
 from app.services.hint_feed import HintFeed
 from app.services.links import Links
 from app.services.llm_client import LLMClient
+from app.services.memory import Memory
 from app.services.people import People
+from app.services.pins import Pins
 from app.services.policies import Policies
 from app.services.projects import Projects
 from app.services.servers import Servers
@@ -100,6 +102,16 @@ async def _sessions(request: Request) -> SessionManager:
     return sessions
 
 
+async def _pins(request: Request) -> Pins:
+    pins: Pins = request.app.state.container.pins
+    return pins
+
+
+async def _memory(request: Request) -> Memory:
+    memory: Memory = request.app.state.container.memory
+    return memory
+
+
 async def _templates(request: Request) -> Templates:
     templates: Templates = request.app.state.container.templates
     return templates
@@ -170,6 +182,8 @@ UsageDep = Annotated[UsageBook, Depends(_book)]
 AlertsDep = Annotated[Alerts, Depends(_alerts)]
 AuditDep = Annotated[Audit, Depends(_audit)]
 SessionsDep = Annotated[SessionManager, Depends(_sessions)]
+PinsDep = Annotated[Pins, Depends(_pins)]
+MemoryDep = Annotated[Memory, Depends(_memory)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
 ServersDep = Annotated[Servers, Depends(_servers)]

@@ -2,6 +2,7 @@
 
     PortalError
     ├── InvalidRequest 422 (400 when the body is not even JSON)
+    │   └── ContextExceeded 422
     ├── Unauthenticated 401
     ├── Forbidden 403
     ├── NotFound 404
@@ -96,6 +97,20 @@ class InvalidRequest(PortalError):
 
     code = "invalid_request"
     status = 422
+
+
+class ContextExceeded(InvalidRequest):
+    """The LLM server has no room for the prompt: it reads `limit` tokens and was sent `size`, where it
+    tells."""
+
+    def __init__(self, *, limit: int | None = None, size: int | None = None) -> None:
+        most = "" if limit is None else f" of {limit} tokens"
+        super().__init__(
+            f"message: with a reply of max_tokens it is too long for the model's context{most}; make one of "
+            "them shorter."
+        )
+        self.limit = limit
+        self.size = size
 
 
 class Unauthenticated(PortalError):

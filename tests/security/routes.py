@@ -63,6 +63,8 @@ ROUTES: dict[str, Route] = {
     "GET /api/sessions/{session_id}/key": Route("sessions:read"),
     "PUT /api/sessions/{session_id}/key": Route("sessions:write", {"provider": "p", "key": "k"}),
     "DELETE /api/sessions/{session_id}/key": Route("sessions:write"),
+    "POST /api/sessions/{session_id}/messages/{message_id}/pin": Route("sessions:write"),
+    "DELETE /api/sessions/{session_id}/messages/{message_id}/pin": Route("sessions:write"),
     "GET /api/templates": Route("templates:read"),
     "POST /api/templates": Route("templates:write", TEMPLATE),
     "POST /api/templates/preview": Route("templates:read", {"content": "Hello"}),
@@ -129,6 +131,7 @@ TOPICS: dict[str, tuple[str, dict[str, Any]]] = {
 NOBODYS = {
     "session_id": "nobodys",
     "turn_id": "nobodys",
+    "message_id": "nobodys",
     "template_id": "nobodys",
     "version": "1",
     "sign_in_id": "nobodys",

@@ -52,6 +52,7 @@ def stage(fake_portal: Portal, module_fake: FakeLLM) -> Iterator[Stage]:
         ids = {
             "session_id": "shared-name",
             "turn_id": turn["turn_id"],
+            "message_id": turn["message_id"],
             "template_id": template_id,
             "version": "1",
             "key_id": key["id"],

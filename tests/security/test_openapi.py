@@ -77,6 +77,7 @@ make_user = maker("/api/auth/register", "id", guest)
 MAKERS: dict[str, Callable[[httpx.Client], str]] = {
     "session_id": maker("/api/llm/chat/session", "session_id", turn),
     "turn_id": maker("/api/llm/chat/session", "turn_id", turn),
+    "message_id": maker("/api/llm/chat/session", "message_id", turn),
     "template_id": maker("/api/templates", "id", lambda: {"title": "t", "content": "{{ a }}"}),
     "version": lambda _: "1",
     "key_id": maker("/api/keys", "id", lambda: {"name": "k"}),

@@ -226,8 +226,20 @@ messages = Table(
     Column("tool_calls", JSON),
     Column("usage", JSON),
     Column("created_at", Float, nullable=False),
+    Column("pinned", Boolean, comment="its exchange is sent to the model also after a cut"),
     Index(None, "session"),
     Index(None, "turn_id"),
+    Index("ix_messages_pinned", "session", sqlite_where=text("pinned"), postgresql_where=text("pinned")),
+)
+
+summaries = Table(
+    "summaries",
+    metadata,
+    Column("session", ForeignKey("sessions.id"), primary_key=True),
+    Column("content", Text, nullable=False),
+    Column("until", String(28), nullable=False, comment="the oldest message that is not in it"),
+    Column("made_at", Float, nullable=False),
+    comment="What the model is told of messages that are not sent to it any more.",
 )
 
 turns = Table(

@@ -102,6 +102,7 @@ class HistoryMessage(BaseModel):
     status: Literal["complete", "pending", "failed", "cancelled", "expired", "superseded"]
     tool_calls: list[dict[str, Any]] | None = None
     usage: UsageBody | None = None
+    pinned: Annotated[bool, Field(description="Sent to the model however often the history is cut")] = False
 
 
 class HistoryAnswer(BaseModel):
@@ -290,5 +291,6 @@ def _message(message: MessageRow) -> HistoryMessage:
             "status": message.status,
             "tool_calls": message.tool_calls,
             "usage": None if message.usage is None else msgspec.to_builtins(message.usage),
+            "pinned": message.pinned,
         }
     )

@@ -10,9 +10,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field, SecretStr, field_validator
 
-from app.dependencies import CurrentUser, SessionKeysDep, SessionsDep, TemplatesDep
+from app.dependencies import CurrentUser, MemoryDep, PinsDep, SessionKeysDep, SessionsDep, TemplatesDep
 from app.hardening import StrictRoute
 from app.routers.times import moment
+from app.services.memory import Memory
 from app.services.rows import SessionRow
 from app.services.session_keys import StoredKey
 from app.services.templates import Templates, TemplateVersion
@@ -36,13 +37,15 @@ class SessionTemplate(BaseModel):
 
 
 class Session(BaseModel):
-    """A session. Its system prompt came from `template`, where there is one."""
+    """A session. Its system prompt came from `template`, where there is one; `summary` is what the model is
+    told of messages that are no longer sent to it."""
 
     session_id: str
     title: str
     project: str
     system_prompt: str
     template: SessionTemplate | None
+    summary: str | None
     created_at: datetime
     updated_at: datetime
 
@@ -60,34 +63,48 @@ class SessionChange(BaseModel):
     title: Annotated[str, Field(min_length=1, max_length=200)]
 
 
+class PinBody(BaseModel):
+    """What is pinned in the session now, and how much may be, in tokens."""
+
+    message_id: str
+    pinned_tokens: int
+    most_tokens: int
+
+
 @router.get("")
 async def list_sessions(
     user: CurrentUser,
     sessions: SessionsDep,
     templates: TemplatesDep,
+    memory: MemoryDep,
     search: Annotated[str, Query(max_length=200, description="Only titles with this text")] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     offset: Annotated[int, Query(ge=0, le=2**53)] = 0,
 ) -> SessionPage:
     """My sessions, those used last first."""
     found, total = await sessions.search(user, search, limit=limit, offset=offset)
-    return SessionPage(sessions=await _shown(found, templates), total=total)
+    return SessionPage(sessions=await _shown(found, templates, memory), total=total)
 
 
 @router.get("/{session_id}")
 async def get_session(
-    session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
+    session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep, memory: MemoryDep
 ) -> Session:
     """One session."""
-    return await _one(await sessions.session(user, session_id), templates)
+    return await _one(await sessions.session(user, session_id), templates, memory)
 
 
 @router.patch("/{session_id}")
 async def change_session(
-    session_id: str, body: SessionChange, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
+    session_id: str,
+    body: SessionChange,
+    user: CurrentUser,
+    sessions: SessionsDep,
+    templates: TemplatesDep,
+    memory: MemoryDep,
 ) -> Session:
     """Gives a session another title."""
-    return await _one(await sessions.rename(user, session_id, body.title), templates)
+    return await _one(await sessions.rename(user, session_id, body.title), templates, memory)
 
 
 @router.delete("/{session_id}", status_code=204)
@@ -98,10 +115,10 @@ async def delete_session(session_id: str, user: CurrentUser, sessions: SessionsD
 
 @router.post("/{session_id}/restore")
 async def restore_session(
-    session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep
+    session_id: str, user: CurrentUser, sessions: SessionsDep, templates: TemplatesDep, memory: MemoryDep
 ) -> Session:
     """Brings a deleted session back, unless its id is in use again."""
-    return await _one(await sessions.restore(user, session_id), templates)
+    return await _one(await sessions.restore(user, session_id), templates, memory)
 
 
 class NewKey(BaseModel):
@@ -149,23 +166,39 @@ async def delete_key(session_id: str, user: CurrentUser, keys: SessionKeysDep) -
     await keys.forget(user, session_id)
 
 
-async def _one(row: SessionRow, templates: Templates) -> Session:
-    (session,) = await _shown([row], templates)
+@router.post("/{session_id}/messages/{message_id}/pin")
+async def pin_message(session_id: str, message_id: str, user: CurrentUser, pins: PinsDep) -> PinBody:
+    """Pins a message: it is sent to the model, with its question or answer, however often the history is
+    cut. At most a quarter of what may be sent can be pinned."""
+    pinned = await pins.pin(user, session_id, message_id)
+    return PinBody(message_id=message_id, pinned_tokens=pinned.tokens, most_tokens=pinned.most)
+
+
+@router.delete("/{session_id}/messages/{message_id}/pin", status_code=204)
+async def unpin_message(session_id: str, message_id: str, user: CurrentUser, pins: PinsDep) -> None:
+    """Takes the pin off a message."""
+    await pins.unpin(user, session_id, message_id)
+
+
+async def _one(row: SessionRow, templates: Templates, memory: Memory) -> Session:
+    (session,) = await _shown([row], templates, memory)
     return session
 
 
-async def _shown(rows: Sequence[SessionRow], templates: Templates) -> list[Session]:
+async def _shown(rows: Sequence[SessionRow], templates: Templates, memory: Memory) -> list[Session]:
     versions = await templates.named(row.template_version for row in rows if row.template_version)
-    return [_session(row, versions.get(row.template_version or "")) for row in rows]
+    summaries = await memory.summaries(row.id for row in rows if row.window_start is not None)
+    return [_session(row, versions.get(row.template_version or ""), summaries.get(row.id)) for row in rows]
 
 
-def _session(row: SessionRow, version: TemplateVersion | None) -> Session:
+def _session(row: SessionRow, version: TemplateVersion | None, summary: str | None) -> Session:
     return Session(
         session_id=row.session_id,
         title=row.title,
         project=row.project,
         system_prompt=row.system_prompt,
         template=None if version is None else SessionTemplate.of(version),
+        summary=summary,
         created_at=moment(row.created_at),
         updated_at=moment(row.updated_at),
     )

@@ -12,12 +12,13 @@ from sqlalchemy import Connection
 
 from app.database import Database, defer
 from app.errors import PortalError
-from app.events import Ending, Final, type_of
+from app.events import Ending, Final, Usage, new_id, type_of
 from app.logs import get_logger
 from app.services import usage
-from app.services.admission import Admission
+from app.services.admission import Admission, Ticket
 from app.services.audit import Entry
 from app.services.measures import estimated
+from app.services.places import Meter
 from app.services.turns import Turn
 from app.services.usage import Spent, TurnUsage
 
@@ -81,8 +82,11 @@ class Accounting:
         if turn.is_counted:
             return
         turn.is_counted = True
+        await self._charge(turn.ticket, used, 1)
+
+    async def _charge(self, ticket: Ticket, used: TurnUsage, turns: int) -> None:
         spent = Spent(
-            1,
+            turns,
             used.prompt_tokens,
             used.completion_tokens,
             used.cached_tokens,
@@ -91,9 +95,9 @@ class Accounting:
             used.cost,
         )
         try:
-            await self._admission.settle(turn.ticket, spent)
+            await self._admission.settle(ticket, spent)
         except PortalError as error:  # the sums in the database are right all the same
-            log.warning("a budget could not be settled", turn=turn.id, reason=error.code)
+            log.warning("a budget could not be settled", turn=used.turn_id, reason=error.code)
 
     async def count(self, turn: Turn) -> None:
         """Counts a turn whose ending was stored without this: cut off by a clear, or never stored."""
@@ -111,3 +115,58 @@ class Accounting:
         if not turn.is_counted:
             turn.is_counted = True
             await self._admission.settle(turn.ticket, None)
+
+    # --- work that follows a turn, and is none ---
+
+    async def admit_work(self, turn: Turn) -> Ticket:
+        """The leave to do more at the cost of whoever asked for a turn. Raises `BudgetExceeded`."""
+        return await self._admission.admit_work(turn.ticket, new_id())
+
+    def work(self, turn: Turn, what: str, tokens: Usage, meter: Meter) -> TurnUsage:
+        """What such work has used: `what` it was takes the place of an outcome."""
+        gpu_seconds = round(meter.gpu_seconds, 4)
+        return TurnUsage(
+            turn_id=new_id(),
+            attempt=1,
+            at=time.time(),
+            owner=turn.session.owner,
+            api_key=turn.row.api_key or "",
+            project=turn.session.project,
+            model=meter.model,
+            door=turn.row.door,
+            outcome=what,
+            prompt_tokens=tokens.prompt_tokens,
+            completion_tokens=tokens.completion_tokens,
+            cached_tokens=tokens.cached_tokens,
+            reasoning_tokens=tokens.reasoning_tokens,
+            estimated=tokens.estimated,
+            gpu_seconds=gpu_seconds,
+            cost=self._admission.cost(meter.model, tokens, gpu_seconds),
+            ttft_ms=None,
+            elapsed_ms=round(meter.gpu_seconds * 1000),
+        )
+
+    def write_work(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
+        """Writes it down, with this transaction."""
+        if not usage.write(connection, used, turns=0):
+            return
+        details = {
+            "session": turn.session.session_id,
+            "model": used.model,
+            "prompt_tokens": used.prompt_tokens,
+            "completion_tokens": used.completion_tokens,
+        }
+        defer(connection, Entry(used.owner, used.outcome, turn.id, "made", used.door, details=details))
+
+    async def settle_work(self, ticket: Ticket, used: TurnUsage) -> None:
+        """It is written down: the budgets are charged."""
+        await self._charge(ticket, used, 0)
+
+    async def count_work(self, ticket: Ticket, turn: Turn, used: TurnUsage) -> None:
+        """Writes work down of which nothing was kept, unless it came to no model, and charges for it."""
+        if used.model:
+            try:
+                await self._database.write(lambda c: self.write_work(c, turn, used))
+            except PortalError as error:
+                log.error("what work has used could not be stored", turn=turn.id, reason=error.code)
+        await self.settle_work(ticket, used)

@@ -23,9 +23,9 @@ from app.events import TurnRequest, Usage
 from app.logs import get_logger
 from app.services.alerts import Alerts
 from app.services.catalog import Catalog
-from app.services.history import estimate_tokens
 from app.services.ledger import Hold, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
+from app.services.prompts import estimate_tokens
 from app.services.usage import Spent, UsageBook, day_of, month_of
 
 BUDGETS = {
@@ -149,6 +149,14 @@ class Admission:
         await self._seed(ticket)
         await self._ledger.reserve(turn_id, ticket.holds, force=True)
         return Ticket(turn_id, (), ticket.holds, ticket.budgets)
+
+    async def admit_work(self, turn: Ticket, work_id: str) -> Ticket:
+        """The ticket of work that follows a turn: it is charged to the same budgets, and counts for no rate
+        limit and not as a turn. Raises `BudgetExceeded`."""
+        holds = tuple(hold for hold in turn.holds if hold.key in turn.budgets)
+        ticket = Ticket(work_id, (), holds, turn.budgets)
+        await self._reserve(ticket)
+        return ticket
 
     async def give_back(self, ticket: Ticket) -> None:
         """The turn was not accepted, or was accepted before: it takes nothing."""

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, text, upda
 
 from app.errors import NotFound
 from app.events import Cancelled, Ending, Usage, decode_ending, encode, type_of
-from app.models.tables import ACTIVE, messages, sessions, turns
+from app.models.tables import ACTIVE, messages, sessions, summaries, turns
 from app.prepared import Prepared
 from app.services.branches import move, slip_in
 from app.services.outbox import Delivery, make_ready
@@ -163,6 +163,7 @@ def clear(connection: Connection, session: SessionRow, partial: dict[str, str]) 
     """Deletes the messages of a session, and cuts its turns off."""
     ended = cut_off(connection, session, partial)
     connection.execute(delete(messages).where(messages.c.session == session.id))
+    connection.execute(delete(summaries).where(summaries.c.session == session.id))
     changes = {"leaf_id": None, "window_start": None, "updated_at": time.time()}
     connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
     return ended

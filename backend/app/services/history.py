@@ -2,7 +2,10 @@
 
 An LLM server keeps what it computed for a prompt, and a prompt that begins the same is answered
 sooner. A history that drops one exchange a turn never begins the same; so it is cut rarely, and then
-down to half of its budget, on whole exchanges. Of the states of a game only the newest is kept, at the end.
+to half of the room that there is for it, on whole exchanges. Pinned exchanges and a summary of what was
+cut stand before what is left. Of the states of a game only the newest is kept, at the end.
+
+What is sent is kept encoded, and its size is known, so a turn costs the same however long the history is.
 """
 
 from __future__ import annotations
@@ -13,173 +16,311 @@ from typing import Any
 
 from app.errors import InvalidRequest
 from app.events import Kind, Usage
+from app.services.exchanges import Exchange, asked, exchanges_in, said_by
+from app.services.prompts import BYTES_A_TOKEN, MESSAGE_OVERHEAD, Prompt
 from app.services.rows import MessageRow
 
 CUT_TO = 0.5
-"""How much of its budget a history keeps when it is cut."""
-
-MESSAGE_OVERHEAD = 16
-"""Most tokens that a chat template adds to a message."""
+"""How much of the room for exchanges is used after a cut."""
 
 AGAIN = "The player has now sent this very state {times} times. Give another hint than before."
 
-CountTokens = Callable[[Sequence[dict[str, Any]]], Awaitable[int | None]]
+SUMMARY = "What we have said so far, in short:\n{text}"
+UNDERSTOOD = "I remember."
+"""How a summary is sent: as an exchange, since what users said must not speak with the system prompt's
+authority."""
+
+CountTokens = Callable[[Sequence[Any]], Awaitable[int | None]]
 
 
-@dataclass(slots=True)
-class Exchange:
-    """One user message and what answered it. `tokens` is the size of the whole conversation up to
-    this answer, as the server counted it; None where it did not, or where what came before is gone."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much a prompt may have: `budget` tokens and `messages` (0: any number). `context` is what the
+    model reads at most, where it is known."""
 
-    first_message: str
-    messages: list[dict[str, Any]]
-    tokens: int | None = None
-    kind: Kind = "message"
+    budget: int
+    messages: int = 0
+    context: int | None = None
 
 
 class History:
-    """The exchanges that are still sent, oldest first."""
+    """What is still sent: the system prompt, the summary, pinned exchanges from before the cut, and the
+    window: all exchanges since then.
 
-    def __init__(self, system_prompt: str, exchanges: list[Exchange] | None = None) -> None:
-        self.system_prompt = system_prompt
-        self._exchanges = exchanges or []
+    `is_cold` while its beginning is another one than that of the last prompt; `is_cut` when something that
+    was said is not sent any more; `summarised_to` is the message up to which the summary reaches, and
+    `summary_tries` how often one was begun since the last cut.
+    """
+
+    def __init__(self, system_prompt: str) -> None:
+        self._system_prompt = system_prompt
+        self._summary: Exchange | None = None
+        self.summary: str | None = None
+        self._head: list[Exchange] = []
+        self._window: list[Exchange] = []
         self._last_state: str | None = None
         self._times = 0
-
-    @property
-    def _system(self) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        self._total: int | None = None
+        self.summarised_to: str | None = None
+        self.summary_tries = 0
+        self.is_cut = self.is_cold = False
+        self._join()
 
     @classmethod
     def from_rows(cls, system_prompt: str, rows: Sequence[MessageRow]) -> History:
-        """The history on a stored path: turns that failed or never ran are not sent, nor is what there was of
-        a reply that failed."""
+        """The history on a stored path that begins where it was last cut."""
         history = cls(system_prompt)
-        question: MessageRow | None = None
-        for row in rows:
-            if row.role == "user":
-                question = row
-            elif row.status != "failed" and question is not None:
-                history.add(question.id, question.content, row.content, row.usage, question.kind)
-                question = None
+        for question, answer, exchange in exchanges_in(rows):
+            history._append(exchange, question.content, answer.usage)
+        if rows and rows[0].parent_id is not None:
+            history._total = None  # the last count may be from before the cut
         return history
+
+    # --- what is sent ---
+
+    @property
+    def system_prompt(self) -> str:
+        """The first message, if there is one."""
+        return self._system_prompt
+
+    @system_prompt.setter
+    def system_prompt(self, text: str) -> None:
+        if text != self._system_prompt:
+            self._system_prompt, self._total = text, None
+            self._join()
 
     @property
     def window_start(self) -> str | None:
-        """The id of the oldest message that is sent."""
-        return self._exchanges[0].first_message if self._exchanges else None
+        """The id of the oldest message of the window."""
+        return self._window[0].first_message if self._window else None
 
-    def add(
-        self, message_id: str, question: str, answer: str, usage: Usage | None, kind: Kind = "message"
-    ) -> None:
-        """An exchange has ended."""
-        asked = {"role": "user", "content": _state(question) if kind == "state" else question}
-        exchange = Exchange(message_id, [asked, {"role": "assistant", "content": answer}], kind=kind)
-        if usage is not None and not usage.estimated:
-            exchange.tokens = usage.prompt_tokens + usage.completion_tokens - usage.reasoning_tokens
-        if kind == "state":
-            self._times = self._times + 1 if question == self._last_state else 1
-            self._last_state = question
-            self._exchanges = [kept for kept in self._exchanges if kept.kind != "state"]
-        self._exchanges.append(exchange)
-
-    def begin_after(self, state: str) -> None:
-        """The newest state was this one, whether or not it is among the exchanges."""
-        self._last_state, self._times = state, 1
+    @property
+    def size(self) -> int:
+        """Tokens of all that is sent before the newest message: as counted, or else estimated."""
+        return self._total if self._total is not None else len(self._json) // BYTES_A_TOKEN
 
     def worded(self, question: str, kind: Kind) -> str:
         """What the model is asked: of a state, also whether the player has sent it before."""
         if kind == "message":
             return question
-        again = question == self._last_state
-        return f"{_state(question)}\n\n{AGAIN.format(times=self._times + 1)}" if again else _state(question)
+        again = f"\n\n{AGAIN.format(times=self._times + 1)}" if question == self._last_state else ""
+        return asked(question, kind) + again
 
-    def prompt(self, question: str, kind: Kind = "message") -> list[dict[str, Any]]:
+    def prompt(self, question: str, kind: Kind = "message") -> Prompt:
         """The messages for the model, `question` the newest. A state takes the place of a state."""
-        kept = self._exchanges
-        if kind == "state" and kept and kept[-1].kind == "state":
-            kept = kept[:-1]
-        sent = [message for exchange in kept for message in exchange.messages]
-        return [*self._system, *sent, {"role": "user", "content": question}]
+        past, count = self._json, self._count
+        if kind == "state" and any(exchange.kind == "state" for exchange in self._window[-1:]):
+            past, count = past[: self._before_last], count - self._window[-1].count
+        elif kind == "state":
+            past, count = self._joined([kept for kept in self._window if kept.kind != "state"])
+        return Prompt(past, said_by("user", question), count + 1)
 
-    async def fit(
-        self,
-        question: str,
-        *,
-        kind: Kind = "message",
-        budget: int,
-        max_messages: int,
-        context: int | None,
-        count: CountTokens,
-    ) -> list[dict[str, Any]]:
-        """The messages for the model, `question` worded for it, after a cut if they would not fit into
-        `budget` tokens or `max_messages` (0: no bound).
+    def _join(self) -> None:
+        """Makes what is sent anew, after more than an addition."""
+        self._json, self._count = self._joined([])
+        self._fixed = len(self._json)
+        self._before_last = 0
+        for exchange in self._window:
+            self._join_on(exchange)
 
-        Raises `InvalidRequest` when the system prompt and `question` alone are longer than `context`.
+    def _joined(self, window: Sequence[Exchange]) -> tuple[bytearray, int]:
+        before = [self._summary] if self._summary is not None else []
+        exchanges = [*before, *self._head, *window]
+        system = [said_by("system", self._system_prompt)] if self._system_prompt else []
+        json = bytearray(b",".join([*system, *(exchange.json for exchange in exchanges)]))
+        return json, len(system) + sum(exchange.count for exchange in exchanges)
+
+    def _join_on(self, exchange: Exchange) -> None:
+        self._before_last = len(self._json)
+        if self._json:
+            self._json += b","
+        self._json += exchange.json
+        self._count += exchange.count
+
+    # --- what happens ---
+
+    def add(
+        self, message_id: str, question: str, answer: str, usage: Usage | None, kind: Kind = "message"
+    ) -> None:
+        """An exchange has ended."""
+        messages = [
+            {"role": "user", "content": asked(question, kind)},
+            {"role": "assistant", "content": answer},
+        ]
+        self._append(Exchange.of(message_id, messages, kind), question, usage)
+
+    def _append(self, exchange: Exchange, question: str, usage: Usage | None) -> None:
+        before, self._total = self._total, None
+        if exchange.kind == "state":
+            self._times = self._times + 1 if question == self._last_state else 1
+            self._last_state = question
+            if any(kept.kind == "state" for kept in self._window):
+                self._window = [kept for kept in self._window if kept.kind != "state"]
+                before = None
+                self._join()
+        if usage is not None and not usage.estimated:
+            self._total = usage.prompt_tokens + usage.completion_tokens - usage.reasoning_tokens
+            if before is not None and self._total > before:
+                exchange.tokens = self._total - before
+        self._window.append(exchange)
+        self._join_on(exchange)
+
+    def begin_after(self, state: str) -> None:
+        """The newest state was this one, whether or not it is among the exchanges."""
+        self._last_state, self._times = state, 1
+
+    def remember(self, pinned: Sequence[MessageRow], summary: str | None, until: str | None) -> None:
+        """What outlives a cut: pinned exchanges from before the window, and a summary of the others before
+        the message `until`."""
+        self._head = [exchange for _, _, exchange in exchanges_in(pinned) if exchange.pinned]
+        self.is_cut = True
+        self.summarise(summary, until)
+        self.is_cold = False
+
+    def summarise(self, text: str | None, until: str | None) -> None:
+        """There is a summary of what was said before the message `until`."""
+        self.summary, self.summarised_to = text, until
+        if text:
+            told = {"role": "user", "content": SUMMARY.format(text=text)}
+            self._summary = Exchange.of("", [told, {"role": "assistant", "content": UNDERSTOOD}])
+        self._changed(None)
+
+    def counted(self, tokens: int) -> None:
+        """The server has counted a prompt with an empty newest message: about all that is sent now."""
+        self._total = tokens
+
+    # --- what fits ---
+
+    async def fit(self, question: str, kind: Kind, room: Room, count: CountTokens) -> Prompt:
+        """The messages for the model, `question` worded for it, after a cut if there is no room for them.
+
+        Raises `InvalidRequest` when the system prompt and `question` alone are longer than the context.
         """
-        question = self.worded(question, kind)
-        if max_messages and 2 * len(self._exchanges) + 1 > max_messages:
-            self._keep(max(0, int(max_messages * CUT_TO) // 2))
-        if self._upper_bound(question) <= budget:
-            return self.prompt(question, kind)
-        alone = History(self.system_prompt)
-        least = await alone._size(question, count)
-        if context is not None and least >= context:
+        question, budget = self.worded(question, kind), room.budget
+        if room.messages and self._count + 1 > room.messages:
+            self._keep_messages(room.messages)
+        prompt = self.prompt(question, kind)
+        if self._upper_bound(question) > budget:
+            size = await _size(prompt, count)
+            if size > budget:
+                await self._check_alone(question, room.context, count)
+            while size > budget and self._cut(size, len(prompt.json), budget):
+                prompt = self.prompt(question, kind)
+                size = await _size(prompt, count)
+        self.is_cold = False
+        return prompt
+
+    async def _check_alone(self, question: str, context: int | None, count: CountTokens) -> None:
+        if context is None:
+            return
+        least = await _size(History(self._system_prompt).prompt(question), count)
+        if least >= context:
             raise InvalidRequest(
                 f"message: with the system prompt it has {least} tokens; the model reads at most {context}."
             )
-        size = await self._size(question, count)
-        while size > budget and self._exchanges:
-            self._cut(size, budget)
-            size = await self._size(question, count)
-        return self.prompt(question, kind)
+
+    def make_room(self, room: Room) -> None:
+        """Right after an answer: cuts at once when another turn as long as those before would not fit, so
+        that the server can read what is left before it is needed."""
+        if all(exchange.pinned for exchange in self._window[:-1]):
+            return
+        if room.messages and self._count + 1 > room.messages:
+            self._keep_messages(room.messages)
+        typical = self.size * (len(self._json) - self._fixed) // len(self._json) // len(self._window)
+        if self.size + typical > room.budget:
+            self._cut(self.size, len(self._json), room.budget)
+
+    async def refit(
+        self,
+        question: str,
+        kind: Kind,
+        room: Room | None,
+        count: CountTokens,
+        *,
+        sent: Prompt,
+        size: int | None,
+    ) -> Prompt | None:
+        """The messages for the model once more, after the server had no room for `sent`, of `size` tokens
+        where it tells: cut to half of the room, or to nothing where nobody knows it. None when there was
+        nothing left to leave out. Raises what `fit` raises."""
+        budget = 0 if room is None else room.budget
+        size = size or max(sent.estimate, budget)
+        if not self._cut(size, len(sent.json), budget):
+            return None
+        if room is None:
+            while self._cut(size, len(sent.json), 0):
+                pass
+            return self.prompt(self.worded(question, kind), kind)
+        if self._total is None:
+            self._total = size * len(self._json) // len(sent.json)
+        return await self.fit(question, kind, room, count)
 
     def _upper_bound(self, question: str) -> int:
         """Tokens that the prompt has at most: a token is at least a byte of text."""
-        new = len(question.encode()) + 2 * MESSAGE_OVERHEAD
-        if not self._exchanges:
-            return new + sum(len(m["content"].encode()) for m in self._system) + 2 * MESSAGE_OVERHEAD
-        known = self._exchanges[-1].tokens
-        return new + known if known is not None else new + self._bytes()
+        past = self._total if self._total is not None else len(self._json)
+        return past + len(question.encode()) + 2 * MESSAGE_OVERHEAD
 
-    def _bytes(self) -> int:
-        return sum(len(m["content"].encode()) + MESSAGE_OVERHEAD for m in self.prompt(""))
-
-    async def _size(self, question: str, count: CountTokens) -> int:
-        exact = await count(self.prompt(question))
-        return exact if exact is not None else self._estimate(question)
-
-    def _estimate(self, question: str) -> int:
-        return sum(estimate_tokens(m["content"]) + MESSAGE_OVERHEAD // 2 for m in self.prompt(question))
-
-    def _cut(self, size: int, budget: int) -> None:
-        """Drops the oldest exchanges until about half of the budget is used, at least one."""
-        surplus = size - int(budget * CUT_TO)
-        dropped = 0
-        while dropped < len(self._exchanges) and surplus > 0:
-            surplus -= self._tokens_of(dropped)
+    def _cut(self, size: int, length: int, budget: int) -> bool:
+        """Leaves out the oldest exchanges of a prompt of `size` tokens and `length` bytes, at least one,
+        until about half of the room for exchanges is used: the newest only when nothing else is left, and
+        last of all what outlived the cuts before. False when there was nothing to leave out."""
+        if not self._window:
+            return self._cut_head()
+        fixed = self._fixed * size // length
+        surplus = size - fixed - int(max(budget - fixed, 0) * CUT_TO)
+        dropped = lost = 0
+        while dropped < len(self._window) - 1 and (surplus > 0 or not lost):
+            exchange = self._window[dropped]
+            if not exchange.pinned:
+                surplus -= exchange.tokens or len(exchange.json) * size // length
+                lost += 1
             dropped += 1
-        self._keep(len(self._exchanges) - dropped)
+        is_pinned = self._window[-1].pinned
+        self._drop(dropped if lost else len(self._window))
+        return bool(lost) or not is_pinned or self._cut_head()
 
-    def _tokens_of(self, index: int) -> int:
-        exchange = self._exchanges[index]
-        before = self._exchanges[index - 1].tokens if index else 0
-        if index and exchange.tokens is not None and before is not None and exchange.tokens > before:
-            return exchange.tokens - before
-        return sum(estimate_tokens(m["content"]) + MESSAGE_OVERHEAD // 2 for m in exchange.messages)
+    def _cut_head(self) -> bool:
+        if self._summary is not None:
+            self._summary = None
+        elif self._head:
+            del self._head[0]
+        else:
+            return False
+        self._changed(None)
+        return True
 
-    def _keep(self, exchanges: int) -> None:
-        """Keeps the newest ones. Their counts included what is dropped, so they are known no more."""
-        self._exchanges = self._exchanges[len(self._exchanges) - exchanges :]
-        for exchange in self._exchanges:
-            exchange.tokens = None
+    def _drop(self, exchanges: int) -> None:
+        """Drops the oldest ones of the window; those that are pinned go to the head."""
+        self.is_cut, self.summary_tries = True, 0
+        gone, self._window = self._window[:exchanges], self._window[exchanges:]
+        total = self._total
+        for exchange in gone:
+            if exchange.pinned:
+                self._head.append(exchange)
+            elif exchange.tokens is None or total is None:
+                total = None
+            else:
+                total -= exchange.tokens
+        self._changed(total)
+
+    def _changed(self, total: int | None) -> None:
+        """The beginning of the prompt is another one now, of `total` tokens."""
+        self._total = total
+        self.is_cold = True
+        self._join()
+
+    def _keep_messages(self, most: int) -> None:
+        """Drops the oldest exchanges until half as many messages are left as may be sent."""
+        kept, dropped = self._count, 0
+        while dropped < len(self._window) and kept + 1 > int(most * CUT_TO):
+            kept -= 0 if self._window[dropped].pinned else self._window[dropped].count
+            dropped += 1
+        if dropped:
+            self._drop(dropped)
+        while self._count + 1 > most and self._cut_head():
+            pass
 
 
-def estimate_tokens(text: str) -> int:
-    """Roughly how many tokens a text has, rather too many than too few: used only where the server
-    does not tell."""
-    return len(text.encode()) // 3 + 1
-
-
-def _state(text: str) -> str:
-    return f"The state of the game:\n{text}"
+async def _size(prompt: Prompt, count: CountTokens) -> int:
+    exact = await count(prompt)
+    return exact if exact is not None else prompt.estimate

@@ -7,6 +7,7 @@ to in `llm_server`, and its replies are read in `replies`.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -22,13 +23,16 @@ from app.services.llm_server import Clock, LLMServer, Message, ModelInfo
 from app.services.places import Meter, NoServer, Places, Queue
 from app.services.pool import Pool, Status, default_upstream, upstream_of
 from app.services.replies import Completion, Done, InQueue, Piece, ReplyReader, Update
-from app.services.routing import Journey, OwnKey, Router
+from app.services.routing import Journey, OwnKey, Route, Router
 from app.services.streaming_http import StreamingHttp
 
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
 
 ANY = ("*",)
+
+OWN_CACHE = {"llamacpp", "vllm"}
+"""Servers that keep what they have read for those who run them, at no price."""
 
 COUNT_AT_ONCE_S = 0.5
 """How long the end of a turn waits for its tokens to be counted."""
@@ -184,6 +188,62 @@ class LLMClient:
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
         return server.generate(model, body, reader, clock, journey.key())
 
+    async def in_spare_time(
+        self, session: str, messages: Sequence[Message], options: GenerationOptions, meter: Meter
+    ) -> Completion | None:
+        """The whole reply, made at the session's server while that has a place which no turn wants; None when
+        there is none, or not for long enough. Raises what `generate` raises."""
+        route = self._router.route(options.model)
+        server = route.pool.home_of(session)
+        if server is None or not server.spare_time.is_there:
+            return None
+        return await server.spare_time.run(self._whole(route, server, messages, options, meter, None))
+
+    async def warm(
+        self, session: str, messages: Sequence[Message], options: GenerationOptions
+    ) -> Usage | None:
+        """Lets the session's server read a prompt in its spare time, so that those which begin the same are
+        answered sooner: only where the prefix cache is one's own. Returns what it has read, or None."""
+        route = self._router.route(options.model)
+        server = route.pool.home_of(session)
+        found = None if server is None else route.found(server)
+        if server is None or found is None or found.server not in OWN_CACHE or not server.upstream.is_asked:
+            return None
+        slot = server.slots.resting(session)
+        if not server.spare_time.is_there or (slot is None and server.slots.count):
+            return None
+        # llama.cpp generates a token also where none is asked for, and vLLM refuses to generate none.
+        shortest = options.model_copy(update={"max_tokens": 1})
+        work = self._whole(route, server, messages, shortest, Meter(), slot)
+        read = await server.spare_time.run(work)
+        return None if read is None else read.usage
+
+    async def _whole(
+        self,
+        route: Route,
+        server: LLMServer,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        meter: Meter,
+        slot: int | None,
+    ) -> Completion:
+        model = route.found(server)
+        if model is None:
+            raise route.pool.not_served()
+        completion, began, meter.model = Completion(), time.monotonic(), route.name_of(model)
+        body, tools = chat_body(self._settings, server, model, route.entry, messages, options)
+        if slot is not None:
+            body["id_slot"] = slot
+        reader = ReplyReader(self._settings.llm_skip_thinking, tools)
+        try:
+            generating = server.generate(model, body, reader, Clock(self._settings), None)
+            async with aclosing(generating) as updates:
+                async for update in updates:
+                    completion.add(update)
+        finally:
+            meter.gpu_seconds = time.monotonic() - began
+        return completion
+
     async def count_tokens(self, messages: Sequence[Message], model: str | None = None) -> int | None:
         """The exact length of the prompt that `messages` make for a model, in tokens; None where the server
         cannot tell (only llama.cpp and vLLM can)."""
@@ -254,8 +314,9 @@ class LLMClient:
 
     def context_of(self, model: str | None) -> int | None:
         """The context length of a model, in tokens, where the server or `models.toml` tells."""
-        found = self._router.route(model).found()
-        return None if found is None else found.context
+        route = self._router.route(model)
+        found = route.found()
+        return None if found is None else route.pool.context_of(found)
 
     async def watch(self) -> None:
         """Asks the servers every few seconds how they are, and at once after a failure. Runs until

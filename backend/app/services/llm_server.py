@@ -18,13 +18,16 @@ from urllib.parse import urlencode
 import msgspec
 
 from app.config import Settings
-from app.errors import LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
+from app.errors import ContextExceeded, LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
 from app.logs import get_logger
 from app.services import dialects
 from app.services.catalog import DEFAULT, ProviderKind
+from app.services.overflows import overflow_in
+from app.services.prompts import encode_body
 from app.services.replies import LONGEST_LINE, NO_JSON, Done, Fault, Piece, ReplyReader, error_text
 from app.services.server_state import NEVER_ASKED, Loading, Refused, ServerState
 from app.services.slots import Slots
+from app.services.spare_time import SpareTime
 from app.services.streaming_http import Answer, BrokenAnswer, NoAnswer, NoConnection, StreamingHttp
 
 log = get_logger(__name__)
@@ -97,7 +100,7 @@ class Upstream:
 
 class LLMServer:
     """Speaks to the LLM server at one address. `models`, `slots` and `latency_ms` are what it said of itself
-    when it was last asked."""
+    when it was last asked; `contexts` what it said when a prompt was too long for a model."""
 
     def __init__(self, settings: Settings, upstream: Upstream, name: str, url: str) -> None:
         self._settings = settings
@@ -108,7 +111,9 @@ class LLMServer:
         self.root = self.base.removesuffix("/v1")
         self.state = ServerState(name, upstream.capacity, NEVER_ASKED if upstream.is_asked else None)
         self.models: list[ModelInfo] = []
+        self.contexts: dict[str, int] = {}
         self.slots = Slots()
+        self.spare_time = SpareTime(self.state.load)
         self.latency_ms: int | None = None
         self.look_again = asyncio.Event()
         self._headers = {**_JSON, **upstream.headers, **dialects.key_headers(upstream.kind, upstream.key)}
@@ -126,10 +131,13 @@ class LLMServer:
         """Posts a chat completion, with another `key` than the provider's where one is given, and yields the
         reply as `reader` reads it, within the limits of `clock`. Closing the generator closes the request to
         the server."""
-        answer = await self._post(model, msgspec.json.encode(body), clock, key)
+        answer = await self._post(model, encode_body(body), clock, key)
         try:
             if answer.status != 200:
-                raise await self._refusal(answer, model.name, key)
+                refusal = await self._refusal(answer, model.name, key)
+                if isinstance(refusal, ContextExceeded) and refusal.limit is not None:
+                    self.contexts[model.id] = refusal.limit
+                raise refusal
             while not reader.complete:
                 data = answer.take() or await self._read(answer, clock)
                 if not data:
@@ -207,14 +215,16 @@ class LLMServer:
         status = answer.status
         try:
             async with asyncio.timeout(REFUSAL_S):
-                text = error_text(await answer.read_whole(LONGEST_REFUSAL))
+                body = await answer.read_whole(LONGEST_REFUSAL)
         except (TimeoutError, BrokenAnswer):
-            text = ""
+            body = b""
         if own_key is None:  # a provider may repeat a key that it does not know
-            log.debug("LLM server refused a request", server=self.name, status=status, said=text)
+            log.debug("LLM server refused a request", server=self.name, status=status, said=error_text(body))
         if status in {401, 403}:
             whose = "the session's own key" if own_key is not None else self.upstream.whose_key
             return LLMError(f"The LLM server did not accept {whose}.")
+        if status in {400, 413, 422} and (overflow := overflow_in(body)) is not None:
+            return overflow
         return _error_of(status, model, _seconds(answer.headers.get("retry-after")))
 
     # --- other questions ---
@@ -274,7 +284,7 @@ class LLMServer:
         return None
 
     async def _ask(self, url: str, body: dict[str, Any]) -> Any:
-        data = msgspec.json.encode(body)
+        data = encode_body(body)
         try:
             async with asyncio.timeout(COUNT_TIMEOUT_S):
                 return msgspec.json.decode(await self._fetch("POST", url, self._headers, data))

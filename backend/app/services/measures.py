@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from app.events import Usage
-from app.services.history import MESSAGE_OVERHEAD, estimate_tokens
+from app.services.prompts import estimate_prompt
 from app.services.replies import speed
 from app.services.turns import Turn
 
@@ -18,9 +18,8 @@ def estimated(turn: Turn) -> Usage:
     """Roughly what a turn has used: nothing when it came to no model."""
     if not turn.meter.model:
         return Usage(estimated=True)
-    sent = sum(estimate_tokens(str(m.get("content", ""))) + MESSAGE_OVERHEAD // 2 for m in turn.prompt)
     # A piece is a token, or several that came together.
-    return Usage(sent, max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)
+    return Usage(estimate_prompt(turn.prompt), max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)
 
 
 def timed(turn: Turn, usage: Usage) -> Usage:

@@ -90,6 +90,13 @@ class Pool:
         home = None if session is None or len(self.servers) == 1 else self._homes.get(session)
         return self.places.ask(owner, home, barred, again=again)
 
+    def home_of(self, session: str) -> LLMServer | None:
+        """The server that has the session's prefix."""
+        if len(self.servers) == 1:
+            return self.servers[0]
+        home = self._homes.get(session)
+        return None if home is None else self._of_load[home]
+
     def lacking(self, wanted: str | None) -> Collection[Load]:
         """Where a model is known not to be served, of servers that differ in that."""
         if wanted is None or len(self.servers) == 1 or self.upstream.name != DEFAULT:
@@ -149,6 +156,12 @@ class Pool:
     def _default(self, models: list[ModelInfo]) -> ModelInfo:
         wanted = self._settings.llm_model
         return models[0] if wanted == DEFAULT else _named(models, wanted) or replace(models[0], id=wanted)
+
+    def context_of(self, model: ModelInfo) -> int | None:
+        """The context of a model, as its servers told it, or as they have told when a prompt was too long."""
+        told = [server.contexts[model.id] for server in self.servers if model.id in server.contexts]
+        known = [*told, *([model.context] if model.context is not None else [])]
+        return min(known, default=None)
 
     def not_served(self) -> PortalError:
         """The error for a model that no server serves."""

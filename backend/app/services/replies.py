@@ -15,6 +15,7 @@ import msgspec
 from app.errors import LLMError
 from app.events import Usage
 from app.logs import get_logger
+from app.services.overflows import overflow_of
 from app.services.thinking import Kind, ThinkSplitter
 from app.services.tools import ConstrainedReply
 
@@ -253,6 +254,8 @@ class ReplyReader:
         """What a chunk adds; the rest of it is noted."""
         if chunk.error is not None:
             log.debug("LLM server failed in its reply", said=message_in(chunk.error))
+            if not self.has_begun and (overflow := overflow_of(chunk.error)) is not None:
+                raise overflow
             raise Fault("The LLM server failed in its reply.", retryable=True)
         if chunk.usage is not None:
             self._usage = chunk.usage

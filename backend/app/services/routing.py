@@ -152,6 +152,7 @@ class Journey:
         if model is None:
             raise self.route.pool.not_served()
         self._meter.model = self.route.name_of(model)
+        server.spare_time.make_way()
         self._slots = server.slots
         self._slot = server.slots.take(self._session)
         return server, model

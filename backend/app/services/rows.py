@@ -61,7 +61,8 @@ class TurnRow(msgspec.Struct, frozen=True):
 
 
 class MessageRow(msgspec.Struct, frozen=True):
-    """A message with the state and the kind of its turn."""
+    """A message with the state and the kind of its turn. The `tool_calls` of an assistant's message are
+    those that it made; of a tool's, the one that it answers."""
 
     id: str
     parent_id: str | None
@@ -73,6 +74,7 @@ class MessageRow(msgspec.Struct, frozen=True):
     created_at: float
     turn_state: str
     kind: Kind
+    pinned: bool = False
 
     @property
     def status(self) -> str:
@@ -85,7 +87,12 @@ SESSION_COLUMNS = [sessions.c[name] for name in SessionRow.__struct_fields__]
 TURN_COLUMNS = [turns.c[name] for name in TurnRow.__struct_fields__]
 
 _MESSAGE_NAMES = ("id", "parent_id", "turn_id", "role", "content", "tool_calls", "usage", "created_at")
-MESSAGE_COLUMNS = [*(messages.c[name] for name in _MESSAGE_NAMES), turns.c.state, turns.c.kind]
+MESSAGE_COLUMNS = [
+    *(messages.c[name] for name in _MESSAGE_NAMES),
+    turns.c.state,
+    turns.c.kind,
+    messages.c.pinned,
+]
 
 NAMED_ONE = select(*SESSION_COLUMNS).where(
     sessions.c.owner == bindparam("owner"), sessions.c.session_id == bindparam("name"), text(LIVE)
@@ -146,4 +153,5 @@ def message_of(row: Sequence[Any]) -> MessageRow:
     values = dict(zip(MessageRow.__struct_fields__, row, strict=True))
     if values["usage"] is not None:
         values["usage"] = msgspec.convert(values["usage"], Usage)
+    values["pinned"] = bool(values["pinned"])
     return MessageRow(**values)

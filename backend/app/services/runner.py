@@ -18,27 +18,28 @@ from typing import Any, TypeVar
 import msgspec
 from sqlalchemy import Connection
 
-from app.access import Role
 from app.config import Settings
 from app.database import insist
-from app.errors import Expired, Internal, PortalError, StorageUnavailable
+from app.errors import ContextExceeded, Expired, Internal, PortalError, StorageUnavailable
 from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
 from app.logs import get_logger
 from app.services.accounting import Accounting
 from app.services.endings import Ended, Reply
-from app.services.history import History, estimate_tokens
+from app.services.history import History
+from app.services.idle_work import IdleWork
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
 from app.services.measures import estimated, share_of_thinking, timed
+from app.services.memory import Memory
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
+from app.services.prompting import Asked, Prompting
 from app.services.replies import Done, InQueue
 from app.services.routing import OwnKey
 from app.services.rows import SessionRow, TurnRow
 from app.services.session_keys import SessionKeys
 from app.services.store import StaleAttempt, Store
-from app.services.tools import instructions
 from app.services.turns import Interruption, Turn, recall
 
 T = TypeVar("T")
@@ -62,6 +63,8 @@ class LiveSession:
     row: SessionRow
     history: History | None = None
     version: int = -1
+    asked: Asked | None = None
+    chore: asyncio.Task[None] | None = None
     running: Turn | None = None
     waiting: list[Turn] = field(default_factory=list)
 
@@ -73,6 +76,7 @@ class Runner:
         self,
         settings: Settings,
         store: Store,
+        memory: Memory,
         llm: LLMClient,
         policies: Policies,
         projects: Projects,
@@ -81,15 +85,16 @@ class Runner:
         instance: str,
     ) -> None:
         self._settings = settings
-        self._projects = projects
+        self._prompting = Prompting(settings, store, memory, llm, policies, projects)
+        self._idle_work = IdleWork(settings, llm, store, memory, accounting)
         self._store = store
         self._llm = llm
-        self._policies = policies
         self._accounting = accounting
         self._keys = keys
         self._instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
         self._side_tasks: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
         self._closing = False
         self._bells: dict[tuple[str, str], list[asyncio.Event]] = {}
         self.turns: dict[str, Turn] = {}
@@ -101,7 +106,10 @@ class Runner:
         tasks = [turn.task for turn in self.turns.values() if turn.task is not None]
         for turn in list(self.turns.values()):
             self.interrupt(turn, "shutdown")
-        await asyncio.gather(*tasks, *self._side_tasks, return_exceptions=True)
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.gather(*tasks, *self._side_tasks, *self._chores, return_exceptions=True)
+        await self._idle_work.close()
 
     # --- order ---
 
@@ -111,6 +119,8 @@ class Runner:
         self.turns[turn.id] = turn
         if not turn.row.detached:
             turn.on_abandoned = self._abandoned
+        if live.chore is not None:
+            live.chore.cancel()
         live.waiting.append(turn)
         live.waiting.sort(key=lambda waiting: waiting.row.position)
         self._pump(live)
@@ -153,6 +163,8 @@ class Runner:
         live = self._sessions.get(session)
         if live is not None:
             live.history = None
+            if live.chore is not None:
+                live.chore.cancel()
 
     def _pump(self, live: LiveSession) -> None:
         """Lets the next turn of a session run."""
@@ -200,6 +212,34 @@ class Runner:
                 self.turns.pop(turn.id, None)
                 self._aside(self._accounting.count(turn), f"count {turn.id}")
             self._pump(live)
+            self._rest(live, turn)
+
+    def _rest(self, live: LiveSession, turn: Turn) -> None:
+        """When nobody speaks in the session, begins what is better done now than while somebody waits."""
+        history, asked = live.history, live.asked
+        if live.running is not None or history is None or asked is None or turn.ending is None:
+            return
+        if self._closing or not self._idle_work.is_wanted(history):
+            return
+
+        def ended(chore: asyncio.Task[None]) -> None:
+            self._chores.discard(chore)
+            if live.chore is chore:
+                live.chore = None
+
+        chores = self._do_chores(live, turn, history, asked)
+        live.chore = asyncio.create_task(chores, name=f"rest {turn.id}")
+        self._chores.add(live.chore)
+        live.chore.add_done_callback(ended)
+
+    async def _do_chores(self, live: LiveSession, turn: Turn, history: History, asked: Asked) -> None:
+        try:
+            if await self._idle_work.summarise(history, turn, asked, live.version):
+                live.version += 1
+            if history.is_cold:
+                await self._idle_work.warm(history, turn, asked.options)
+        except Exception:
+            log.exception("work for a session at rest failed", turn=turn.id)
 
     async def _claim(self, live: LiveSession, turn: Turn) -> bool:
         """Waits until the turn is the running one of its session, also among other instances; False
@@ -237,16 +277,10 @@ class Runner:
         """The ending to store, and the reply with it; no ending when the turn must stay active."""
         try:
             history = await self._insist(lambda: self._history(live, turn))
-            options = self._options(turn)
-            fitting = history.fit(
-                turn.question or "",
-                kind=turn.row.kind,
-                budget=self._budget(options),
-                max_messages=self._settings.llm_max_history_messages,
-                context=self._llm.context_of(options.model),
-                count=partial(self._llm.count_tokens, model=options.model),
-            )
-            return await self._generate(turn, fitting, options)
+            asked = live.asked = self._prompting.asked(turn)
+            prompting = self._prompting.fit(history, turn, asked)
+            again = partial(self._prompting.refit, history, turn, asked)
+            return await self._generate(turn, prompting, asked.options, again)
         except PortalError as error:
             return Failed(turn.id, error.info), None
         except Exception:
@@ -254,60 +288,37 @@ class Runner:
             return Failed(turn.id, Internal("The portal failed at this turn.").info), None
 
     async def _history(self, live: LiveSession, turn: Turn) -> History:
-        prompt = "\n\n".join(filter(None, (self._role_of(turn).system_prompt, live.row.system_prompt)))
+        prompt = self._prompting.system_prompt(live.row, turn)
         if live.row.version == 0 and turn.question is not None:
             live.history, live.version = History(prompt), 0  # no turn has ended here yet
         elif live.history is None or turn.question is None:
-            rows = await self._store.messages(turn.row.message_id, last=live.row.window_start)
-            turn.question = rows[-1].content if rows else ""
-            live.history = History.from_rows(prompt, rows)
+            live.history = await self._prompting.recall(live.row, turn)
             live.version = live.row.version
-            if turn.row.kind == "state":
-                before = await self._store.last_state(live.row.id)
-                if before is not None:
-                    live.history.begin_after(before)
         live.history.system_prompt = prompt  # a role may have got another one
         return live.history
 
-    def _role_of(self, turn: Turn) -> Role:
-        """The role of who asked."""
-        return self._policies.role(turn.row.role)
-
-    def _options(self, turn: Turn) -> GenerationOptions:
-        """What was asked for, above what the project has; a state is answered with the project's tools."""
-        project = self._projects.project(turn.session.project)
-        given: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "top_p", "max_tokens")
-            if (value := getattr(project, name)) is not None
-        }
-        if turn.row.kind == "state" and (tools := project.tools_for(self._role_of(turn).tools)):
-            given["tools"] = tools
-        return GenerationOptions.of({**given, **turn.row.options})
-
-    def _budget(self, options: GenerationOptions) -> int:
-        """Tokens for the prompt: what the setting allows, and what the server's context has room for
-        beside the reply."""
-        budget = self._settings.llm_max_history_tokens
-        context = self._llm.context_of(options.model)
-        if context is None:
-            return budget
-        reserve = options.max_tokens or self._settings.llm_max_tokens
-        if options.tools:
-            reserve += estimate_tokens(instructions(options.tools))
-        return min(budget, max(context - reserve, context // 4))
-
     async def _generate(
-        self, turn: Turn, prompting: Coroutine[Any, Any, Sequence[Message]], options: GenerationOptions
+        self,
+        turn: Turn,
+        prompting: Coroutine[Any, Any, Sequence[Message]],
+        options: GenerationOptions,
+        again: Callable[[ContextExceeded], Awaitable[Sequence[Message]]] | None = None,
     ) -> tuple[Ending | None, Reply | None]:
-        """Makes the prompt and generates, with the turn's events, and tells how it ended."""
+        """Makes the prompt and generates, with the turn's events, and tells how it ended. Where the server
+        has no room for the prompt, the one that is made `again` is tried, once."""
         turn.interruptible = True
         try:
             if turn.interruption is not None:
                 prompting.close()
                 return _interrupted(turn)
             turn.prompt = await prompting
-            done = await self._stream(turn, options)
+            try:
+                done = await self._stream(turn, options)
+            except ContextExceeded as refused:
+                if again is None:
+                    raise
+                turn.prompt = await again(refused)
+                done = await self._stream(turn, options)
             if done.usage is None:
                 await self._measure(turn, options)
             else:
@@ -355,7 +366,7 @@ class Runner:
             session=turn.session.id or None,
             meter=turn.meter,
             own_key=own_key,
-            allowed=self._role_of(turn).models,
+            allowed=self._prompting.role_of(turn).models,
         )
         most = RUNAWAY_FACTOR * (options.max_tokens or self._settings.llm_max_tokens)
         async with aclosing(updates):
@@ -392,7 +403,12 @@ class Runner:
         """Stores the ending, however long the database refuses, and tells the followers."""
         is_sent = reply is not None and not isinstance(ending, Failed)
         history = live.history if live.running is turn and is_sent else None
-        start = None if history is None else history.window_start or turn.row.message_id
+        start = None
+        if history is not None and reply is not None:
+            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage, turn.row.kind)
+            if live.asked is not None:
+                history.make_room(live.asked.room)
+            start = history.window_start
         # A trace tells how the text was cut into pieces: without a text it tells nothing.
         trace = turn.trace if isinstance(ending, Final | Cancelled) else None
         used = self._accounting.used(turn, ending)
@@ -412,8 +428,6 @@ class Runner:
             live.history = None
             self.watch_elsewhere(turn)
             return
-        if history is not None and reply is not None:
-            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage, turn.row.kind)
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
         live.version = ended.version

@@ -124,6 +124,8 @@ class Probe:
         """Whether the chat template of a llama.cpp server knows tools: it leaves them out without a word
         where it does not. And how many slots it has. Of other servers nothing is known."""
         self._knows_tools, self._server.slots = True, Slots()
+        self._server.contexts.clear()
+        self._server.spare_time.most = None
         if not models or self._owner(models[0]) != "llamacpp":
             return
         try:
@@ -131,6 +133,7 @@ class Probe:
         except (PortalError, *NO_JSON):
             return
         self._knows_tools = props.knows_tools
+        self._server.spare_time.most = props.total_slots or None
         if props.total_slots > 1:
             self._server.slots = Slots(props.total_slots)
 

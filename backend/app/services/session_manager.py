@@ -30,6 +30,7 @@ from app.services.endings import Ended
 from app.services.leases import Leases
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
+from app.services.memory import Memory
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
@@ -70,6 +71,7 @@ class SessionManager:
         self,
         settings: Settings,
         store: Store,
+        memory: Memory,
         leases: Leases,
         llm: LLMClient,
         templates: Templates,
@@ -90,7 +92,9 @@ class SessionManager:
         self._admission = admission
         self._epoch = new_id()
         self._instance = settings.instance or f"python-{self._epoch}"
-        self._runner = Runner(settings, store, llm, policies, projects, accounting, keys, self._instance)
+        self._runner = Runner(
+            settings, store, memory, llm, policies, projects, accounting, keys, self._instance
+        )
         self._accepting: set[asyncio.Task[Turn]] = set()
         self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
 

@@ -13,6 +13,7 @@ class Slots:
     """`count` slots, of one server."""
 
     def __init__(self, count: int = 0) -> None:
+        self.count = count
         self._sessions: list[str | None] = [None] * count
         self._free = dict.fromkeys(range(count))  # in the order of their last use
         self._of: dict[str, int] = {}
@@ -33,6 +34,15 @@ class Slots:
             self._sessions[slot] = session
         if session is not None:
             self._of[session] = slot
+        return slot
+
+    def resting(self, session: str) -> int | None:
+        """The slot that holds the beginning of a session, if it is free. Others are taken before it now."""
+        slot = self._of.get(session)
+        if slot is None or slot not in self._free:
+            return None
+        del self._free[slot]
+        self._free[slot] = None
         return slot
 
     def give_back(self, slot: int) -> None:

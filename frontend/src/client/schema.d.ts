@@ -1087,6 +1087,31 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/sessions/{session_id}/messages/{message_id}/pin": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Pin Message
+         * @description Pins a message: it is sent to the model, with its question or answer, however often the history is
+         *     cut. At most a quarter of what may be sent can be pinned.
+         */
+        post: operations["pin_message"];
+        /**
+         * Unpin Message
+         * @description Takes the pin off a message.
+         */
+        delete: operations["unpin_message"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/sessions/{session_id}/restore": {
         parameters: {
             query?: never;
@@ -2021,6 +2046,12 @@ export interface components {
             /** Parent Id */
             parent_id: string | null;
             /**
+             * Pinned
+             * @description Sent to the model however often the history is cut
+             * @default false
+             */
+            pinned?: boolean;
+            /**
              * Role
              * @enum {string}
              */
@@ -2472,6 +2503,18 @@ export interface components {
             tools: string[];
         };
         /**
+         * PinBody
+         * @description What is pinned in the session now, and how much may be, in tokens.
+         */
+        PinBody: {
+            /** Message Id */
+            message_id: string;
+            /** Most Tokens */
+            most_tokens: number;
+            /** Pinned Tokens */
+            pinned_tokens: number;
+        };
+        /**
          * Preview
          * @description What a template would make. `prompt` is null while variables are `missing`.
          */
@@ -2740,7 +2783,8 @@ export interface components {
         };
         /**
          * Session
-         * @description A session. Its system prompt came from `template`, where there is one.
+         * @description A session. Its system prompt came from `template`, where there is one; `summary` is what the model is
+         *     told of messages that are no longer sent to it.
          */
         Session: {
             /**
@@ -2752,6 +2796,8 @@ export interface components {
             project: string;
             /** Session Id */
             session_id: string;
+            /** Summary */
+            summary: string | null;
             /** System Prompt */
             system_prompt: string;
             template: components["schemas"]["SessionTemplate"] | null;
@@ -3398,6 +3444,7 @@ export type PasswordChange = components['schemas']['PasswordChange'];
 export type PasswordReset = components['schemas']['PasswordReset'];
 export type PermissionBody = components['schemas']['PermissionBody'];
 export type Permissions = components['schemas']['Permissions'];
+export type PinBody = components['schemas']['PinBody'];
 export type Preview = components['schemas']['Preview'];
 export type PreviewBody = components['schemas']['PreviewBody'];
 export type ProjectStatus = components['schemas']['ProjectStatus'];
@@ -5406,6 +5453,68 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    pin_message: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                message_id: string;
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["PinBody"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    unpin_message: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                message_id: string;
                 session_id: string;
             };
             cookie?: never;

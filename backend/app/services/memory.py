@@ -1,0 +1,129 @@
+"""What of a session's history outlives a cut: pinned exchanges, and a summary of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, bindparam, literal, select, text, update
+
+from app.database import Database, insert_of
+from app.models.tables import messages, sessions, summaries, turns
+from app.services.rows import MESSAGE_COLUMNS, MessageRow, SessionRow, locked_session, message_of
+
+_PINNED = text("""
+    WITH RECURSIVE path(id, parent_id, depth) AS (
+        SELECT id, parent_id, 0 FROM messages WHERE id = :leaf
+        UNION ALL
+        SELECT m.id, m.parent_id, path.depth + 1 FROM messages m JOIN path ON m.id = path.parent_id
+    )
+    SELECT m.id, m.parent_id, m.turn_id, m.role, m.content, m.tool_calls, m.usage, m.created_at,
+           t.state, t.kind, m.pinned
+    FROM path JOIN messages m ON m.id = path.id JOIN turns t ON t.id = m.turn_id
+    WHERE m.turn_id IN (SELECT turn_id FROM messages WHERE session = :session AND pinned)
+    ORDER BY path.depth DESC
+""").columns(*MESSAGE_COLUMNS)
+_ANY_PINNED = (
+    select(literal(1)).where(messages.c.session == bindparam("session"), text("messages.pinned")).limit(1)
+)
+_SUMMARY = select(summaries.c.content, summaries.c.until).where(summaries.c.session == bindparam("session"))
+_OF_TURN = (
+    select(*MESSAGE_COLUMNS)
+    .join(turns, turns.c.id == messages.c.turn_id)
+    .where(
+        messages.c.turn_id
+        == select(messages.c.turn_id)
+        .where(messages.c.id == bindparam("message"), messages.c.session == bindparam("session"))
+        .scalar_subquery()
+    )
+    .order_by(messages.c.id)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What is sent before the window of a session: its pinned exchanges, and the summary of what else was
+    said before the message `until`."""
+
+    pinned: list[MessageRow]
+    summary: str | None = None
+    until: str | None = None
+
+
+class Memory:
+    """Keeps pins and summaries."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def before(self, session: str, leaf: str) -> Remembered:
+        """What is remembered of the path that ends at `leaf`, the last message before the window."""
+
+        def operation(connection: Connection) -> Remembered:
+            found = connection.execute(_SUMMARY, {"session": session}).first()
+            content, until = (None, None) if found is None else found
+            return Remembered(_pinned(connection, session, leaf), content, until)
+
+        return await self._database.read(operation)
+
+    async def pinned(self, session: str, leaf: str) -> list[MessageRow]:
+        """The messages of all pinned exchanges on the path that ends at `leaf`, oldest first."""
+        return await self._database.read(lambda c: _pinned(c, session, leaf))
+
+    async def exchange(self, session: str, message_id: str) -> list[MessageRow]:
+        """All messages of the turn that a message of the session belongs to; none when there is no such
+        message."""
+        named = {"session": session, "message": message_id}
+        rows = await self._database.read(lambda c: c.execute(_OF_TURN, named).all())
+        return [message_of(row) for row in rows]
+
+    async def pin(self, session: str, message_id: str, *, pinned: bool) -> bool:
+        """Pins a message, or no longer; False when it is gone. What is sent changes with it, so the
+        session gets another version."""
+
+        def operation(connection: Connection) -> bool:
+            row = locked_session(connection, session)
+            mine = (messages.c.id == message_id, messages.c.session == session)
+            changed = connection.execute(update(messages).where(*mine).values(pinned=pinned or None))
+            _new_version(connection, row)
+            return bool(changed.rowcount)
+
+        return await self._database.write(operation)
+
+    async def summaries(self, of: Iterable[str]) -> dict[str, str]:
+        """The summaries of sessions, by the sessions' row ids."""
+        statement = select(summaries.c.session, summaries.c.content).where(summaries.c.session.in_(list(of)))
+        rows = await self._database.read(lambda c: c.execute(statement).all())
+        return {row.session: row.content for row in rows}
+
+    async def summarise(
+        self, session: str, version: int, content: str, until: str, also: Callable[[Connection], None]
+    ) -> bool:
+        """Stores the summary of what was said before the message `until`, and what `also` writes. A session
+        of this `version` gets the next one; one that has another already gets no summary (False)."""
+
+        def operation(connection: Connection) -> bool:
+            also(connection)
+            row = locked_session(connection, session)
+            if row.version != version:
+                return False
+            body = {"content": content, "until": until, "made_at": time.time()}
+            made = insert_of(connection.dialect.name, summaries).values(session=session, **body)
+            connection.execute(made.on_conflict_do_update(index_elements=["session"], set_=body))
+            _new_version(connection, row)
+            return True
+
+        return await self._database.write(operation)
+
+
+def _pinned(connection: Connection, session: str, leaf: str) -> list[MessageRow]:
+    if connection.execute(_ANY_PINNED, {"session": session}).first() is None:
+        return []
+    rows = connection.execute(_PINNED, {"session": session, "leaf": leaf}).all()
+    return [message_of(row) for row in rows]
+
+
+def _new_version(connection: Connection, row: SessionRow) -> None:
+    changed = update(sessions).where(sessions.c.id == row.id).values(version=row.version + 1)
+    connection.execute(changed)
