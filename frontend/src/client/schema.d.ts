@@ -1449,47 +1449,6 @@ export interface components {
             alerts: components["schemas"]["AlertBody"][];
         };
         /**
-         * NewKey
-         * @description A key to make. Without `scopes` it may do all that a key of mine can.
-         */
-        app__routers__keys__NewKey: {
-            /**
-             * Device
-             * @description Makes it good in MQTT payloads of this device, and nowhere else
-             */
-            device?: string | null;
-            /** Expires At */
-            expires_at?: string | null;
-            /** Name */
-            name: string;
-            /**
-             * Project
-             * @description The only project it is good for
-             */
-            project?: string | null;
-            /**
-             * Scopes
-             * @description Permissions
-             */
-            scopes?: string[] | null;
-        };
-        /**
-         * NewKey
-         * @description A key for a provider of models that takes keys of sessions.
-         */
-        app__routers__sessions__NewKey: {
-            /**
-             * Key
-             * Format: password
-             */
-            key: string;
-            /**
-             * Provider
-             * @description Its name in models.toml
-             */
-            provider: string;
-        };
-        /**
          * AuditEntry
          * @description A row of the audit log. `actor` is an owner; empty is nobody who is known.
          */
@@ -2385,6 +2344,31 @@ export interface components {
             role: string;
         };
         /**
+         * NewKey
+         * @description A key to make. Without `scopes` it may do all that a key of mine can.
+         */
+        NewKey: {
+            /**
+             * Device
+             * @description Makes it good in MQTT payloads of this device, and nowhere else
+             */
+            device?: string | null;
+            /** Expires At */
+            expires_at?: string | null;
+            /** Name */
+            name: string;
+            /**
+             * Project
+             * @description The only project it is good for
+             */
+            project?: string | null;
+            /**
+             * Scopes
+             * @description Permissions
+             */
+            scopes?: string[] | null;
+        };
+        /**
          * NewPrompt
          * @description Another system prompt: for a session, or for the sessions that a project will have.
          */
@@ -2416,6 +2400,22 @@ export interface components {
             variables?: {
                 [key: string]: unknown;
             };
+        };
+        /**
+         * NewSessionKey
+         * @description A key for a provider of models that takes keys of sessions.
+         */
+        NewSessionKey: {
+            /**
+             * Key
+             * Format: password
+             */
+            key: string;
+            /**
+             * Provider
+             * @description Its name in models.toml
+             */
+            provider: string;
         };
         /**
          * OAuth2Token
@@ -3393,8 +3393,6 @@ export type Account = components['schemas']['Account'];
 export type AddedDevice = components['schemas']['AddedDevice'];
 export type AlertBody = components['schemas']['AlertBody'];
 export type AlertList = components['schemas']['AlertList'];
-export type AppRoutersKeysNewKey = components['schemas']['app__routers__keys__NewKey'];
-export type AppRoutersSessionsNewKey = components['schemas']['app__routers__sessions__NewKey'];
 export type AuditEntry = components['schemas']['AuditEntry'];
 export type AuditPage = components['schemas']['AuditPage'];
 export type AuditVerdict = components['schemas']['AuditVerdict'];
@@ -3437,7 +3435,9 @@ export type NamedRole = components['schemas']['NamedRole'];
 export type NamedSchema = components['schemas']['NamedSchema'];
 export type NewDevice = components['schemas']['NewDevice'];
 export type NewInvitation = components['schemas']['NewInvitation'];
+export type NewKey = components['schemas']['NewKey'];
 export type NewPrompt = components['schemas']['NewPrompt'];
+export type NewSessionKey = components['schemas']['NewSessionKey'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
 export type OneUseLink = components['schemas']['OneUseLink'];
 export type PasswordChange = components['schemas']['PasswordChange'];
@@ -4763,7 +4763,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["app__routers__keys__NewKey"];
+                "application/json": components["schemas"]["NewKey"];
             };
         };
         responses: {
@@ -5424,7 +5424,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["app__routers__sessions__NewKey"];
+                "application/json": components["schemas"]["NewSessionKey"];
             };
         };
         responses: {
