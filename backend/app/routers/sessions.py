@@ -121,7 +121,7 @@ async def restore_session(
     return await _one(await sessions.restore(user, session_id), templates, memory)
 
 
-class NewSessionKey(BaseModel):
+class OwnKeyBody(BaseModel):
     """A key for a provider of models that takes keys of sessions."""
 
     provider: Annotated[str, Field(max_length=64, description="Its name in models.toml")]
@@ -148,7 +148,7 @@ class SessionKey(BaseModel):
 
 
 @router.put("/{session_id}/key")
-async def put_key(session_id: str, body: NewSessionKey, user: CurrentUser, keys: SessionKeysDep) -> SessionKey:
+async def put_key(session_id: str, body: OwnKeyBody, user: CurrentUser, keys: SessionKeysDep) -> SessionKey:
     """Gives a session a key of its own, with which its turns at this provider are asked for."""
     key = body.key.get_secret_value()
     return SessionKey.of(await keys.put(user, session_id, body.provider, key))

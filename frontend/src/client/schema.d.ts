@@ -2402,22 +2402,6 @@ export interface components {
             };
         };
         /**
-         * NewSessionKey
-         * @description A key for a provider of models that takes keys of sessions.
-         */
-        NewSessionKey: {
-            /**
-             * Key
-             * Format: password
-             */
-            key: string;
-            /**
-             * Provider
-             * @description Its name in models.toml
-             */
-            provider: string;
-        };
-        /**
          * OAuth2Token
          * @description The answer of an OAuth2 token endpoint (RFC 6749, section 5.1).
          */
@@ -2449,6 +2433,22 @@ export interface components {
             id: string;
             /** Path */
             path: string;
+        };
+        /**
+         * OwnKeyBody
+         * @description A key for a provider of models that takes keys of sessions.
+         */
+        OwnKeyBody: {
+            /**
+             * Key
+             * Format: password
+             */
+            key: string;
+            /**
+             * Provider
+             * @description Its name in models.toml
+             */
+            provider: string;
         };
         /**
          * PasswordChange
@@ -3437,9 +3437,9 @@ export type NewDevice = components['schemas']['NewDevice'];
 export type NewInvitation = components['schemas']['NewInvitation'];
 export type NewKey = components['schemas']['NewKey'];
 export type NewPrompt = components['schemas']['NewPrompt'];
-export type NewSessionKey = components['schemas']['NewSessionKey'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
 export type OneUseLink = components['schemas']['OneUseLink'];
+export type OwnKeyBody = components['schemas']['OwnKeyBody'];
 export type PasswordChange = components['schemas']['PasswordChange'];
 export type PasswordReset = components['schemas']['PasswordReset'];
 export type PermissionBody = components['schemas']['PermissionBody'];
@@ -5424,7 +5424,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/json": components["schemas"]["NewSessionKey"];
+                "application/json": components["schemas"]["OwnKeyBody"];
             };
         };
         responses: {
