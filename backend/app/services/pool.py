@@ -134,6 +134,8 @@ class Pool:
     @property
     def models(self) -> list[ModelInfo]:
         """The models that are served, by whichever server, each once."""
+        if len(self.servers) == 1:
+            return self.servers[0].models
         found: dict[str, ModelInfo] = {}
         for server in self.servers:
             for model in server.models:
@@ -144,9 +146,10 @@ class Pool:
         """The model `wanted`, or the default one, as `server` serves it, or some server of the pool; None
         where it is not known to."""
         models = self.models if server is None else server.models
-        found = _named(models, wanted)
-        if found is None and wanted is None and models:
-            found = self._default(models)
+        if wanted is None:
+            found = self._default(models) if models else None
+        else:
+            found = _named(models, wanted)
         if found is None and self.upstream.name != DEFAULT and wanted is not None:
             found = ModelInfo(wanted, OWNERS.get(self.upstream.kind, self.upstream.kind), None)
         if found is not None and entry.context is not None:

@@ -139,7 +139,8 @@ class Journey:
     def ask(self, owner: str) -> Place:
         """A place on this stage. Raises `Overloaded`. Whoever asked must `leave`."""
         pool = self.route.pool
-        barred = {*self._failed, *pool.lacking(self.route.id)}
+        lacking = pool.lacking(self.route.id)
+        barred = {*self._failed, *lacking} if lacking else self._failed
         self._place = pool.ask(owner, self._session, barred, again=self._error is not None)
         return self._place
 
