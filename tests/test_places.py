@@ -6,7 +6,7 @@ import time
 import pytest
 
 from app.errors import Expired, Overloaded
-from app.services.places import Load, Place, Queue
+from app.services.places import PATIENCE, Load, NoServer, Place, Queue
 from app.services.places import Places as AllPlaces
 
 
@@ -107,3 +107,91 @@ async def test_the_time_of_the_server_is_shared_by_those_who_use_it(monkeypatch:
     now += 1
     assert again.leave() == pytest.approx(1), "the times in which nobody asks are nobody's"
     assert places.ask("x").leave() == 0
+
+
+# --- several servers -----------------------------------------------------------------------------
+
+
+def two_servers() -> tuple[AllPlaces, Load, Load]:
+    first, second = Load(1), Load(1)
+    return AllPlaces(Queue(100), [first, second]), first, second
+
+
+async def test_a_place_that_falls_free_goes_to_who_is_at_home_there() -> None:
+    places, first, second = two_servers()
+    here, there = places.ask("x", home=first), places.ask("y", home=second)
+    assert (here.load, there.load) == (first, second)
+    earlier, later = places.ask("a", home=first), places.ask("b", home=second)
+    there.leave()
+    assert (earlier.load, later.load) == (None, second)
+    here.leave()
+    assert earlier.load is first
+
+
+async def test_no_server_is_idle_while_somebody_waits() -> None:
+    places, first, second = two_servers()
+    here, there = places.ask("x", home=first), places.ask("y", home=second)
+    waits = places.ask("a", home=first)
+    there.leave()
+    assert waits.load is second
+    assert places.ask("b", home=first).load is None
+    here.leave()
+    assert places.waiting == 0
+
+
+async def test_of_one_owners_requests_the_one_at_home_goes_first() -> None:
+    places, first, second = two_servers()
+    here, there = places.ask("x", home=first), places.ask("y", home=second)
+    asked = [places.ask("game", home=first) for _ in range(3)] + [places.ask("game", home=second)]
+    there.leave()
+    assert asked[3].load is second
+    here.leave()
+    assert asked[0].load is first
+
+
+async def test_nobody_is_passed_over_for_ever() -> None:
+    places, first, second = two_servers()
+    places.ask("x", home=first)
+    running = places.ask("y", home=second)
+    patient = places.ask("a", home=first)
+    rounds = 0
+    while patient.load is None:
+        following = places.ask(f"b{rounds}", home=second)
+        running.leave()
+        running = following
+        rounds += 1
+    assert rounds == PATIENCE + 2, (
+        "one for each time that it was passed over, and the one before it got its own"
+    )
+
+
+async def test_a_place_is_never_at_a_server_that_failed_before() -> None:
+    places, first, second = two_servers()
+    running = places.ask("x", home=second)
+    again = places.ask("a", barred={first}, again=True)
+    other = places.ask("b")
+    assert (again.load, other.load) == (None, first), "the one that is free is nothing for it"
+    running.leave()
+    assert again.load is second
+
+
+async def test_whoever_asks_again_goes_before_the_owners_others() -> None:
+    places = Places(capacity=1, max_queue=1)
+    running = places.ask("a")
+    waits = places.ask("a")
+    again = places.ask("a", again=True)
+    running.leave()
+    assert again.load is not None, "also where the queue is full"
+    again.leave()
+    assert waits.load is not None
+
+
+async def test_a_server_that_opens_takes_those_who_wait() -> None:
+    places, first, second = two_servers()
+    first.limit = second.limit = 0
+    waits = [places.ask(owner) for owner in ("a", "b", "c")]
+    with pytest.raises(NoServer):
+        await positions(waits[0])
+    first.limit = 1
+    places.offer(first)
+    assert [place.load for place in waits] == [first, None, None]

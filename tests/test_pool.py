@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
@@ -106,27 +105,6 @@ async def test_a_session_does_not_wait_for_its_server_while_another_is_free(
     for task in hanging:
         task.cancel()
     await asyncio.gather(*hanging, return_exceptions=True)
-
-
-async def test_those_who_wait_get_their_own_servers_place(
-    fakes: list[FakeLLM], settings_for: SettingsFor
-) -> None:
-    """Both servers are full all the time: whoever waits goes where its prefix is all the same."""
-    two = fakes[:2]
-    async with opened(settings_for(urls(two), llm_max_concurrency=1)) as client:
-        await client.ahealth()
-        homes = {f"s{number}": await ask(client, f"s{number}") for number in range(8)}
-        for fake in two:
-            fake.script.before_first = 0.02
-        seen: Counter[bool] = Counter()
-
-        async def talk(session: str) -> None:
-            for _ in range(5):
-                seen[await ask(client, session, owner=session) == homes[session]] += 1
-
-        await asyncio.gather(*map(talk, homes))
-    assert seen[True] >= 0.8 * sum(seen.values()), seen
-    assert client.queue.taken == client.queue.waiting == 0
 
 
 # --- failover ------------------------------------------------------------------------------------

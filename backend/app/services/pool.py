@@ -146,18 +146,17 @@ class Pool:
         """The model `wanted`, or the default one, as `server` serves it, or some server of the pool; None
         where it is not known to."""
         models = self.models if server is None else server.models
-        if wanted is None:
-            found = self._default(models) if models else None
-        else:
-            found = _named(models, wanted)
+        found = _named(models, wanted) if wanted is not None else self._default(models)
         if found is None and self.upstream.name != DEFAULT and wanted is not None:
             found = ModelInfo(wanted, OWNERS.get(self.upstream.kind, self.upstream.kind), None)
         if found is not None and entry.context is not None:
             found = replace(found, context=entry.context)
         return found
 
-    def _default(self, models: list[ModelInfo]) -> ModelInfo:
+    def _default(self, models: list[ModelInfo]) -> ModelInfo | None:
         wanted = self._settings.llm_model
+        if not models:
+            return None
         return models[0] if wanted == DEFAULT else _named(models, wanted) or replace(models[0], id=wanted)
 
     def context_of(self, model: ModelInfo) -> int | None:
