@@ -133,6 +133,14 @@ async def test_before_the_first_piece_another_server_is_asked(
     await fakes[0].until(lambda: fakes[0].running == fakes[1].running == 0, 1)
 
 
+async def test_no_server_is_asked_twice(client: LLMClient, fakes: list[FakeLLM]) -> None:
+    for fake in fakes:
+        fake.script = Script(status=502)
+    with pytest.raises(LLMError, match="502"):
+        await ask(client)
+    assert asked(fakes) == [1, 1, 1]
+
+
 async def test_after_the_first_piece_no_other_server_is_asked(
     client: LLMClient, fakes: list[FakeLLM]
 ) -> None:
