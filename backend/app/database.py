@@ -1,8 +1,4 @@
-"""The database: one writer thread that commits in groups, a few reader threads, and migrations.
-
-All statements run in threads, so the event loop never waits for a disk or a lock. Writers that come
-together are committed together (group commit): on SQLite one fsync serves all of them, and there is
-never a second writer in this process to contend with.
+"""The database: one writer that commits in groups (`app.writing`), a few reader threads, and migrations.
 
 SQLite runs in WAL mode with `synchronous=NORMAL`: a commit survives the death of the process at any
 moment; the last commits before a power loss may be lost, but never the database.
@@ -11,40 +7,31 @@ moment; the last commits before a power loss may be lost, but never the database
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DataError
 
 from app.errors import Internal, InvalidRequest, StorageUnavailable
 from app.logs import get_logger
 from app.prepared import Prepared
+from app.writing import UNAVAILABLE, BeforeCommit, Write, Writer, is_for_writing
 
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
 """Statements of one transaction. It may be run again after a rollback, so it must touch nothing but
 the connection; a result that is no error is better returned than raised."""
 
-BeforeCommit = Callable[[Connection, list[Any]], None]
-"""What is done with the deferred items of a transaction, at its end."""
-
 READERS = 4
-LARGEST_GROUP = 256
 LOCK_TIMEOUT_S = 2
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 REFRESH_S = 2.0
-
-UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
-"""What SQLAlchemy raises when a database is locked, full, or away."""
 
 log = get_logger(__name__)
 
@@ -58,63 +45,35 @@ def _unstorable() -> InvalidRequest:
     return InvalidRequest("text: it holds a character that cannot be stored, such as NUL")
 
 
-class _Write:
-    __slots__ = ("error", "future", "operation", "result")
-
-    def __init__(self, operation: Operation[Any], future: asyncio.Future[Any]) -> None:
-        self.operation = operation
-        self.future = future
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    def settle(self) -> None:
-        if self.future.cancelled():
-            return
-        if self.error is None:
-            self.future.set_result(self.result)
-        elif isinstance(self.error, UNAVAILABLE):
-            self.future.set_exception(_unavailable(self.error))
-        elif isinstance(self.error, DataError):
-            self.future.set_exception(_unstorable())
-        else:
-            self.future.set_exception(self.error)
-
-
 class Database:
     """Runs operations against `url` (SQLAlchemy's form) for one event loop. `before_commit` gets what
     the operations of a transaction have deferred, and writes it with one stroke."""
 
     def __init__(self, url: str, before_commit: BeforeCommit | None = None) -> None:
-        self._before_commit = before_commit
         self._engine = create_portal_engine(url)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="db-reader")
-        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write_loop, name="db-writer", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._written = asyncio.Event()
+        self._writer = Writer(self._engine, before_commit)
 
     async def open(self) -> None:
         """Starts the threads."""
-        self._loop = asyncio.get_running_loop()
-        self._writer.start()
+        self._writer.open()
 
     async def close(self) -> None:
         """Commits what was asked for and ends the threads."""
-        self._writes.put(None)
-        await self._written.wait()
-        self._writer.join()
+        await self._writer.close()
         self._readers.shutdown()
         self._engine.dispose()
 
-    async def write(self, operation: Operation[T]) -> T:
-        """Runs `operation` in a transaction and returns its result once that is committed.
+    async def write(self, operation: Operation[T], *, short: bool = False) -> T:
+        """Runs `operation` in a transaction and returns its result once that is committed. `short` ones have
+        a few statements that touch a few rows.
 
         Operations are carried out in the order of the calls. What an operation raises, its caller
         gets, and nothing of it is stored. Raises `StorageUnavailable` when the database could not
         take it: locked, full, or away.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._writes.put(_Write(operation, future))
+        self._writer.submit(Write(operation, partial(_settle, future)), short=short)
         return await future
 
     async def read(self, operation: Operation[T]) -> T:
@@ -131,85 +90,18 @@ class Database:
         except DataError:
             raise _unstorable() from None
 
-    def _write_loop(self) -> None:
-        assert self._loop is not None
-        connection: Connection | None = None
-        while (group := self._next_group()) is not None:
-            try:
-                connection = connection or self._engine.connect()
-                _commit_group(connection, group, self._before_commit)
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
-                for write in group:
-                    write.error = write.error or error
-            if connection is not None and connection.invalidated:
-                connection.close()
-                connection = None
-            self._loop.call_soon_threadsafe(_settle, group)
-        if connection is not None:
-            connection.close()
-        self._loop.call_soon_threadsafe(self._written.set)
 
-    def _next_group(self) -> list[_Write] | None:
-        first = self._writes.get()
-        if first is None:
-            return None
-        group = [first]
-        while len(group) < LARGEST_GROUP:
-            try:
-                write = self._writes.get_nowait()
-            except queue.Empty:
-                break
-            if write is None:
-                self._writes.put(None)
-                break
-            group.append(write)
-        return group
-
-
-def _settle(group: list[_Write]) -> None:
-    for write in group:
-        write.settle()
-
-
-_DEFERRED = "deferred"
-
-
-def defer(connection: Connection, item: Any) -> None:
-    """Leaves an item to the end of the transaction, where all of them are written together."""
-    connection.info[_DEFERRED].append(item)
-
-
-@contextmanager
-def _transaction(connection: Connection, before_commit: BeforeCommit | None) -> Iterator[None]:
-    items: list[Any] = []
-    connection.info[_DEFERRED] = items
-    with connection.begin():
-        yield
-        if items and before_commit is not None:
-            before_commit(connection, items)
-
-
-def _commit_group(
-    connection: Connection, group: list[_Write], before_commit: BeforeCommit | None = None
-) -> None:
-    """All in one transaction; when one of several fails, each in its own, so that only it fails."""
-    try:
-        with _transaction(connection, before_commit):
-            for write in group:
-                write.result = write.operation(connection)
+def _settle(future: asyncio.Future[Any], write: Write) -> None:
+    if future.cancelled():
         return
-    except Exception as error:  # noqa: BLE001 - it is handed to the callers
-        locked = isinstance(error, UNAVAILABLE) and connection.dialect.name == "sqlite"
-        if len(group) == 1 or locked:  # each alone would wait for the lock as long as all together
-            for write in group:
-                write.error = error
-            return
-    for write in group:
-        try:
-            with _transaction(connection, before_commit):
-                write.result = write.operation(connection)
-        except Exception as error:  # noqa: BLE001 - it is handed to the caller
-            write.error = error
+    if write.error is None:
+        future.set_result(write.result)
+    elif isinstance(write.error, UNAVAILABLE):
+        future.set_exception(_unavailable(write.error))
+    elif isinstance(write.error, DataError):
+        future.set_exception(_unstorable())
+    else:
+        future.set_exception(write.error)
 
 
 def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
@@ -259,8 +151,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later fails at once under contention, without
     # waiting; taking the write lock at the beginning waits for its turn.
-    in_writer = threading.current_thread().name == "db-writer"
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if in_writer else "BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_for_writing(connection) else "BEGIN")
 
 
 async def insist(call: Callable[[], Awaitable[T]], *, unless: Callable[[], bool] = bool) -> T:

@@ -10,7 +10,7 @@ import time
 
 from sqlalchemy import Connection
 
-from app.database import Database, defer
+from app.database import Database
 from app.errors import PortalError
 from app.events import Ending, Final, Usage, new_id, type_of
 from app.logs import get_logger
@@ -21,6 +21,7 @@ from app.services.measures import estimated
 from app.services.places import Meter
 from app.services.turns import Turn
 from app.services.usage import Spent, TurnUsage
+from app.writing import defer
 
 log = get_logger(__name__)
 

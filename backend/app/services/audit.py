@@ -18,9 +18,10 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, Row, bindparam, insert, select, update
 
 from app.access import Identity
-from app.database import Database, defer
+from app.database import Database
 from app.models.tables import audit, audit_head
 from app.prepared import Prepared
+from app.writing import defer
 
 PAGE = 1000
 """Rows that are read at once when all are."""

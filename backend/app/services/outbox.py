@@ -87,7 +87,7 @@ class Outbox:
     async def delivered(self, delivery_ids: Sequence[str]) -> None:
         """Forgets replies that the broker has confirmed."""
         gone = [{"gone": delivery} for delivery in delivery_ids]
-        await self._database.write(lambda c: _GONE.run_all(c, gone))
+        await self._database.write(lambda c: _GONE.run_all(c, gone), short=True)
 
 
 def _delivery(row: Sequence[Any]) -> Delivery:

@@ -72,14 +72,14 @@ class Store:
         session wait, and `full` when it is given and the turn would be a new one.
         """
         outcome = await self._database.write(
-            lambda c: acceptance.accept(c, request, turn_id, instance, time.time(), full)
+            lambda c: acceptance.accept(c, request, turn_id, instance, time.time(), full), short=True
         )
         return _raised(outcome)
 
     async def claim(self, turn_id: str, instance: str) -> SessionRow | None:
         """Makes a waiting turn the running one of its session; None while an earlier one is active,
         or when it no longer waits for this instance."""
-        return await self._database.write(lambda c: endings.claim(c, turn_id, instance))
+        return await self._database.write(lambda c: endings.claim(c, turn_id, instance), short=True)
 
     async def end(
         self,
@@ -97,7 +97,7 @@ class Store:
         Raises `StaleAttempt` when the turn is active in another attempt.
         """
         outcome = await self._database.write(
-            lambda c: endings.end(c, turn, ending, reply, trace, window_start, also)
+            lambda c: endings.end(c, turn, ending, reply, trace, window_start, also), short=True
         )
         if outcome is None:
             raise StaleAttempt("The turn was taken over.")

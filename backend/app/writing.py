@@ -1,0 +1,242 @@
+"""How operations that change the database are committed: in the order in which they come, and those that come
+together with one commit.
+
+A thread does it, so that the event loop never waits for a disk or a lock. SQLite, which runs in this
+process, takes less time for the few statements of a turn than it costs to hand them to a thread: `short`
+operations run on the event loop itself, as long as the thread has nothing to do and nobody else holds the
+lock of the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+
+from app.logs import get_logger
+
+Operation = Callable[[Connection], Any]
+BeforeCommit = Callable[[Connection, list[Any]], None]
+"""What is done with the deferred items of a transaction, at its end."""
+
+UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
+"""What SQLAlchemy raises when a database is locked, full, or away."""
+
+LARGEST_GROUP = 256
+LARGEST_SHORT_GROUP = 32
+"""Operations in one commit; on the event loop they must be few."""
+
+CHECKPOINT_EVERY = 500
+"""Operations on the event loop after which the log of SQLite is written back into its file, by a thread: it
+waits for the disk."""
+
+SQLITE_BUSY = 5
+
+log = get_logger(__name__)
+
+
+class Write:
+    """An operation, and what has become of it: `settle` gets it then, on the event loop."""
+
+    __slots__ = ("error", "operation", "result", "settle")
+
+    def __init__(self, operation: Operation, settle: Callable[[Write], None]) -> None:
+        self.operation = operation
+        self.settle = settle
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class Writer:
+    """The only writer of this process. `before_commit` gets what the operations of a transaction have
+    deferred, and writes it with one stroke."""
+
+    def __init__(self, engine: Engine, before_commit: BeforeCommit | None) -> None:
+        self._engine = engine
+        self._before_commit = before_commit
+        self._queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="db-writer", daemon=True)
+        self._in_thread = 0
+        self._short: list[Write] = []
+        self._near: Connection | None = None
+        self._since_checkpoint = 0
+        self._is_written = asyncio.Event()
+
+    def open(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        if self._engine.dialect.name == "sqlite":
+            self._near = _connect(self._engine)
+            raw: Any = self._near.connection.driver_connection
+            raw.execute("PRAGMA busy_timeout=0")  # whoever waits for a lock is the thread
+            raw.execute("PRAGMA wal_autocheckpoint=0")
+
+    async def close(self) -> None:
+        """Commits what was asked for, and ends the thread."""
+        self._hand_over()
+        self._queue.put(None)
+        await self._is_written.wait()
+        self._thread.join()
+        if self._near is not None:
+            self._near.invalidate()  # its pragmas are not those of others
+            self._near.close()
+
+    def submit(self, write: Write, *, short: bool) -> None:
+        """Takes an operation; `write.settle` is called when it is committed, or has failed."""
+        if short and self._near is not None and not self._in_thread:
+            if not self._short:
+                self._loop.call_soon(self._commit_short)
+            self._short.append(write)
+            return
+        self._hand_over()
+        self._put(write)
+
+    # --- on the event loop ---
+
+    def _hand_over(self) -> None:
+        """Leaves to the thread what has come first and was not committed yet."""
+        waiting, self._short = self._short, []
+        for write in waiting:
+            self._put(write)
+
+    def _put(self, write: Write) -> None:
+        self._in_thread += 1
+        self._queue.put(write)
+
+    def _commit_short(self) -> None:
+        group = self._short[:LARGEST_SHORT_GROUP]
+        self._short = self._short[LARGEST_SHORT_GROUP:]
+        if not group or self._near is None:
+            return
+        _commit_group(self._near, group, self._before_commit)
+        if _is_busy(group[0].error):
+            for write in group:
+                write.error = None
+                self._put(write)
+            self._hand_over()
+            return
+        if self._short:
+            self._loop.call_soon(self._commit_short)
+        self._since_checkpoint += len(group)
+        if self._since_checkpoint >= CHECKPOINT_EVERY:
+            self._since_checkpoint = 0
+            self._loop.run_in_executor(None, _checkpoint, self._engine)
+        _settle(group)
+
+    def _settle_thread(self, group: Sequence[Write]) -> None:
+        self._in_thread -= len(group)
+        _settle(group)
+
+    # --- in the thread ---
+
+    def _work(self) -> None:
+        connection: Connection | None = None
+        while (group := self._next_group()) is not None:
+            try:
+                connection = connection or _connect(self._engine)
+                _commit_group(connection, group, self._before_commit)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
+                for write in group:
+                    write.error = write.error or error
+            if connection is not None and connection.invalidated:
+                connection.close()
+                connection = None
+            self._loop.call_soon_threadsafe(self._settle_thread, group)
+        if connection is not None:
+            connection.close()
+        self._loop.call_soon_threadsafe(self._is_written.set)
+
+    def _next_group(self) -> list[Write] | None:
+        first = self._queue.get()
+        if first is None:
+            return None
+        group = [first]
+        while len(group) < LARGEST_GROUP:
+            try:
+                write = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if write is None:
+                self._queue.put(None)
+                break
+            group.append(write)
+        return group
+
+
+_WRITES = "writes"
+_DEFERRED = "deferred"
+
+
+def _connect(engine: Engine) -> Connection:
+    connection = engine.connect()
+    connection.info[_WRITES] = True
+    return connection
+
+
+def is_for_writing(connection: Connection) -> bool:
+    """Whether a connection is a writer's."""
+    return _WRITES in connection.info
+
+
+def defer(connection: Connection, item: Any) -> None:
+    """Leaves an item to the end of the transaction, where all of them are written together."""
+    connection.info[_DEFERRED].append(item)
+
+
+def _settle(group: Sequence[Write]) -> None:
+    for write in group:
+        write.settle(write)
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    """Whether somebody else has the lock of the file."""
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
+    return code & 0xFF == SQLITE_BUSY
+
+
+def _checkpoint(engine: Engine) -> None:
+    """Writes SQLite's log back into its file, as far as nobody needs it."""
+    try:
+        with engine.connect() as connection:
+            raw: Any = connection.connection.driver_connection
+            raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    except Exception as error:  # noqa: BLE001 - it is made up for by the next one
+        log.warning("the database's log could not be written back", reason=type(error).__name__)
+
+
+@contextmanager
+def _transaction(connection: Connection, before_commit: BeforeCommit | None) -> Iterator[None]:
+    items: list[Any] = []
+    connection.info[_DEFERRED] = items
+    with connection.begin():
+        yield
+        if items and before_commit is not None:
+            before_commit(connection, items)
+
+
+def _commit_group(connection: Connection, group: Sequence[Write], before_commit: BeforeCommit | None) -> None:
+    """All in one transaction; when one of several fails, each in its own, so that only it fails."""
+    try:
+        with _transaction(connection, before_commit):
+            for write in group:
+                write.result = write.operation(connection)
+        return
+    except Exception as error:  # noqa: BLE001 - it is handed to the callers
+        locked = isinstance(error, UNAVAILABLE) and connection.dialect.name == "sqlite"
+        if len(group) == 1 or locked:  # each alone would wait for the lock as long as all together
+            for write in group:
+                write.error = error
+            return
+    for write in group:
+        try:
+            with _transaction(connection, before_commit):
+                write.result = write.operation(connection)
+        except Exception as error:  # noqa: BLE001 - it is handed to the caller
+            write.error = error
