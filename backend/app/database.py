@@ -21,7 +21,7 @@ from sqlalchemy.exc import DataError
 from app.errors import Internal, InvalidRequest, StorageUnavailable
 from app.logs import get_logger
 from app.prepared import Prepared
-from app.writing import UNAVAILABLE, BeforeCommit, Write, Writer, is_for_writing
+from app.writing import UNAVAILABLE, BeforeCommit, Write, Writer
 
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
@@ -149,9 +149,9 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later fails at once under contention, without
-    # waiting; taking the write lock at the beginning waits for its turn.
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_for_writing(connection) else "BEGIN")
+    raw: Any = connection.connection.driver_connection
+    if not raw.in_transaction:  # the writer begins its own
+        raw.execute("BEGIN")
 
 
 async def insist(call: Callable[[], Awaitable[T]], *, unless: Callable[[], bool] = bool) -> T:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from app.logs import get_logger
+from app.prepared import Prepared
 
 Operation = Callable[[Connection], Any]
 BeforeCommit = Callable[[Connection, list[Any]], None]
@@ -73,7 +74,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         if self._engine.dialect.name == "sqlite":
-            self._near = _connect(self._engine)
+            self._near = self._engine.connect()
             raw: Any = self._near.connection.driver_connection
             raw.execute("PRAGMA busy_timeout=0")  # whoever waits for a lock is the thread
             raw.execute("PRAGMA wal_autocheckpoint=0")
@@ -140,7 +141,7 @@ class Writer:
         connection: Connection | None = None
         while (group := self._next_group()) is not None:
             try:
-                connection = connection or _connect(self._engine)
+                connection = connection or self._engine.connect()
                 _commit_group(connection, group, self._before_commit)
             except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
                 for write in group:
@@ -170,19 +171,7 @@ class Writer:
         return group
 
 
-_WRITES = "writes"
 _DEFERRED = "deferred"
-
-
-def _connect(engine: Engine) -> Connection:
-    connection = engine.connect()
-    connection.info[_WRITES] = True
-    return connection
-
-
-def is_for_writing(connection: Connection) -> bool:
-    """Whether a connection is a writer's."""
-    return _WRITES in connection.info
 
 
 def defer(connection: Connection, item: Any) -> None:
@@ -215,10 +204,32 @@ def _checkpoint(engine: Engine) -> None:
 def _transaction(connection: Connection, before_commit: BeforeCommit | None) -> Iterator[None]:
     items: list[Any] = []
     connection.info[_DEFERRED] = items
-    with connection.begin():
+    with _sqlite_transaction(connection) if connection.dialect.name == "sqlite" else connection.begin():
         yield
         if items and before_commit is not None:
             before_commit(connection, items)
+
+
+@contextmanager
+def _sqlite_transaction(connection: Connection) -> Iterator[None]:
+    """`connection.begin()` without what it costs where the driver itself runs the statements."""
+    _BEGIN.run(connection, {})
+    try:
+        yield
+        if connection.in_transaction():  # some statement was run by SQLAlchemy
+            connection.commit()
+        else:
+            _COMMIT.run(connection, {})
+    except BaseException:
+        connection.rollback()
+        raw: Any = connection.connection.driver_connection
+        raw.rollback()
+        raise
+
+
+# A transaction that reads first and writes later fails at once under contention, without waiting; taking the
+# write lock at the beginning waits for its turn.
+_BEGIN, _COMMIT = Prepared(text("BEGIN IMMEDIATE")), Prepared(text("COMMIT"))
 
 
 def _commit_group(connection: Connection, group: Sequence[Write], before_commit: BeforeCommit | None) -> None:

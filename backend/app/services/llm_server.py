@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
@@ -69,8 +70,13 @@ class ModelInfo:
     @property
     def name(self) -> str:
         """The id, without the directories of a server that gives a path for it."""
-        is_path = self.id.startswith(("/", "~", ".")) or "\\" in self.id
-        return self.id.replace("\\", "/").rsplit("/", 1)[-1] if is_path else self.id
+        return _name_of(self.id)
+
+
+@lru_cache(256)
+def _name_of(model_id: str) -> str:
+    is_path = model_id.startswith(("/", "~", ".")) or "\\" in model_id
+    return model_id.replace("\\", "/").rsplit("/", 1)[-1] if is_path else model_id
 
 
 @dataclass(frozen=True, slots=True)
