@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
+from fastapi.security.base import SecurityBase
+from fastapi.security.utils import get_authorization_scheme_param
 
 from app.access import Identity
 from app.config import Settings
@@ -33,8 +35,6 @@ from app.services.sign_ins import SignIns
 from app.services.store import Store
 from app.services.templates import Templates
 from app.services.usage import UsageBook
-
-_bearer = HTTPBearer(auto_error=False, description="The access token of /api/auth/login, or an API key")
 
 
 async def _accounts(request: Request) -> Accounts:
@@ -195,14 +195,21 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 MqttDep = Annotated[MqttDoor | None, Depends(_mqtt)]
 
 
-async def _identity(
-    accounts: AccountsDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-) -> Identity:
-    if credentials is None:
-        raise Unauthenticated(
-            "Sign in first: send `Authorization: Bearer` with an access token or an API key."
-        )
-    return await accounts.identify(credentials.credentials)
+class _SignedIn(SecurityBase):
+    """Who asks: one dependency, where a scheme, the accounts and a function of both would be solved one by
+    one for every request."""
+
+    scheme_name = "HTTPBearer"
+    model = HTTPBearerModel(description="The access token of /api/auth/login, or an API key")
+
+    async def __call__(self, request: Request) -> Identity:
+        scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
+        if scheme.lower() != "bearer" or not token:
+            raise Unauthenticated(
+                "Sign in first: send `Authorization: Bearer` with an access token or an API key."
+            )
+        accounts: Accounts = request.app.state.container.accounts
+        return await accounts.identify(token)
 
 
-CurrentUser = Annotated[Identity, Depends(_identity)]
+CurrentUser = Annotated[Identity, Depends(_SignedIn())]

@@ -100,7 +100,8 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # a page of its own, like the portal's, instead of scripts from elsewhere
         redoc_url=None,
     )
-    for part in (auth, llm, sessions, templates, keys, stats, mqtt, admin, devices, servers, health):
+    # Routes are looked for in this order, so the busiest come first.
+    for part in (llm, auth, sessions, templates, keys, stats, mqtt, admin, devices, servers, health):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)

@@ -125,26 +125,6 @@ class Stopped(Done):
     turn_id: str | None
 
 
-# --- chat without a session ----------------------------------------------------------------------
-
-
-@router.post("/chat", response_model_exclude_none=True)
-async def chat(
-    body: Chat, request: Request, response: Response, user: CurrentUser, sessions: SessionsDep
-) -> ChatAnswer:
-    """Answers messages; nothing of it is kept."""
-    turn = await sessions.chat(user, body.messages, body)
-    response.headers.update(turn.ticket.headers)
-    answer = await _answer(request, turn)
-    return ChatAnswer(**_shown(answer))
-
-
-@router.post("/chat/stream", response_class=Response, responses=STREAM_RESPONSES)
-async def chat_stream(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> Response:
-    """`/chat` as a stream of events: SSE, or NDJSON with `Accept: application/x-ndjson`."""
-    return TurnStream(request, await sessions.chat(user, body.messages, body))
-
-
 # --- chat in a session ---------------------------------------------------------------------------
 
 
@@ -172,6 +152,26 @@ async def session_chat_stream(
 ) -> Response:
     """`/chat/session` as a stream of events."""
     return TurnStream(request, await _submit(sessions, user, body))
+
+
+# --- chat without a session ----------------------------------------------------------------------
+
+
+@router.post("/chat", response_model_exclude_none=True)
+async def chat(
+    body: Chat, request: Request, response: Response, user: CurrentUser, sessions: SessionsDep
+) -> ChatAnswer:
+    """Answers messages; nothing of it is kept."""
+    turn = await sessions.chat(user, body.messages, body)
+    response.headers.update(turn.ticket.headers)
+    answer = await _answer(request, turn)
+    return ChatAnswer(**_shown(answer))
+
+
+@router.post("/chat/stream", response_class=Response, responses=STREAM_RESPONSES)
+async def chat_stream(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> Response:
+    """`/chat` as a stream of events: SSE, or NDJSON with `Accept: application/x-ndjson`."""
+    return TurnStream(request, await sessions.chat(user, body.messages, body))
 
 
 @router.get("/turns/{turn_id}/events", response_class=Response, responses=STREAM_RESPONSES)
