@@ -29,6 +29,10 @@ REPLY_TOKENS = 96
 CHAT_TURNS = 200
 CHAT_BUDGET = 1400
 CHAT_REPLY_TOKENS = 48
+READING_S = 3.0
+"""How long the person of the long chat takes to read a reply and to write the next message: the replies have
+some 36 words, which take more than twice as long to read. In this time a new prefix is warmed."""
+
 STORED = 100_000
 IN_USE = 1_000
 STORED_MESSAGES = (1_000, 10)
@@ -95,7 +99,9 @@ def _tokens_per_s(ask: Any) -> float:
 
 def ttft(column: str, seconds: float) -> float:  # noqa: ARG001
     """Mean time to first token over 200 turns at the history's budget, over that of a client that drops
-    its oldest exchange at every turn. The trim's turns are all alike, so fewer of them are enough."""
+    its oldest exchange at every turn. The person reads for `READING_S` before each of the turns that count.
+    The trim's turns are all alike, so fewer of them are enough; a server that nobody asks anything while the
+    person reads makes nothing of that time, so there is none."""
     with llama(slots=1) as server:
         with bridge("portal", server.port, settings={"LLM_MAX_HISTORY_TOKENS": str(CHAT_BUDGET)}) as there:
             _series["portal"] = _chat_through(there)
@@ -129,6 +135,8 @@ def _chat_through(there: Bridge) -> list[float]:
     with httpx.Client(timeout=120, headers=headers) as client:
         took = []
         for number in range(CHAT_TURNS + TURNS_TO_FILL):
+            if number >= TURNS_TO_FILL:
+                time.sleep(READING_S)
             body = {"session_id": "long", "message": _line(number), "max_tokens": CHAT_REPLY_TOKENS}
             took.append(_first_token(client, url, body, _portal_piece)[0])
     return took[TURNS_TO_FILL:]

@@ -3,7 +3,9 @@ speaks, pins, summaries, and servers that have no room."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, size_of
-from tests.support import MakePortal, Portal, ask, wait_until
+from tests.support import LlamaServer, MakePortal, Portal, ask, wait_until
 
 BUDGET = 600
 ANSWER = "a" * 60
@@ -364,3 +366,36 @@ def test_there_is_no_summary_by_default(start: Start, notes: FakeLLM, session: s
     with start().client() as client:
         fill(client, notes, session)
     assert summaries(notes) == []
+
+
+# --- with llama.cpp ---
+
+
+def test_after_a_cut_the_real_server_has_the_new_prefix(
+    llama: LlamaServer, make_portal: MakePortal, tmp_path: Path, session: str
+) -> None:
+    values = {"LLM_SERVER_URL": llama.url, "LLM_MAX_HISTORY_TOKENS": "500", "LOG_LEVEL": "debug"}
+    portal = make_portal(tmp_path, **values).start()
+
+    def is_warm() -> bool:
+        return "a prompt is warm" in portal.log.read_text()
+
+    with portal.client() as client, closing(sqlite3.connect(tmp_path / "portal.db")) as database:
+
+        def start() -> str:
+            return str(database.execute("SELECT window_start FROM sessions").fetchone()[0])
+
+        begins = ""
+        for number in range(20):
+            line = f"Turn {number}: the hero opens door {number * 7 % 100} of the maze. What is behind it?"
+            body = {"message": line, "system_prompt": "You tell a story.", "max_tokens": 24}
+            usage = ask(client, session, **body).json()["usage"]
+            if is_warm():
+                break
+            begins = begins or start()
+            if start() != begins:
+                wait_until(is_warm, seconds=60, what="the warming")
+        assert usage["prompt_tokens"] <= 0.7 * 500, "it was cut"
+        # All but the newest message, and what the template puts around it, was read before.
+        assert usage["cached_tokens"] >= usage["prompt_tokens"] - 50
+        assert usage["cached_tokens"] > 100
