@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from app.access import ALL_RIGHTS, Limits
 from app.config import Settings
+from app.container import open_container
 from app.errors import InvalidRequest
-from app.events import GenerationOptions, TurnRequest
+from app.events import GenerationOptions, TurnRequest, new_id
+from app.services.chat_body import above
 from app.services.llm_client import LLMClient
 from tests.fake_llm import FakeLLM
 from tests.support import GameClient, Mosquitto, Portal, ask, person
@@ -19,6 +23,7 @@ from tests.support import GameClient, Mosquitto, Portal, ask, person
 pytestmark = pytest.mark.slow
 
 GO = {"type": "function", "function": {"name": "go", "parameters": {"type": "object", "properties": {}}}}
+FLY = {"type": "function", "function": {"name": "fly"}}
 BY_NAME = {"type": "function", "function": {"name": "go"}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
 
@@ -129,8 +134,7 @@ def test_what_is_wrong_is_named_at_every_door(
 
 
 def test_a_choice_must_be_among_the_tools(client: httpx.Client) -> None:
-    fly = {"type": "function", "function": {"name": "fly"}}
-    answer = ask(client, tools=[GO], tool_choice=fly)
+    answer = ask(client, tools=[GO], tool_choice=FLY)
     assert answer.status_code == 422
     assert answer.json()["error"]["message"] == "tool_choice: there is no tool of this name; there are go"
 
@@ -195,3 +199,46 @@ async def test_python_is_told_the_same(fake: FakeLLM, settings_for: Callable[...
             await client.agenerate(hi, **{option: value})
     await client.close()
     assert fake.requests == []
+
+
+def test_a_request_goes_before_the_models_options_also_within_extra() -> None:
+    of_model = GenerationOptions.of({"temperature": 0.1, "seed": 1, "extra": {"top_k": 1, "min_p": 0.1}})
+    request = GenerationOptions.of({"temperature": 0.7, "extra": {"top_k": 9}})
+    assert above(of_model, request).given() == {
+        "temperature": 0.7,
+        "seed": 1,
+        "extra": {"top_k": 9, "min_p": 0.1},
+    }
+    chosen = GenerationOptions.of({"tool_choice": BY_NAME})
+    with pytest.raises(InvalidRequest, match=r"^tool_choice: there is no tool"):
+        above(GenerationOptions.of({"tools": [FLY]}), chosen)
+
+
+MODELS = """
+[models."fake-1"]
+options = { max_tokens = 33, top_p = 0.5, extra = { top_k = 7 } }
+"""
+
+
+async def test_request_before_project_before_model_before_settings(
+    fake: FakeLLM, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    (tmp_path / "models.toml").write_text(MODELS)
+    (tmp_path / "projects.toml").write_text("[maze]\ntop_p = 0.4\n")
+    files = {"models_file": str(tmp_path / "models.toml"), "PROJECTS_FILE": str(tmp_path / "projects.toml")}
+    limited, short = (
+        person(f"{most}", ALL_RIGHTS.model_copy(update={"limits": Limits(max_tokens=most)}))
+        for most in (100, 9)
+    )
+    async with open_container(settings_for(fake.url, **files, llm_temperature=0.3)) as portal:
+        for who, project, options, expected in (
+            (person(), "general", {}, (0.3, 0.5, 33, 7)),
+            (person(), "maze", {}, (0.3, 0.4, 33, 7)),
+            (person(), "maze", {"top_p": 0.6, "max_tokens": 44, "extra": {"top_k": 8}}, (0.3, 0.6, 44, 8)),
+            (limited, "maze", {}, (0.3, 0.4, 33, 7)),
+            (short, "maze", {}, (0.3, 0.4, 9, 7)),
+        ):
+            request = TurnRequest(who, new_id(), "hi", project=project, options=GenerationOptions.of(options))
+            await (await portal.sessions.submit(request)).ended()
+            sent = fake.requests[-1]
+            assert (sent["temperature"], sent["top_p"], sent["max_tokens"], sent["top_k"]) == expected

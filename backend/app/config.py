@@ -105,6 +105,13 @@ class Settings(BaseSettings):
         1000, ge=0, description="Most generations that wait for a place; further ones are refused."
     )
 
+    llm_cache_mb: int = Field(
+        0,
+        ge=0,
+        description="Memory for answers that are given again to the very same question of the same person at "
+        "temperature 0, without asking the LLM server, in MiB. 0: none are kept.",
+    )
+
     database_url: str = Field(
         "sqlite:///portal.db",
         description="Where everything is stored: sqlite:///FILE (a relative file lies beside this "

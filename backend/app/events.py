@@ -193,7 +193,9 @@ class Usage(msgspec.Struct, frozen=True):
     """Tokens of one turn. `cached_tokens` of the prompt came from the server's prefix cache;
     `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that are neither the
     server's report nor made with its tokenizer. `ttft_ms` are the milliseconds from acceptance to the first
-    piece of the reply, `tokens_per_second` the speed at which it was written, where these are known."""
+    piece of the reply, `tokens_per_second` the speed at which it was written, where these are known. With
+    `cache_hit` the answer was kept from an earlier time and nothing was asked of a model: the tokens are
+    those of that time."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -202,6 +204,7 @@ class Usage(msgspec.Struct, frozen=True):
     estimated: bool = False
     ttft_ms: int | None = None
     tokens_per_second: float | None = None
+    cache_hit: bool = False
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type"):

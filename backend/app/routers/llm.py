@@ -70,6 +70,7 @@ class UsageBody(BaseModel):
     estimated: bool = False
     ttft_ms: int | None = None
     tokens_per_second: float | None = None
+    cache_hit: bool = False
 
 
 class ChatAnswer(BaseModel):

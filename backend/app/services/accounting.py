@@ -37,6 +37,8 @@ class Accounting:
         """What the turn has used in this attempt."""
         row, meter = turn.row, turn.meter
         tokens = ending.usage if isinstance(ending, Final) else turn.usage or estimated(turn)
+        if tokens.cache_hit:
+            tokens = Usage()
         gpu_seconds = round(meter.gpu_seconds, 4)
         first = turn.first_token_at
         return TurnUsage(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -119,14 +119,15 @@ class Admission:
             known = self._merged[who.owner, is_person] = (own, who.role.limits, merged)
         return known[2]
 
-    def longest_reply(self, who: Identity, wanted: int | None) -> int | None:
-        """The `max_tokens` for a turn. Raises `InvalidRequest` when more was asked for than is allowed."""
+    def longest_reply(self, who: Identity, wanted: int | None, default: Callable[[], int]) -> int | None:
+        """The `max_tokens` for a turn: what was `wanted`, or all that is allowed where the `default` is more.
+        Raises `InvalidRequest` when more was wanted than is allowed."""
         most = self.limits_of(who).max_tokens
         if not most:
             return wanted
         if wanted is not None and wanted > most:
             raise InvalidRequest(f"max_tokens: at most {most} for you")
-        return wanted or min(most, self._settings.llm_max_tokens)
+        return most if wanted is None and default() > most else wanted
 
     async def admit(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
         """Lets a turn in. Raises `RateLimited` and `BudgetExceeded`, and takes nothing then."""

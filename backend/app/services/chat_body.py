@@ -26,7 +26,7 @@ def chat_body(
 ) -> tuple[dict[str, Any], ConstrainedReply | None]:
     """The body as the server takes it, and who reads a reply that is made of tool calls."""
     if entry.options.model_fields_set:
-        options = GenerationOptions(**{**entry.options.given(), **options.given()})
+        options = above(entry.options, options)
     _check_taken(model.server, options)
     tools = None
     if options.tools:
@@ -36,6 +36,15 @@ def chat_body(
     if entry.omit or is_strict(kind):
         body = shape(kind, body, omit=entry.omit, asked=frozenset(options.model_fields_set))
     return body, tools
+
+
+def above(defaults: GenerationOptions, options: GenerationOptions) -> GenerationOptions:
+    """The options, and what they leave open from the defaults, also within `extra`. Raises
+    `InvalidRequest` when they do not fit together."""
+    first, then = defaults.given(), options.given()
+    if "extra" in first and "extra" in then:
+        then["extra"] = {**first["extra"], **then["extra"]}
+    return GenerationOptions.of({**first, **then})
 
 
 def _with_tools(

@@ -19,6 +19,7 @@ from app.events import GenerationOptions, Usage
 from app.loop import LoopDoor
 from app.services.catalog import DEFAULT, Catalog
 from app.services.chat_body import chat_body
+from app.services.exact_cache import ExactCache
 from app.services.llm_server import Clock, LLMServer, Message, ModelInfo
 from app.services.places import Meter, NoServer, Places, Queue
 from app.services.pool import Pool, Status, default_upstream, upstream_of
@@ -70,6 +71,7 @@ class LLMClient:
         self._router = Router(settings, self._catalog, self.pools)
         self.own_key_providers = sorted(name for name, pool in self.pools.items() if pool.upstream.own_keys)
         """Those that take keys that sessions bring."""
+        self._cache = ExactCache(settings) if settings.llm_cache_mb else None
 
     async def open(self) -> None:
         """Makes the connection pool. The LLM servers need not be there."""
@@ -131,7 +133,7 @@ class LLMClient:
                 if isinstance(update, Piece) and update.kind == "text":
                     yield update.content
 
-    async def stream(
+    def stream(
         self,
         messages: Sequence[Message],
         options: GenerationOptions,
@@ -148,9 +150,25 @@ class LLMClient:
 
         A `session` stays with the server that has its prefix. Where a server fails before the first piece,
         another one is asked, and then the model's fallbacks that are `allowed`. Closing the generator closes
-        the request to the server. Raises `Expired` besides what `generate` raises.
+        the request to the server. Raises `Expired` besides what `generate` raises. Where answers are kept
+        (`LLM_CACHE_MB`), one to the same question of the same owner is given again, at once.
         """
-        journey = Journey(self._router, options.model, allowed, session, meter or Meter(), own_key)
+        meter = meter or Meter()
+        journey = Journey(self._router, options.model, allowed, session, meter, own_key)
+        updates = self._updates(journey, messages, options, deadline, owner)
+        if self._cache is None or own_key is not None:
+            return updates
+        question = self._cache.question(journey.route, owner, messages, options)
+        return updates if question is None else self._cache.answer(question, updates, meter)
+
+    async def _updates(
+        self,
+        journey: Journey,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        deadline: float | None,
+        owner: str,
+    ) -> AsyncGenerator[Update, None]:
         clock: Clock | None = None
         while True:
             if not journey.is_ready:
@@ -243,6 +261,11 @@ class LLMClient:
         finally:
             meter.gpu_seconds = time.monotonic() - began
         return completion
+
+    def max_tokens_of(self, options: GenerationOptions) -> int:
+        """How long a reply may get that is asked for with these options, in tokens."""
+        default = self._router.route(options.model).entry.options.max_tokens
+        return options.max_tokens or default or self._settings.llm_max_tokens
 
     async def count_tokens(self, messages: Sequence[Message], model: str | None = None) -> int | None:
         """The exact length of the prompt that `messages` make for a model, in tokens; None where the server

@@ -60,12 +60,14 @@ class NotOffered(LLMError):
 class ModelInfo:
     """A model that the server serves. `id` is the server's name for it, `context` its length in
     tokens where the server tells; `knows_tools` is False where its chat template is known to leave tools
-    out."""
+    out. `version` differs where the model or the server is known to be another one; empty where nothing is
+    known of that."""
 
     id: str
     server: str
     context: int | None
     knows_tools: bool = True
+    version: str = ""
 
     @property
     def name(self) -> str:

@@ -38,7 +38,7 @@ def room_for(settings: Settings, llm: LLMClient, options: GenerationOptions) -> 
     the reply."""
     budget, context = settings.llm_max_history_tokens, llm.context_of(options.model)
     if context is not None:
-        reserve = options.max_tokens or settings.llm_max_tokens
+        reserve = llm.max_tokens_of(options)
         if options.tools:
             reserve += estimate_tokens(instructions(options.tools))
         budget = min(budget, max(context - reserve, context // 4))

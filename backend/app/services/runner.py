@@ -368,7 +368,7 @@ class Runner:
             own_key=own_key,
             allowed=self._prompting.role_of(turn).models,
         )
-        most = RUNAWAY_FACTOR * (options.max_tokens or self._settings.llm_max_tokens)
+        most = RUNAWAY_FACTOR * self._llm.max_tokens_of(options)
         async with aclosing(updates):
             async for update in updates:
                 if isinstance(update, InQueue):

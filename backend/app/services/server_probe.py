@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
+from typing import Any
 
 import msgspec
 
@@ -21,10 +23,16 @@ FRESH_S = 1.0
 
 class _ModelMeta(msgspec.Struct):
     n_ctx: int | None = None
+    n_params: int | None = None
+    n_embd: int | None = None
+    n_vocab: int | None = None
+    size: int | None = None
 
 
 class _Model(msgspec.Struct):
     id: str
+    root: str | None = None
+    created: int = 0
     owned_by: str | None = ""
     max_model_len: int | None = None
     meta: _ModelMeta | None = None
@@ -44,6 +52,8 @@ class _Props(msgspec.Struct):
     chat_template: str = ""
     chat_template_caps: _TemplateCaps | None = None
     total_slots: int = 0
+    build_info: str = ""
+    model_path: str = ""
 
     @property
     def knows_tools(self) -> bool:
@@ -62,6 +72,7 @@ class Probe:
     def __init__(self, server: LLMServer) -> None:
         self._server = server
         self._knows_tools = True
+        self._build = ""
         self._asked_at = float("-inf")
         self._lock = asyncio.Lock()
 
@@ -123,7 +134,7 @@ class Probe:
     async def _read_props(self, models: list[_Model]) -> None:
         """Whether the chat template of a llama.cpp server knows tools: it leaves them out without a word
         where it does not. And how many slots it has. Of other servers nothing is known."""
-        self._knows_tools, self._server.slots = True, Slots()
+        self._knows_tools, self._server.slots, self._build = True, Slots(), ""
         self._server.contexts.clear()
         self._server.spare_time.most = None
         if not models or self._owner(models[0]) != "llamacpp":
@@ -134,6 +145,7 @@ class Probe:
             return
         self._knows_tools = props.knows_tools
         self._server.spare_time.most = props.total_slots or None
+        self._build = _digest([props.build_info, props.model_path, props.chat_template])
         if props.total_slots > 1:
             self._server.slots = Slots(props.total_slots)
 
@@ -142,4 +154,11 @@ class Probe:
 
     def _info(self, model: _Model) -> ModelInfo:
         context = model.max_model_len or (model.meta.n_ctx if model.meta else None)
-        return ModelInfo(model.id, self._owner(model), context, self._knows_tools)
+        owner = self._owner(model)
+        # Of Ollama it is when the model was last changed; of the others, when they were asked.
+        told = [model.id, owner, model.root, model.meta, model.created if owner == "library" else 0]
+        return ModelInfo(model.id, owner, context, self._knows_tools, _digest([*told, self._build]))
+
+
+def _digest(told: list[Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(told)).hexdigest()[:16]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import msgspec
@@ -233,12 +234,18 @@ class SessionManager:
             self._check_choice(request)
         if who.role.models != ANY:
             await self._authorizer.check_model(who, await self._llm.model_name(options.model))
-        longest = self._admission.longest_reply(who, options.max_tokens)
+        default = partial(self._default_length, request)
+        longest = self._admission.longest_reply(who, options.max_tokens, default)
         if longest != options.max_tokens:
             request = replace(request, options=options.model_copy(update={"max_tokens": longest}))
         if who.role.redaction:
             request = replace(request, message=redact(request.message))
         return request
+
+    def _default_length(self, request: TurnRequest) -> int:
+        """How long a reply may get where the request does not say it, in tokens."""
+        of_project = self._projects.project(request.project).max_tokens if request.session_id else None
+        return of_project or self._llm.max_tokens_of(request.options)
 
     def _check_choice(self, request: TurnRequest) -> None:
         """Raises `InvalidRequest` when there is no tool to choose: of a state, those of its project count."""

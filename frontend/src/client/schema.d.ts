@@ -3224,9 +3224,13 @@ export interface components {
          * @description Tokens of one turn. `cached_tokens` of the prompt came from the server's prefix cache;
          *         `reasoning_tokens` are part of `completion_tokens`. `estimated` marks counts that are neither the
          *         server's report nor made with its tokenizer. `ttft_ms` are the milliseconds from acceptance to the first
-         *         piece of the reply, `tokens_per_second` the speed at which it was written, where these are known.
+         *         piece of the reply, `tokens_per_second` the speed at which it was written, where these are known. With
+         *         `cache_hit` the answer was kept from an earlier time and nothing was asked of a model: the tokens are
+         *         those of that time.
          */
         Usage: {
+            /** @default false */
+            cache_hit?: boolean;
             /** @default 0 */
             cached_tokens?: number;
             /** @default 0 */
@@ -3248,6 +3252,11 @@ export interface components {
          *     piece of the reply.
          */
         UsageBody: {
+            /**
+             * Cache Hit
+             * @default false
+             */
+            cache_hit?: boolean;
             /** Cached Tokens */
             cached_tokens: number;
             /** Completion Tokens */
