@@ -368,6 +368,6 @@ async def test_sessions_that_take_turns_keep_their_prefix(
 def test_settings_name_several_servers(settings_for: SettingsFor) -> None:
     settings = settings_for("http://a:1/v1, http://b:2/ ,http://c:3")
     assert settings.llm_servers == ("http://a:1", "http://b:2", "http://c:3")
-    for wrong in ("http://a,http://a/v1", "http://a,ftp://b", ",", "http://a:0"):
+    for wrong in ("http://a,http://a/v1", "http://a,ftp://b", ",", "http://a:0", "http://me:secret@a"):
         with pytest.raises(ValueError, match="llm_server_url"):
             settings_for(wrong)

@@ -289,3 +289,39 @@ def test_a_key_is_encrypted_and_outlives_a_change_of_the_secret(
             assert answer.status_code == status
             assert words in answer.text
         portal.stop()
+
+
+@pytest.mark.slow
+def test_portals_of_one_database_agree(
+    make_portal: MakePortal, tmp_path: Path, fakes: list[FakeLLM], postgres_url: str
+) -> None:
+    portals = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "models.toml").write_text(
+            f'[providers.cloud]\nkind = "openai"\nurl = "{fakes[2].url}"\nown_keys = true\n'
+            '[models.clever]\nprovider = "cloud"\n'
+        )
+        portals.append(
+            make_portal(
+                tmp_path / name,
+                LLM_SERVER_URL=f"{fakes[0].url},{fakes[1].url}",
+                DATABASE_URL=postgres_url,
+                INSTANCE=name,
+            ).start()
+        )
+    with portals[0].client("pat", role="admin") as one, portals[1].client("pat") as two:
+        assert chat(one, "shared").status_code == 200
+        for key in (CANARY, f"{CANARY}-2"):
+            put = one.put("/api/sessions/shared/key", json={"provider": "cloud", "key": key})
+            assert put.status_code == 200
+        assert chat(two, "shared", model="clever").json()["response"] == "from 2"
+        assert fakes[2].requests[-1]["headers"]["Authorization"] == f"Bearer {CANARY}-2"
+        assert two.delete("/api/sessions/shared/key").status_code == 204
+        for _ in range(2):
+            assert one.post("/api/admin/servers/default-1/drain").json()["state"] == "drained"
+        wait_until(lambda: servers(two)["default-1"]["state"] == "drained", what="the other portal's word")
+        drained = one.get("/api/admin/audit", params={"action": "server.drain"}).json()["entries"]
+        assert len(drained) == 1, "what changes nothing is not noted"
+        two.post("/api/admin/servers/default-1/undrain")
+        wait_until(lambda: servers(one)["default-1"]["state"] == "ok", what="the other portal's word")

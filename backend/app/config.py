@@ -430,6 +430,10 @@ def http_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("give a URL such as http://localhost:8080")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("leave the user and the password out of it: keys have a place of their own")
+    if not value.isascii() or any(character <= " " for character in value):
+        raise ValueError("write what is no visible character of ASCII with % or, in a host name, as xn--")
     if parts.port == 0:  # reading the port checks its range
         raise ValueError("give a port from 1 to 65535")
     return value.rstrip("/")

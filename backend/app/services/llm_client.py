@@ -89,7 +89,11 @@ class LLMClient:
     @property
     def places(self) -> Places:
         """The places at the servers of the default model."""
-        return self._router.route(None).pool.places
+        return self.places_of(None)
+
+    def places_of(self, wanted: str | None) -> Places:
+        """The places at the servers of a model."""
+        return self._router.route(wanted).pool.places
 
     @property
     def servers(self) -> list[LLMServer]:

@@ -262,7 +262,10 @@ class SessionManager:
         ticket = await self._admit(request, turn_id)
         try:
             acceptance = await self._store.accept(
-                request, turn_id=turn_id, instance=self._instance, full=self._llm.places.full
+                request,
+                turn_id=turn_id,
+                instance=self._instance,
+                full=self._llm.places_of(request.options.model).full,
             )
         except BaseException:
             await self._admission.give_back(ticket)
@@ -339,7 +342,7 @@ class SessionManager:
         if who.role.redaction:
             messages = [redacted_message(message) for message in messages]
         messages = with_system(messages, before=who.role.system_prompt)
-        self._llm.places.check()
+        self._llm.places_of(options.model).check()
         now, turn_id = time.time(), new_id()
         ticket = await self._admission.admit(who, request, turn_id, self._llm.known_model(options.model))
         session = SessionRow("", who.owner, "", request.project, "", None, None, 0, "", None, now, now)
