@@ -194,6 +194,30 @@ async def test_a_server_that_went_is_left_out_and_comes_back(settings_for: Setti
         await asyncio.gather(watching, return_exceptions=True)
 
 
+async def test_a_server_that_does_not_answer_keeps_nobody_waiting(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    gone = asyncio.Event()
+    dead = await asyncio.start_server(silent, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{dead.sockets[0].getsockname()[1]}"
+    async with opened(settings_for(f"{fakes[0].url},{address}", llm_connect_timeout=30)) as client:
+        watching = asyncio.create_task(client.watch())
+        async with asyncio.timeout(10):
+            while not client.can_answer:
+                await asyncio.sleep(0.02)
+            assert (await client.ahealth()).status == "degraded"
+            assert await ask(client) == "from 0"
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    gone.set()
+    dead.close()
+    await dead.wait_closed()
+
+
 async def test_with_no_server_left_the_error_says_so(settings_for: SettingsFor) -> None:
     addresses = ",".join(f"http://127.0.0.1:{free_port()}" for _ in range(2))
     async with opened(settings_for(addresses)) as client:

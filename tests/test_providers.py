@@ -123,6 +123,18 @@ async def test_the_default_model_may_be_another_providers(
         assert (health.model, health.status) == ("clever", "degraded"), "LLM_SERVER_URL is down"
 
 
+async def test_a_pattern_for_everything_leaves_what_is_served_here(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path
+) -> None:
+    models = f'[providers.far]\nurl = "{other.url}"\n[models."*"]\nprovider = "far"'
+    async with portal_with(tmp_path, fake.url, models) as client:
+        for name in (None, "default", "fake-1"):
+            reply, meter = await ask(client, name)
+            assert (reply, meter.model) == ("Hello there", "fake-1")
+        assert (await ask(client, "anything"))[0] == "from the other"
+        assert (await client.ahealth()).model == "fake-1"
+
+
 def test_prices_are_those_of_canonical_names(tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text(
         NAMES.format(other=DOWN) + '[models."*"]\nprice = { gpu_second = 1.0 }\n'

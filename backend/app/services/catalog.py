@@ -20,7 +20,8 @@
     omit = ["top_p"]                      # what the model refuses to be told
     options = { temperature = 0.2 }       # where a request does not say otherwise
 
-Of several patterns that match, the first counts; a name or an alias goes before all of them.
+A name or an alias goes before what `LLM_SERVER_URL` serves, and that before patterns, of which the first that
+matches counts.
 """
 
 from __future__ import annotations
@@ -198,8 +199,8 @@ class Catalog:
         return self._canonical.get(name, name)
 
     def has(self, name: str) -> bool:
-        """Whether the file has a model of this canonical name, or says which provider serves it."""
-        return name in self._canonical or self.model(name).provider != DEFAULT
+        """Whether the file has an entry for this canonical name alone."""
+        return name in self._canonical
 
     def model(self, name: str) -> Model:
         """What is said of the model with this canonical name."""

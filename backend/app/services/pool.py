@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -18,6 +19,8 @@ from app.services.server_probe import Probe
 from app.services.streaming_http import StreamingHttp
 
 Status = Literal["ok", "degraded", "down"]
+
+LOOK_S = 1.0
 
 MOST_HOMES = 10_000
 """Sessions of which it is known which server has their prefix."""
@@ -57,8 +60,11 @@ class Pool:
                 tasks.create_task(probe.watch(), name="llm server watch")
 
     async def look(self) -> None:
-        """Asks each server how it is, unless that was done within the last second. Raises nothing."""
-        await asyncio.gather(*(probe.if_stale() for probe in self._probes))
+        """Asks each server how it is, unless that was done within the last second; where some server takes
+        requests, those that do not answer at once are not waited for. Raises nothing."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S if self.is_open() else None):
+                await asyncio.gather(*(probe.if_stale() for probe in self._probes))
 
     # --- choosing a server ---
 

@@ -76,8 +76,10 @@ class Router:
                 yield found
 
     def _default(self) -> Route:
-        if self._catalog.has(self._default_name):
-            return self._to(self._default_name)
+        if self._default_name != DEFAULT:
+            route = self._to(self._default_name)
+            if route.name:
+                return route
         known = self._served_first
         model = known.found()
         if model is not None and model.name != known.name:  # it is known only since the server was asked
@@ -86,9 +88,12 @@ class Router:
         return known
 
     def _to(self, name: str) -> Route:
-        entry = self._catalog.model(name)
-        is_named = entry.provider != DEFAULT or self._catalog.has(name)
-        return Route(name if is_named else "", self._pools[entry.provider], entry.id or name, entry)
+        entry, own = self._catalog.model(name), self._pools[DEFAULT]
+        if self._catalog.has(name):
+            return Route(name, self._pools[entry.provider], entry.id or name, entry)
+        if entry.provider == DEFAULT or own.find(None, name, PLAIN) is not None:
+            return Route("", own, name, entry)  # what is served here goes before patterns
+        return Route(name, self._pools[entry.provider], name, entry)
 
 
 class Journey:

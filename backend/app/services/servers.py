@@ -50,11 +50,14 @@ class Servers:
         self._llm = llm
         self._database = database
         self._authorizer = authorizer
+        self._changes = 0
 
     async def refresh(self) -> None:
         """Reads which servers are out of service."""
-        wanted = select(drained_servers.c.url)
+        wanted, changes = select(drained_servers.c.url), self._changes
         drained = await self._database.read(lambda c: set(c.execute(wanted).scalars()))
+        if changes != self._changes:
+            return  # what was read may be older than what was changed here meanwhile
         for server in self._llm.servers:
             server.state.drain(server.url in drained)
 
@@ -86,6 +89,7 @@ class Servers:
                 note(connection, who, action, target=name)
 
         await self._database.write(operation)
+        self._changes += 1
         server.state.drain(drained)
         waiting = self._llm.pools[server.upstream.name].places.waiting
         return _view(server, waiting)
