@@ -179,6 +179,18 @@ class TestWithAnLLMThatDoesAsItIsTold:
         alert.get_by_role("button", name="Ask again").click()
         expect(answers(ada)).to_contain_text("Hello there")
 
+    def test_an_answer_that_breaks_off_stays_as_far_as_it_came(self, ada: Page, script: Script) -> None:
+        script.pieces, script.between, script.cut_after = text("As far as", " this", " and on"), 0.05, 2
+        ask(ada, "Hi")
+        for _ in range(2):
+            expect(answers(ada).first).to_contain_text("Broken off")
+            expect(ada.get_by_role("alert")).to_have_count(1)
+            expect(answers(ada)).to_contain_text("As far as this")
+            ada.reload()
+        script.cut_after = None
+        ada.get_by_role("alert").get_by_role("button", name="Ask again").click()
+        expect(answers(ada).nth(1)).to_contain_text("As far as this and on")
+
     def test_a_message_that_cannot_be_sent_stays_in_the_box(self, ada: Page, portal: Portal) -> None:
         ask(ada, "First")
         answered(ada)
