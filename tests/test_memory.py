@@ -241,6 +241,16 @@ def test_a_message_that_is_too_long_alone_is_an_invalid_request(
         assert numbers(turns(llm)[-1])[-1] == 1
 
 
+def test_messages_without_a_session_that_are_too_long_are_an_invalid_request(
+    client: httpx.Client, llm: FakeLLM
+) -> None:
+    llm.script = Script(room=200, overflow=OVERFLOWS["llama.cpp"](200))
+    refused = client.post("/api/llm/chat", json={"messages": [{"role": "user", "content": "x" * 400}]})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["code"] == "invalid_request"
+    assert len(llm.requests) == 1
+
+
 # --- pins ---
 
 
@@ -287,11 +297,16 @@ def test_what_is_never_sent_cannot_be_pinned(fake_portal: Portal, client: httpx.
     say(client, session, 0)
     llm.script = Script(status=500)
     ask(client, session, message="fails")
+    llm.script = Script()
     failed = history_of(client, session)[-1]
     assert failed["status"] == "failed"
     path = f"/api/sessions/{session}/messages"
     assert client.post(f"{path}/{failed['id']}/pin").status_code == 409
     assert client.post(f"{path}/nothing/pin").status_code == 404
+    state = {"session_id": session, "state": {"x": 1}}
+    assert client.post("/api/mqtt/publish_state", json=state).status_code == 202
+    wait_until(lambda: history_of(client, session)[-1]["role"] == "assistant", what="the hint")
+    assert client.post(f"{path}/{history_of(client, session)[-1]['id']}/pin").status_code == 409
     assert client.delete(f"{path}/nothing/pin").status_code == 404
 
 
@@ -360,6 +375,14 @@ def test_without_a_summary_it_goes_on(start: Start, notes: FakeLLM, session: str
         say(client, session, asked)
         assert len(summaries(notes)) == 1
         assert client.get(f"/api/sessions/{session}").json()["summary"] is None
+
+
+def test_who_has_spent_the_budget_gets_no_summary(start: Start, notes: FakeLLM, session: str) -> None:
+    limits = {"DAILY_TOKEN_BUDGET": "1380", "LLM_MAX_TOKENS": "60"}
+    with start(LLM_HISTORY_SUMMARY="100", **limits).client() as client:
+        fill(client, notes, session)
+        assert client.get("/api/stats").json()["budgets"][0]["spent"] == 4 * 60 + 76 + 204 + 332 + 460
+        assert summaries(notes) == []
 
 
 def test_there_is_no_summary_by_default(start: Start, notes: FakeLLM, session: str) -> None:

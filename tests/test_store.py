@@ -17,7 +17,9 @@ from app.services import acceptance as acceptance_module
 from app.services.acceptance import Acceptance
 from app.services.endings import Reply
 from app.services.leases import Leases
+from app.services.memory import Memory
 from app.services.outbox import Outbox
+from app.services.rows import SessionRow
 from app.services.store import StaleAttempt, Store
 from tests.support import person
 
@@ -46,6 +48,11 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 @pytest.fixture
 def store(database: Database) -> Store:
     return Store(database)
+
+
+@pytest.fixture
+def memory(database: Database) -> Memory:
+    return Memory(database)
 
 
 @pytest.fixture
@@ -306,3 +313,51 @@ async def test_pages_of_a_long_history(store: Store) -> None:
     assert await store.message_parent(session.id, "nope") is None
     begun = await store.messages(session.leaf_id, last=page[1].id)
     assert [row.content for row in begun] == ["q4", "a4"]
+
+
+# --- what outlives a cut ---
+
+
+async def test_pins_are_found_on_the_path_before_the_window(store: Store, memory: Memory) -> None:
+    turns = []
+    for number in range(4):
+        accepted = await accept(store, request(f"q{number}"))
+        await finish(store, accepted, f"a{number}")
+        turns.append(accepted.turn)
+    session = turns[0].session
+    version = (await store.session(ADA.owner, "s") or raising()).version
+    assert await memory.pin(session, turns[1].message_id, pinned=True)
+    assert (await store.session(ADA.owner, "s") or raising()).version == version + 1
+    parent = await store.message_parent(session, turns[3].message_id)
+    assert parent is not None
+    assert parent[0] is not None
+    kept = await memory.before(session, parent[0])
+    assert [(row.content, row.pinned) for row in kept.pinned] == [("q1", True), ("a1", False)]
+    # Before the pinned one there is nothing that is pinned.
+    earlier = await store.message_parent(session, turns[1].message_id)
+    assert earlier is not None
+    assert earlier[0] is not None
+    assert (await memory.before(session, earlier[0])).pinned == []
+    assert [row.content for row in await memory.exchange(session, turns[1].message_id)] == ["q1", "a1"]
+    assert await memory.exchange("another", turns[1].message_id) == []
+    assert not await memory.pin(session, new_id(), pinned=True)
+    assert await memory.pin(session, turns[1].message_id, pinned=False)
+    assert await memory.pinned(session, parent[0]) == []
+
+
+async def test_a_summary_is_kept_only_for_the_version_that_it_is_of(store: Store, memory: Memory) -> None:
+    accepted = await accept(store, request())
+    await finish(store, accepted)
+    row = await store.session(ADA.owner, "s") or raising()
+    assert await memory.summarise(row.id, row.version, "first", accepted.turn.message_id, lambda _: None)
+    assert not await memory.summarise(row.id, row.version, "late", accepted.turn.message_id, lambda _: None)
+    assert await memory.summaries([row.id, "another"]) == {row.id: "first"}
+    row = await store.session(ADA.owner, "s") or raising()
+    assert await memory.summarise(row.id, row.version, "second", accepted.turn.message_id, lambda _: None)
+    assert await memory.summaries([row.id]) == {row.id: "second"}
+    await store.clear(ADA.owner, "s", {})
+    assert await memory.summaries([row.id]) == {}
+
+
+def raising() -> SessionRow:
+    raise AssertionError("there is no session")

@@ -37,7 +37,6 @@ _OF_TURN = (
         .where(messages.c.id == bindparam("message"), messages.c.session == bindparam("session"))
         .scalar_subquery()
     )
-    .order_by(messages.c.id)
 )
 
 
@@ -72,11 +71,11 @@ class Memory:
         return await self._database.read(lambda c: _pinned(c, session, leaf))
 
     async def exchange(self, session: str, message_id: str) -> list[MessageRow]:
-        """All messages of the turn that a message of the session belongs to; none when there is no such
-        message."""
+        """All messages of the turn that a message of the session belongs to, each after the one that it
+        follows; none when there is no such message."""
         named = {"session": session, "message": message_id}
         rows = await self._database.read(lambda c: c.execute(_OF_TURN, named).all())
-        return [message_of(row) for row in rows]
+        return _in_order([message_of(row) for row in rows])
 
     async def pin(self, session: str, message_id: str, *, pinned: bool) -> bool:
         """Pins a message, or no longer; False when it is gone. What is sent changes with it, so the
@@ -122,6 +121,15 @@ def _pinned(connection: Connection, session: str, leaf: str) -> list[MessageRow]
         return []
     rows = connection.execute(_PINNED, {"session": session, "leaf": leaf}).all()
     return [message_of(row) for row in rows]
+
+
+def _in_order(rows: list[MessageRow]) -> list[MessageRow]:
+    parents = {row.id: row.parent_id for row in rows}
+
+    def depth(message: str | None) -> int:
+        return 0 if message not in parents else 1 + depth(parents[message])
+
+    return sorted(rows, key=lambda row: (depth(row.id), row.created_at))
 
 
 def _new_version(connection: Connection, row: SessionRow) -> None:
