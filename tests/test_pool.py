@@ -175,6 +175,48 @@ async def test_the_whole_time_holds_over_all_servers(fakes: list[FakeLLM], setti
         assert sum(asked(fakes)) == 2
 
 
+async def test_the_whole_time_holds_while_it_waits_for_another_server(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    two = fakes[:2]
+    limits = {"llm_timeout": 0.8, "llm_connect_timeout": 0.5, "llm_max_concurrency": 1}
+    async with opened(settings_for(urls(two), **limits)) as client:
+        await client.ahealth()
+        busy = two[int((await ask(client, "s"))[-1])]
+        sick = two[1 - two.index(busy)]
+        busy.script, sick.script = Script(before_first=60), Script(status=502, before_headers=0.2)
+        hanging = asyncio.create_task(ask(client, "s", "bo"))
+        await busy.until(lambda: busy.running == 1)
+        client._settings = client._settings.replace(llm_timeout=0.4)
+        began = time.monotonic()
+        with pytest.raises(LLMTimeout, match=r"finish its reply within 0\.4 s"):
+            await ask(client)
+        assert time.monotonic() - began < 0.75
+        await asyncio.gather(hanging, return_exceptions=True)
+    assert client.queue.taken == client.queue.waiting == 0
+
+
+async def test_a_server_that_dies_under_load_takes_only_what_it_had_begun(settings_for: SettingsFor) -> None:
+    script = Script(pieces=text(*["x"] * 20), between=0.02)
+    async with AsyncExitStack() as stack:
+        stays = await stack.enter_async_context(serve(FakeLLM(script=script)))
+        dies = AsyncExitStack()
+        doomed = await dies.enter_async_context(serve(FakeLLM(script=script)))
+        client = await stack.enter_async_context(
+            opened(settings_for(urls([stays, doomed]), llm_max_concurrency=4))
+        )
+        await client.ahealth()
+        asking = [asyncio.create_task(ask(client, f"s{number}", f"o{number}")) for number in range(40)]
+        await doomed.until(lambda: doomed.finished >= 2)
+        await dies.aclose()
+        results = await asyncio.gather(*asking, return_exceptions=True)
+        broken = [result for result in results if not isinstance(result, str)]
+        assert len(broken) <= 4, "those that had begun there"
+        assert all(isinstance(error, LLMError) and error.retryable for error in broken)
+        assert [result for result in results if isinstance(result, str)] == ["x" * 20] * (40 - len(broken))
+        assert client.queue.taken == client.queue.waiting == 0
+
+
 async def test_a_server_that_went_is_left_out_and_comes_back(settings_for: SettingsFor) -> None:
     ports = [free_port(), free_port()]
     addresses = ",".join(f"http://127.0.0.1:{port}" for port in ports)

@@ -38,7 +38,7 @@ def pool(
     directory = tmp_path_factory.mktemp("pool")
     (directory / "models.toml").write_text(
         f'[providers.cloud]\nkind = "openai"\nurl = "{fakes[2].url}"\nown_keys = true\n'
-        '[models.clever]\nprovider = "cloud"\nprice = { output = 1e6 }\n'
+        '[models.clever]\nprovider = "cloud"\naliases = ["smart"]\nprice = { output = 1e6 }\n'
     )
     running = Portal(
         directory,
@@ -185,6 +185,16 @@ def test_all_servers_down_is_down(make_portal: MakePortal, tmp_path: Path) -> No
         refused = chat(client, "s")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "llm_unavailable")
         assert "127.0.0.1" not in refused.text
+
+
+def test_roles_know_a_model_by_its_own_name(pool: Portal, admin: httpx.Client) -> None:
+    role = {"permissions": ["chat:use", "sessions:*"], "models": ["clever"]}
+    assert admin.put("/api/admin/roles/cloudy", json=role).status_code == 200
+    with pool.client("cleo", role="cloudy") as cleo:
+        for model in ("smart", "clever"):
+            assert "PUT /api/sessions" in chat(cleo, "s", model=model).json()["detail"], "it may be asked for"
+        for other in ("default", "fake-1", None):
+            assert chat(cleo, "s", model=other).status_code == 403
 
 
 # --- keys of sessions ----------------------------------------------------------------------------

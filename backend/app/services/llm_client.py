@@ -179,7 +179,7 @@ class LLMClient:
                 await journey.ready()
             place = journey.ask(owner)
             try:
-                async for position in place.wait(deadline):
+                async for position in place.wait(clock.sooner(deadline) if clock else deadline):
                     yield InQueue(position, place.eta(position))
                 clock = _begun(clock, self._settings)
                 async with aclosing(self._reply(journey, messages, options, clock)) as updates:

@@ -313,6 +313,11 @@ class Clock:
         self._first = asyncio.get_running_loop().time() + self._settings.llm_first_token_timeout
         self.has_begun = False
 
+    def sooner(self, deadline: float | None) -> float:
+        """When the wait for another place must be over (Unix time)."""
+        end = time.time() + self._end - asyncio.get_running_loop().time()
+        return end if deadline is None else min(deadline, end)
+
     @property
     def is_over(self) -> bool:
         """Whether the whole time has passed."""

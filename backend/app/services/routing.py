@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from app.access import matches
 from app.config import Settings
-from app.errors import InvalidRequest, Overloaded, PortalError
+from app.errors import Expired, InvalidRequest, LLMTimeout, Overloaded, PortalError
 from app.services.catalog import DEFAULT, PLAIN, Catalog, Model
 from app.services.llm_server import Clock, LLMServer, ModelInfo
 from app.services.places import Load, Meter, Place
@@ -211,6 +211,8 @@ class Journey:
         """This stage has failed. Returns when there is another way to go, and raises `error` when there is
         none."""
         server = self.server
+        if isinstance(error, Expired) and clock is not None and clock.is_over:
+            raise LLMTimeout(clock.complaint())
         if server is None or clock is None or not error.retryable:
             raise error
         if clock.is_over:
