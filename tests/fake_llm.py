@@ -82,6 +82,7 @@ class FakeLLM:
     """How many were sent, of all replies."""
     dropped: int = 0
     models_status: int = 200
+    before_models: float = 0.0
     url: str = ""
     change: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -97,6 +98,7 @@ class FakeLLM:
     async def models(self, request: web.Request) -> web.Response:
         meta = {} if self.context is None else {"meta": {"n_ctx": self.context}}
         model = {"id": self.model, "object": "model", "owned_by": self.owner, **meta}
+        await asyncio.sleep(self.before_models)
         return web.json_response({"object": "list", "data": [model]}, status=self.models_status)
 
     async def props(self, request: web.Request) -> web.Response:

@@ -195,3 +195,27 @@ async def test_a_server_that_opens_takes_those_who_wait() -> None:
     first.limit = 1
     places.offer(first)
     assert [place.load for place in waits] == [first, None, None]
+
+
+async def test_servers_of_different_models_share_one_queue() -> None:
+    queue = Queue(1)
+    here, there = AllPlaces(queue, [Load(1)]), AllPlaces(queue, [Load(1)])
+    here.ask("a")
+    assert there.ask("b").load is not None, "a place that is free needs no queue"
+    waits = here.ask("a")
+    with pytest.raises(Overloaded):
+        there.ask("c")
+    assert (queue.taken, queue.waiting) == (2, 1)
+    waits.leave()
+    assert there.ask("c").load is None
+    assert queue.waiting == 1
+
+
+async def test_places_elsewhere_count_in_whose_turn_it_is() -> None:
+    queue = Queue(10)
+    here, there = AllPlaces(queue, [Load(1)]), AllPlaces(queue, [Load(1)])
+    there.ask("busy")
+    running = here.ask("x")
+    earlier, later = here.ask("busy"), here.ask("idle")
+    running.leave()
+    assert (earlier.granted_at, later.granted_at is not None) == (None, True)

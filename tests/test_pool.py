@@ -260,6 +260,20 @@ async def test_a_server_that_does_not_answer_keeps_nobody_waiting(
     await dead.wait_closed()
 
 
+async def test_a_server_that_is_late_once_is_only_busy(
+    fakes: list[FakeLLM], settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.services.server_probe.FRESH_S", 0.0)
+    async with opened(settings_for(fakes[0].url, llm_connect_timeout=0.1)) as client:
+        assert (await client.ahealth()).status == "ok"
+        fakes[0].before_models = 30
+        assert (await client.ahealth()).status == "ok"
+        assert await ask(client) == "from 0"
+        assert (await client.ahealth()).status == "down"
+        fakes[0].before_models = 0
+        assert (await client.ahealth()).status == "ok"
+
+
 async def test_with_no_server_left_the_error_says_so(settings_for: SettingsFor) -> None:
     addresses = ",".join(f"http://127.0.0.1:{free_port()}" for _ in range(2))
     async with opened(settings_for(addresses)) as client:

@@ -52,6 +52,10 @@ _JSON = {"Content-Type": "application/json"}
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
+class Silent(LLMUnavailable):
+    """The server did not answer a small question in time: it is away, or very busy."""
+
+
 class NotOffered(LLMError):
     """The server has no answer to this kind of question."""
 
@@ -243,7 +247,9 @@ class LLMServer:
         try:
             async with asyncio.timeout(self._settings.llm_connect_timeout):
                 return await self._fetch("GET", url, self._headers)
-        except (TimeoutError, NoAnswer):
+        except TimeoutError:
+            raise Silent("The LLM server cannot be reached.", retry_after=LOOK_AGAIN_S) from None
+        except NoAnswer:
             raise LLMUnavailable("The LLM server cannot be reached.", retry_after=LOOK_AGAIN_S) from None
         except BrokenAnswer as error:
             raise LLMError(str(error)) from None

@@ -12,7 +12,7 @@ import msgspec
 from app.errors import LLMError, PortalError
 from app.services.catalog import DEFAULT
 from app.services.dialects import OWNERS
-from app.services.llm_server import LOOK_AGAIN_S, LLMServer, ModelInfo, NotOffered
+from app.services.llm_server import LOOK_AGAIN_S, LLMServer, ModelInfo, NotOffered, Silent
 from app.services.replies import NO_JSON
 from app.services.slots import Slots
 
@@ -75,6 +75,7 @@ class Probe:
         self._build = ""
         self._asked_at = float("-inf")
         self._lock = asyncio.Lock()
+        self._silent = 0
 
     async def watch(self) -> None:
         """Asks every few seconds, and at once after a failure. Runs until cancelled."""
@@ -110,7 +111,9 @@ class Probe:
             server.latency_ms = round((time.monotonic() - began) * 1000)
         except PortalError as error:
             problem = error
-        server.state.note(problem)
+        self._silent = self._silent + 1 if isinstance(problem, Silent) else 0
+        if server.state.problem is not None or self._silent != 1:  # once, it may be busy with its work
+            server.state.note(problem)
         if problem is not None:
             server.look_again.set()
         self._asked_at = time.monotonic()
