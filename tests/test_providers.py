@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from app.services.places import Meter
 from app.services.replies import Completion
 from app.services.routing import OwnKey
 from tests.fake_llm import FakeLLM, Script, serve, text
-from tests.support import SECRET, free_port
+from tests.support import ROOT, SECRET, free_port
 
 SettingsFor = Callable[..., Settings]
 HI = [{"role": "user", "content": "hi"}]
@@ -197,6 +198,16 @@ async def test_keys_stand_where_the_file_says(fake: FakeLLM, other: FakeLLM, tmp
     )
     assert fake.requests[-1]["headers"]["Authorization"] == "Bearer portal-key"
     assert "X-Team" not in fake.requests[-1]["headers"]
+
+
+def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
+    examples = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "providers.md").read_text(), re.DOTALL)
+    seen: set[str] = set()
+    for number, example in enumerate(examples):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(example)
+        seen |= {provider.kind for provider in Catalog(file).providers.values()}
+    assert seen >= {"openai", "azure", "anthropic", "bedrock", "watsonx", "vllm", "ollama"}
 
 
 # --- fallbacks -----------------------------------------------------------------------------------
