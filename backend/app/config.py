@@ -12,6 +12,7 @@ import secrets
 import socket
 import textwrap
 from collections.abc import Mapping
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -439,6 +440,7 @@ def http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+@lru_cache(256)
 def is_loopback(host: str) -> bool:
     """Whether `host` names this machine's loopback interface."""
     try:

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -151,8 +151,7 @@ class Mark:
     again: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TurnRequest:
+class TurnRequest(msgspec.Struct, frozen=True):
     """One message, or state of a game, for a session, as a door hands it to `SessionManager.submit`.
 
     `deadline` is a Unix time in seconds that bounds the wait for a place at the LLM server.
@@ -169,10 +168,10 @@ class TurnRequest:
     request_id: str | None = None
     system_prompt: str | None = None
     template_id: str | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = msgspec.field(default_factory=dict)
     template_version: str | None = None
     project: str = ""
-    options: GenerationOptions = field(default_factory=GenerationOptions)
+    options: GenerationOptions = msgspec.field(default_factory=GenerationOptions)
     deadline: float | None = None
     detached: bool = True
     reply_to: ReplyTarget | None = None

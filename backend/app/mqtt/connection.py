@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -329,8 +330,8 @@ def _has_failed(sock: Any) -> bool:
 
 def _properties(message: Outgoing) -> Properties | None:
     """MQTT 5's properties of a publish (section 3.3.2.3)."""
-    if message.correlation is None and message.expiry is None and message.content_type is None:
-        return None
+    if message.correlation is None and message.expiry is None:
+        return None if message.content_type is None else _content(message.content_type)
     found = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     if message.correlation is not None:
         found.CorrelationData = message.correlation
@@ -340,6 +341,26 @@ def _properties(message: Outgoing) -> Properties | None:
         found.ContentType = message.content_type
         found.PayloadFormatIndicator = 1  # UTF-8
     return found
+
+
+class _Packed(Properties):
+    """Properties that many publishes have alike, packed once."""
+
+    def __init__(self, found: Properties) -> None:
+        object.__setattr__(self, "_packed", found.pack())  # type: ignore[no-untyped-call]
+
+    def pack(self) -> bytes:
+        """See paho's."""
+        packed: bytes = object.__getattribute__(self, "_packed")
+        return packed
+
+
+@lru_cache(16)
+def _content(content_type: str) -> Properties:
+    found = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    found.ContentType = content_type
+    found.PayloadFormatIndicator = 1  # UTF-8
+    return _Packed(found)
 
 
 def _said(properties: Properties | None) -> dict[str, Any]:

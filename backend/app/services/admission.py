@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+
+import msgspec
 
 from app.access import Identity, Limits
 from app.config import Settings
@@ -61,14 +62,13 @@ NEXT_TURN_S = 2.0
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True):
     """The leave to run a turn: what was taken and reserved for it."""
 
     turn_id: str
     windows: tuple[Window, ...] = ()
     holds: tuple[Hold, ...] = ()
-    budgets: dict[str, tuple[str, str]] = field(default_factory=dict)
+    budgets: dict[str, tuple[str, str]] = {}
     """The subject and the budget of each hold, by its key."""
     quotas: tuple[Quota, ...] = ()
 
@@ -135,7 +135,7 @@ class Admission:
         if ticket.windows:
             quotas = await self._ledger.take(turn_id, ticket.windows)
             _check_windows(quotas)
-            ticket = replace(ticket, quotas=tuple(quotas))
+            ticket = msgspec.structs.replace(ticket, quotas=tuple(quotas))
         try:
             await self._reserve(ticket)
         except RateLimited:

@@ -6,6 +6,7 @@ Sources of the facts: the providers' own pages, named in docs/providers.md.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -75,6 +76,7 @@ def base(kind: ProviderKind, url: str) -> str:
     return url if urlsplit(url).path else f"{url}/v1"
 
 
+@lru_cache(256)
 def chat_url(kind: ProviderKind, url: str, model: str, api_version: str) -> str:
     """Where chat completions of a model are asked for."""
     if kind == "azure":  # the deployment stands in the path

@@ -10,11 +10,11 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
-import msgspec
+from msgspec.structs import replace
 
 from app.access import LOCAL, Door, Identity, KeyUse
 from app.config import Settings
@@ -222,7 +222,7 @@ class SessionManager:
         if self._policies.has_projects or only is not None:
             session = await self._store.session(request.who.owner, request.session_id)
             project = session.project if session is not None else project
-        return replace(request, project=project)
+        return request if project == request.project else replace(request, project=project)
 
     async def _allowed(self, request: TurnRequest) -> TurnRequest:
         """The request as the role lets it through. Raises `Forbidden`, `InvalidRequest`."""
@@ -508,7 +508,7 @@ class SessionManager:
         """Gives a session another title. Raises `NotFound`."""
         session = await self._session(who, "sessions:write", session_id)
         await self._store.rename_session(session.id, title)
-        return msgspec.structs.replace(session, title=title)
+        return replace(session, title=title)
 
     async def search(
         self, who: Identity, text: str = "", *, limit: int = 50, offset: int = 0

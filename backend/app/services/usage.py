@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -76,7 +77,13 @@ _KEYS = ("day", *get_args(Group)[1:])
 
 def day_of(at: float) -> str:
     """The day of a Unix time: `2026-11-21`."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+    return _day(int(at // 86400))
+
+
+@lru_cache(16)
+def _day(number: int) -> str:
+    """The day with this number, 1970-01-01 being 0."""
+    return datetime.fromtimestamp(number * 86400, UTC).strftime("%Y-%m-%d")
 
 
 def _add_row(dialect: str) -> Any:
