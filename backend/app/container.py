@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.config import Settings, load_settings
 from app.database import Database, migrate
@@ -32,7 +32,6 @@ from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
-from app.services.outbound import Outbound
 from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.pins import Pins
@@ -45,7 +44,9 @@ from app.services.sign_ins import SignIns
 from app.services.store import Store
 from app.services.templates import Templates
 from app.services.usage import UsageBook
-from app.services.webhooks import Webhook
+
+if TYPE_CHECKING:
+    from app.services.webhooks import Webhook
 
 log = get_logger(__name__)
 
@@ -194,7 +195,12 @@ def check_files(settings: Settings) -> None:
 
 def _webhook(settings: Settings) -> Webhook | None:
     url = settings.alert_webhook_url.get_secret_value()
-    return Webhook(url, Outbound(settings.outbound_allow)) if url else None
+    if not url:
+        return None
+    from app.services.outbound import Outbound  # aiohttp, which takes memory, comes with it
+    from app.services.webhooks import Webhook
+
+    return Webhook(url, Outbound(settings.outbound_allow))
 
 
 def _ledger(settings: Settings) -> Ledger:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 from sqlalchemy import Connection, select
@@ -17,7 +18,9 @@ from app.logs import get_logger
 from app.models.tables import alerts
 from app.services.audit import note
 from app.services.authorizer import Authorizer
-from app.services.webhooks import Webhook
+
+if TYPE_CHECKING:
+    from app.services.webhooks import Webhook
 
 log = get_logger(__name__)
 
