@@ -7,12 +7,15 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from app.routers.streaming import KEEP_ALIVE_S
+from tests.fake_llm import FakeLLM
 from tests.support import Portal, wait_until
 
 pytestmark = pytest.mark.slow
@@ -339,3 +342,16 @@ def test_the_openapi_document_describes_events_and_errors(portal: Portal, client
     began = time.monotonic()
     assert client.get("/docs").status_code == 200
     assert time.monotonic() - began < 5
+
+
+def test_a_silent_stream_is_kept_open_by_comments(fake_thread: FakeLLM, tmp_path: Path) -> None:
+    fake_thread.script.before_first = KEEP_ALIVE_S + 1
+    portal = Portal(tmp_path, LLM_SERVER_URL=fake_thread.url)
+    portal.start()
+    path, body = "/api/llm/chat/session/stream", {"session_id": "s", "message": "hello"}
+    try:
+        with portal.client() as client, client.stream("POST", path, json=body) as answer:
+            lines = [line for line in answer.iter_lines() if line.startswith((":", "event"))]
+    finally:
+        portal.stop()
+    assert lines == ["event: accepted", ": still here", "event: token", "event: final"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -57,6 +57,8 @@ class TurnStream(Response):
         self._turn = turn
         self._after = after
         self._ndjson = NDJSON in request.headers.get("accept", "")
+        self._sent_at = asyncio.get_running_loop().time()
+        self._is_sending = False
         self.background = None
         self.status_code = 200
         self.media_type = NDJSON if self._ndjson else SSE
@@ -72,7 +74,7 @@ class TurnStream(Response):
         leaving = asyncio.create_task(_gone(receive), name="stream: client leaves")
         sending = asyncio.create_task(self._send(send), name="stream: events")
         try:
-            await asyncio.wait((leaving, sending), return_when=asyncio.FIRST_COMPLETED)
+            await self._keep_alive((leaving, sending), send)
         finally:
             for task in (leaving, sending):
                 if not task.done():
@@ -82,47 +84,40 @@ class TurnStream(Response):
         if not sending.cancelled():
             sending.result()
 
+    async def _keep_alive(self, tasks: Iterable[asyncio.Task[None]], send: Send) -> None:
+        """Sends something after every long silence, until one of the tasks is done."""
+        now = asyncio.get_running_loop().time
+        while True:
+            patience = max(0.0, self._sent_at + KEEP_ALIVE_S - now())
+            done, _ = await asyncio.wait(tasks, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+            if now() < self._sent_at + KEEP_ALIVE_S:
+                continue
+            self._sent_at = now()
+            if not self._is_sending and not self._ndjson:
+                await send({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})
+
     async def _send(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._turn.follow(self._after)) as batches:
-            async for batch in _with_pauses(batches):
-                body = self._encode(batch)
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            async for batch in batches:
+                self._is_sending = True
+                await send({"type": "http.response.body", "body": self._encode(batch), "more_body": True})
+                self._is_sending = False
+                self._sent_at = now()
+        self._is_sending = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _encode(self, batch: Sequence[Numbered]) -> bytes:
         if self._ndjson:
             return b"".join(b"%b\n" % item.json for item in batch)
-        if not batch:
-            return b": still here\n\n"
         return b"".join(_sse(item) for item in batch)
 
 
 def _sse(item: Numbered) -> bytes:
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (item.id.encode(), type_of(item.event).encode(), item.json)
-
-
-async def _with_pauses(
-    batches: AsyncGenerator[Sequence[Numbered], None],
-) -> AsyncGenerator[Sequence[Numbered], None]:
-    """The batches, and an empty one after every long silence."""
-    following = asyncio.ensure_future(anext(batches, None))
-    try:
-        while True:
-            done, _ = await asyncio.wait((following,), timeout=KEEP_ALIVE_S)
-            if not done:
-                yield ()
-                continue
-            batch = following.result()
-            if batch is None:
-                return
-            yield batch
-            following = asyncio.ensure_future(anext(batches, None))
-    finally:
-        following.cancel()
-        with suppress(asyncio.CancelledError):
-            await following
 
 
 async def _gone(receive: Receive) -> None:
