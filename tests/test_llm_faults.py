@@ -94,6 +94,18 @@ FAULTS: dict[str, tuple[Script, str, bool, str]] = {
         "One",
     ),
     "no HTTP": (Script(wire=b"SSH-2.0-OpenSSH_9.2\r\n", then="hold"), "llm_error", False, ""),
+    "headers without end": (
+        Script(wire=SSE[:-2] + b"X-A: " + b"a" * 300_000, then="hold"),
+        "llm_error",
+        False,
+        "",
+    ),
+    "a refusal that is no text": (
+        Script(wire=b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n\xff\xfe", then="eof"),
+        "llm_error",
+        False,
+        "",
+    ),
     "a page": (Script(wire=HTTP % b"text/html" + b"<p>Hello</p>", then="eof"), "llm_error", True, ""),
     "an error for an answer": (
         Script(wire=HTTP % b"application/json" + b'{"error": {"message": "no"}}', then="eof"),

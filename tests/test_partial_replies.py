@@ -19,10 +19,19 @@ ADA = person()
 BROKEN = Script(pieces=text("One", " two", " three"), cut_after=2, between=0.02)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def settings(
+    fake: FakeLLM, settings_for: Callable[..., Settings], request: pytest.FixtureRequest
+) -> Callable[[str], Settings]:
+    server = {"database_url": request.getfixturevalue("postgres_url")} if request.param != "sqlite" else {}
+    return lambda instance: settings_for(fake.url, instance=instance, **server)
+
+
 @pytest.fixture
-async def portal(fake: FakeLLM, settings_for: Callable[..., Settings]) -> AsyncIterator[Container]:
-    async with open_container(settings_for(fake.url, instance="one")) as container:
+async def portal(settings: Callable[[str], Settings]) -> AsyncIterator[Container]:
+    async with open_container(settings("one")) as container:
         yield container
+        await container.sessions.delete(ADA, "s")  # the database is that of all tests
 
 
 async def ask(sessions: SessionManager, message: str, **changes: Any) -> Turn:
@@ -44,7 +53,7 @@ def sent(fake: FakeLLM) -> list[str]:
 
 
 async def test_it_is_kept_and_not_sent(
-    fake: FakeLLM, portal: Container, settings_for: Callable[..., Settings]
+    fake: FakeLLM, portal: Container, settings: Callable[[str], Settings]
 ) -> None:
     await ask(portal.sessions, "first")
     fake.script = BROKEN
@@ -60,7 +69,7 @@ async def test_it_is_kept_and_not_sent(
     fake.script = Script()
     await ask(portal.sessions, "good")
     assert sent(fake) == ["first", "Hello there", "good"]
-    async with open_container(settings_for(fake.url, instance="two")) as other:
+    async with open_container(settings("two")) as other:
         await ask(other.sessions, "and now")
         assert sent(fake) == ["first", "Hello there", "good", "Hello there", "and now"]
         assert (await told(other.sessions))[2:4] == broken

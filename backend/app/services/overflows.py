@@ -35,7 +35,7 @@ def overflow_in(body: bytes) -> ContextExceeded | None:
     """The error that the body of a refusal tells of, if it is this one."""
     try:
         return overflow_of(msgspec.json.decode(body))
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 

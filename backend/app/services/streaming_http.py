@@ -176,7 +176,7 @@ class _Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._headers: dict[str, str] = {}
-        self._header_bytes = 0
+        self._header_bytes = self._before_body = 0
         self._status = 0
         self._parts: list[bytes] = []
         self._unread = 0
@@ -266,6 +266,11 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._problem = BrokenAnswer(f"The answer is no HTTP: {error}")
             self.close()
+        if not self._status:
+            self._before_body += len(data)  # the parser tells of a header only when it has all of it
+            if self._before_body > MOST_HEADERS and self._problem is None:
+                self._problem = BrokenAnswer("The headers are too long.")
+                self.close()
         if self._unread > MOST_UNREAD and not self._is_paused and self.is_open:
             self._is_paused = True
             self._transport.pause_reading()
