@@ -96,8 +96,8 @@ async def test_the_surplus_is_refused_at_once(
             )
             assert load.answered >= 0.8 * PLACES / REPLY_S * form.overload_s, "the server is kept busy"
             assert len(load.refused) > 5 * load.answered
-            assert p99(load.refused) < REFUSED_BAR_S
-            assert p99(load.live) < LIVE_BAR_S
+            assert p99(load.refused) < REFUSED_BAR_S * form.slack
+            assert p99(load.live) < LIVE_BAR_S * form.slack
             assert load.queue <= QUEUE
             assert fake_thread.most_running == PLACES
             async with web.post("/api/llm/chat/session", json={"session_id": "s", "message": "hi"}) as answer:
