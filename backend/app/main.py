@@ -99,6 +99,8 @@ def create_app(settings: Settings) -> FastAPI:
         generate_unique_id_function=_operation_id,
         docs_url=None,  # a page of its own, like the portal's, instead of scripts from elsewhere
         redoc_url=None,
+        # Asked for at every request, and of no use while nothing is configured to receive it.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # Routes are looked for in this order, so the busiest come first.
     for part in (llm, auth, sessions, templates, keys, stats, mqtt, admin, devices, servers, health):

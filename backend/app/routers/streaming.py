@@ -130,14 +130,23 @@ async def _gone(receive: Receive) -> None:
 async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None when the client goes before it is there; `work` is cancelled
     then. FastAPI does not cancel a handler whose client has left."""
+    task = asyncio.current_task()
+    assert task is not None
+    has_left = False
+
+    def left(_leaving: object) -> None:
+        nonlocal has_left
+        has_left = True
+        task.cancel()
+
     leaving = asyncio.create_task(_gone(request.receive), name="answer: client leaves")
-    working = asyncio.ensure_future(work)
+    leaving.add_done_callback(left)
     try:
-        await asyncio.wait((leaving, working), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        return await work
+    except asyncio.CancelledError:
+        if has_left and task.uncancel() == 0:
+            return None
+        raise
     finally:
-        for task in (leaving, working):
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        leaving.remove_done_callback(left)
+        leaving.cancel()
