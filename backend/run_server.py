@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import socket
 import sys
 from pathlib import Path
@@ -63,6 +64,10 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         timeout_graceful_shutdown=DRAIN_S,
     )
     server = uvicorn.Server(config)
+    # What was imported is there for good: looking through it again and again for garbage would stop all
+    # streams for some hundredths of a second each time.
+    gc.collect()
+    gc.freeze()
     # paho's sockets are watched by the event loop, which Windows' default loop cannot do.
     factory = asyncio.SelectorEventLoop if sys.platform == "win32" else config.get_loop_factory()
     with asyncio.Runner(loop_factory=factory) as runner:
