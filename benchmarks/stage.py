@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -155,6 +155,17 @@ def _portal(
     finally:
         if portal.process is not None:
             portal.kill()
+
+
+def restarted(there: Bridge) -> Bridge:
+    """The portal once more, with the database that it has made by now; a peer as it is."""
+    if there.portal is None:
+        return there
+    there.portal.stop()
+    with on_cores(BRIDGE):
+        there.portal.start()
+    assert there.portal.process is not None
+    return replace(there, process=psutil.Process(there.portal.process.pid))
 
 
 @contextmanager
