@@ -358,3 +358,20 @@ def test_a_prompt_is_what_is_sent() -> None:
     assert encode_body({"messages": prompt}) == b'{"messages":' + prompt.json + b"}"
     assert json.loads(prompt.json) == list(prompt)
     assert len(prompt) == 2
+
+
+def test_a_message_that_leaves_no_room_for_pins_leaves_them_out_once() -> None:
+    history = History("s")
+    stored = row_with(row("p", None, "t", "user", "p" * 50), pinned=True)
+    history.remember([stored, row("a", "p", "t", "assistant", "a" * 50)], "notes", "x")
+    assert len(ask(history, "short", budget=400)) == 6
+    long = ask(history, "q" * 250, budget=400)
+    assert [m["role"] for m in long] == ["system", "user", "assistant", "user"], "the pins are there"
+    longer = ask(history, "q" * 350, budget=400)
+    assert [m["role"] for m in longer] == ["system", "user"]
+    history.add("m", "q" * 350, "a", Usage(size(longer), 1))
+    assert history.window_start == "m"
+    assert [m["role"] for m in ask(history, "short", budget=900)][:5] == [
+        "system",
+        *["user", "assistant"] * 2,
+    ]

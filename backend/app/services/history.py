@@ -63,7 +63,7 @@ class History:
         self._total: int | None = None
         self.summarised_to: str | None = None
         self.summary_tries = 0
-        self.is_cut = self.is_cold = False
+        self.is_cut = self.is_cold = self._is_less = False
         self._join()
 
     @classmethod
@@ -112,20 +112,20 @@ class History:
         if kind == "state" and any(exchange.kind == "state" for exchange in self._window[-1:]):
             past, count = past[: self._before_last], count - self._window[-1].count
         elif kind == "state":
-            past, count = self._joined([kept for kept in self._window if kept.kind != "state"])
+            messages = [kept for kept in self._window if kept.kind != "state"]
+            past, count = self._joined([*self._outlived, *messages])
         return Prompt(past, said_by("user", question), count + 1)
 
     def _join(self) -> None:
         """Makes what is sent anew, after more than an addition."""
-        self._json, self._count = self._joined([])
+        self._json, self._count = self._joined(self._outlived)
         self._fixed = len(self._json)
         self._before_last = 0
         for exchange in self._window:
             self._join_on(exchange)
 
-    def _joined(self, window: Sequence[Exchange]) -> tuple[bytearray, int]:
-        before = [self._summary] if self._summary is not None else []
-        exchanges = [*before, *self._head, *window]
+    def _joined(self, exchanges: Sequence[Exchange]) -> tuple[bytearray, int]:
+        """These exchanges after the system prompt, and how many messages that makes."""
         system = [said_by("system", self._system_prompt)] if self._system_prompt else []
         json = bytearray(b",".join([*system, *(exchange.json for exchange in exchanges)]))
         return json, len(system) + sum(exchange.count for exchange in exchanges)
@@ -162,6 +162,8 @@ class History:
             self._total = usage.prompt_tokens + usage.completion_tokens - usage.reasoning_tokens
             if before is not None and self._total > before:
                 exchange.tokens = self._total - before
+        if self._is_less:
+            self._is_less, self._total, exchange.tokens = False, None, None
         self._window.append(exchange)
         self._join_on(exchange)
 
@@ -207,6 +209,8 @@ class History:
             while size > budget and self._cut(size, len(prompt.json), budget):
                 prompt = self.prompt(question, kind)
                 size = await _size(prompt, count)
+            if size > budget and self._outlived:
+                prompt = await self._with_less(question, budget, count)
         self.is_cold = False
         return prompt
 
@@ -243,17 +247,38 @@ class History:
         """The messages for the model once more, after the server had no room for `sent`, of `size` tokens
         where it tells: cut to half of the room, or to nothing where nobody knows it. None when there was
         nothing left to leave out. Raises what `fit` raises."""
-        budget = 0 if room is None else room.budget
+        budget, before = 0 if room is None else room.budget, len(self._json)
         size = size or max(sent.estimate, budget)
-        if not self._cut(size, len(sent.json), budget):
-            return None
+        while len(self._json) >= before and self._cut(size, len(sent.json), budget):
+            pass
+        if len(self._json) >= before:
+            return (
+                await self._with_less(self.worded(question, kind), budget, count) if self._outlived else None
+            )
         if room is None:
             while self._cut(size, len(sent.json), 0):
                 pass
-            return self.prompt(self.worded(question, kind), kind)
+            return await self._with_less(self.worded(question, kind), 0, count)
         if self._total is None:
             self._total = size * len(self._json) // len(sent.json)
         return await self.fit(question, kind, room, count)
+
+    @property
+    def _outlived(self) -> list[Exchange]:
+        """What is sent before the window."""
+        return [*([self._summary] if self._summary is not None else []), *self._head]
+
+    async def _with_less(self, question: str, budget: int, count: CountTokens) -> Prompt:
+        """For this once the prompt without the summary and then without pinned exchanges, the oldest first,
+        until it fits or nothing is left of them."""
+        self._is_less = True
+        rest = self._outlived
+        while True:
+            del rest[:1]
+            past, messages = self._joined(rest)
+            prompt = Prompt(past, said_by("user", question), messages + 1)
+            if not rest or await _size(prompt, count) <= budget:
+                return prompt
 
     def _upper_bound(self, question: str) -> int:
         """Tokens that the prompt has at most: a token is at least a byte of text."""
@@ -262,10 +287,10 @@ class History:
 
     def _cut(self, size: int, length: int, budget: int) -> bool:
         """Leaves out the oldest exchanges of a prompt of `size` tokens and `length` bytes, at least one,
-        until about half of the room for exchanges is used: the newest only when nothing else is left, and
-        last of all what outlived the cuts before. False when there was nothing to leave out."""
+        until about half of the room for exchanges is used: the newest only when nothing else is left. What
+        is pinned goes to the head. False when there was nothing to leave out."""
         if not self._window:
-            return self._cut_head()
+            return False
         fixed = self._fixed * size // length
         surplus = size - fixed - int(max(budget - fixed, 0) * CUT_TO)
         dropped = lost = 0
@@ -275,9 +300,8 @@ class History:
                 surplus -= exchange.tokens or len(exchange.json) * size // length
                 lost += 1
             dropped += 1
-        is_pinned = self._window[-1].pinned
         self._drop(dropped if lost else len(self._window))
-        return bool(lost) or not is_pinned or self._cut_head()
+        return True
 
     def _cut_head(self) -> bool:
         if self._summary is not None:
