@@ -83,7 +83,7 @@ class Prepared:
     def run_all(self, connection: Connection, rows: Sequence[Values]) -> None:
         """Runs it with the values of each row."""
         compiled = self._for(connection, rows[0])
-        raw: Any = connection.connection.driver_connection
+        raw = driver_of(connection)
         try:
             raw.cursor().executemany(compiled.sql, [compiled.bound(row) for row in rows])
         except compiled.error as error:
@@ -109,7 +109,7 @@ class Prepared:
         return compiled.rows(cursor, cursor.fetchall())
 
     def _execute(self, connection: Connection, compiled: _Compiled, values: Values) -> Any:
-        raw: Any = connection.connection.driver_connection
+        raw = driver_of(connection)
         try:
             return raw.execute(compiled.sql, compiled.bound(values))
         except compiled.error as error:
@@ -124,6 +124,20 @@ class Prepared:
             )
             compiled = self._compiled[name] = _Compiled(statement, connection.dialect, list(values))
         return compiled
+
+
+_DRIVER = "driver"
+
+
+def with_driver(connection: Connection) -> Connection:
+    """The connection, with its driver's at hand: to find it there takes as long as a short statement."""
+    return connection.execution_options(**{_DRIVER: connection.connection.driver_connection})
+
+
+def driver_of(connection: Connection) -> Any:
+    """The driver's own connection."""
+    found = connection.get_execution_options().get(_DRIVER)
+    return connection.connection.driver_connection if found is None else found
 
 
 def _columns(statement: Any) -> list[TypeEngine[Any]]:
@@ -144,7 +158,7 @@ def _as_sqlalchemy_raises(connection: Connection, error: Any) -> Exception:
     """The driver's error as SQLAlchemy's, its connection given up where the database has gone."""
     dialect = connection.dialect
     dbapi: Any = dialect.loaded_dbapi
-    raw: Any = connection.connection.driver_connection
+    raw = driver_of(connection)
     is_lost = dialect.is_disconnect(error, raw, None)
     if is_lost:
         connection.invalidate(error)

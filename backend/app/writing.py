@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from app.logs import get_logger
-from app.prepared import Prepared
+from app.prepared import Prepared, driver_of, with_driver
 
 Operation = Callable[[Connection], Any]
 BeforeCommit = Callable[[Connection, list[Any]], None]
@@ -74,8 +74,8 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         if self._engine.dialect.name == "sqlite":
-            self._near = self._engine.connect()
-            raw: Any = self._near.connection.driver_connection
+            self._near = with_driver(self._engine.connect())
+            raw = driver_of(self._near)
             raw.execute("PRAGMA busy_timeout=0")  # whoever waits for a lock is the thread
             raw.execute("PRAGMA wal_autocheckpoint=0")
 
@@ -141,7 +141,7 @@ class Writer:
         connection: Connection | None = None
         while (group := self._next_group()) is not None:
             try:
-                connection = connection or self._engine.connect()
+                connection = connection or with_driver(self._engine.connect())
                 _commit_group(connection, group, self._before_commit)
             except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
                 for write in group:
@@ -222,8 +222,7 @@ def _sqlite_transaction(connection: Connection) -> Iterator[None]:
             _COMMIT.run(connection, {})
     except BaseException:
         connection.rollback()
-        raw: Any = connection.connection.driver_connection
-        raw.rollback()
+        driver_of(connection).rollback()
         raise
 
 

@@ -129,22 +129,22 @@ class Stopped(Done):
 # --- chat in a session ---------------------------------------------------------------------------
 
 
-@router.post("/chat/session", response_model_exclude_none=True)
+@router.post("/chat/session", response_model=SessionAnswer)
 async def session_chat(
-    body: SessionChat, request: Request, response: Response, user: CurrentUser, sessions: SessionsDep
-) -> SessionAnswer:
+    body: SessionChat, request: Request, user: CurrentUser, sessions: SessionsDep
+) -> Response:
     """Answers a message with the session's history, which remembers both. Makes the session if it
     is new."""
     turn = await _submit(sessions, user, body)
-    response.headers.update(turn.ticket.headers)
     answer = await _answer(request, turn)
-    return SessionAnswer(
+    shown = SessionAnswer(
         **_shown(answer),
         session_id=body.session_id,
         turn_id=turn.id,
         message_id=answer.message_id,
         request_id=turn.row.request_id,
     )
+    return _whole(turn, shown)
 
 
 @router.post("/chat/session/stream", response_class=Response, responses=STREAM_RESPONSES)
@@ -158,15 +158,12 @@ async def session_chat_stream(
 # --- chat without a session ----------------------------------------------------------------------
 
 
-@router.post("/chat", response_model_exclude_none=True)
-async def chat(
-    body: Chat, request: Request, response: Response, user: CurrentUser, sessions: SessionsDep
-) -> ChatAnswer:
+@router.post("/chat", response_model=ChatAnswer)
+async def chat(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> Response:
     """Answers messages; nothing of it is kept."""
     turn = await sessions.chat(user, body.messages, body)
-    response.headers.update(turn.ticket.headers)
     answer = await _answer(request, turn)
-    return ChatAnswer(**_shown(answer))
+    return _whole(turn, ChatAnswer(**_shown(answer)))
 
 
 @router.post("/chat/stream", response_class=Response, responses=STREAM_RESPONSES)
@@ -249,6 +246,12 @@ async def _answer(request: Request, turn: Turn) -> Final | Cancelled:
     if ending is None:
         raise ClientDisconnect  # nobody reads what would be answered
     return answer_of(ending)
+
+
+def _whole(turn: Turn, answer: ChatAnswer) -> Response:
+    """The answer as it is: FastAPI would check once more what was made here."""
+    body = answer.model_dump_json(exclude_none=True)
+    return Response(body, media_type="application/json", headers=turn.ticket.headers)
 
 
 def _shown(answer: Final | Cancelled) -> dict[str, Any]:

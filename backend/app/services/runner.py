@@ -210,7 +210,8 @@ class Runner:
             live.running = None
             if turn.ending is not None:
                 self.turns.pop(turn.id, None)
-                self._aside(self._accounting.count(turn), f"count {turn.id}")
+                if not turn.is_counted:
+                    self._aside(self._accounting.count(turn), f"count {turn.id}")
             self._pump(live)
             self._rest(live, turn)
 
