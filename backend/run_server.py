@@ -65,9 +65,11 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     )
     server = uvicorn.Server(config)
     # What was imported is there for good: looking through it again and again for garbage would stop all
-    # streams for some hundredths of a second each time.
+    # streams for some hundredths of a second each time. A turn makes thousands of objects and hardly any that
+    # refer to each other, so it pays to look less often.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     # paho's sockets are watched by the event loop, which Windows' default loop cannot do.
     factory = asyncio.SelectorEventLoop if sys.platform == "win32" else config.get_loop_factory()
     with asyncio.Runner(loop_factory=factory) as runner:

@@ -5,6 +5,7 @@ One read of the socket gives at most one piece of each kind, however many chunks
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -148,6 +149,12 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
+_EVENTS = re.compile(rb"^data:([^\n]*)", re.MULTILINE)
+"""What server-sent events say."""
+
+_SILENT = re.compile(rb"\r?$|:|event:|id:|retry:")
+"""Lines that say nothing of the reply."""
+
 _decode_chunks = msgspec.json.Decoder(list[_Chunk]).decode
 
 
@@ -174,14 +181,11 @@ class ReplyReader:
     def feed(self, data: bytes) -> list[Piece]:
         """The pieces in what was read, neighbours of one kind joined: those before the fault where it is
         `broken`."""
-        lines = (self._buffer + data).split(b"\n") if self._buffer else data.split(b"\n")
-        self._buffer = lines.pop()
-        events: list[bytes] = []
-        for line in lines:
-            if line.startswith(b"data:"):
-                events.append(line[5:])
-            elif line and not line.startswith((b"\r", b":", b"event:", b"id:", b"retry:")):
-                self._body += line
+        whole, newline, self._buffer = (self._buffer + data).rpartition(b"\n")
+        events = _EVENTS.findall(whole)
+        if newline and not events:
+            lines = whole.split(b"\n")
+            self._body += b"".join(line for line in lines if not _SILENT.match(line))
         if len(self._buffer) + len(self._body) > LONGEST_LINE:
             self.broken = LLMError(f"The LLM server sent more than {LONGEST_LINE >> 20} MiB in one piece.")
         while events and events[-1].strip() == b"[DONE]":
