@@ -137,14 +137,14 @@ async def session_chat(
     is new."""
     turn = await _submit(sessions, user, body)
     answer = await _answer(request, turn)
-    shown = SessionAnswer(
-        **_shown(answer),
+    return _whole(
+        turn,
+        answer,
         session_id=body.session_id,
         turn_id=turn.id,
         message_id=answer.message_id,
         request_id=turn.row.request_id,
     )
-    return _whole(turn, shown)
 
 
 @router.post("/chat/session/stream", response_class=Response, responses=STREAM_RESPONSES)
@@ -163,7 +163,7 @@ async def chat(body: Chat, request: Request, user: CurrentUser, sessions: Sessio
     """Answers messages; nothing of it is kept."""
     turn = await sessions.chat(user, body.messages, body)
     answer = await _answer(request, turn)
-    return _whole(turn, ChatAnswer(**_shown(answer)))
+    return _whole(turn, answer)
 
 
 @router.post("/chat/stream", response_class=Response, responses=STREAM_RESPONSES)
@@ -248,22 +248,16 @@ async def _answer(request: Request, turn: Turn) -> Final | Cancelled:
     return answer_of(ending)
 
 
-def _whole(turn: Turn, answer: ChatAnswer) -> Response:
-    """The answer as it is: FastAPI would check once more what was made here."""
-    body = answer.model_dump_json(exclude_none=True)
+def _whole(turn: Turn, answer: Final | Cancelled, **ids: str | None) -> Response:
+    """A `ChatAnswer`, or with `ids` a `SessionAnswer`, without what is null. It was made here, so nobody
+    need check it as a body from outside is checked."""
+    shown: dict[str, Any] = {"response": answer.response, "usage": answer.usage, **ids}
+    if isinstance(answer, Final):
+        shown |= {"finish_reason": answer.finish_reason, "tool_calls": answer.tool_calls or None}
+    else:
+        shown["finish_reason"] = "cancelled"
+    body = msgspec.json.encode({name: value for name, value in shown.items() if value is not None})
     return Response(body, media_type="application/json", headers=turn.ticket.headers)
-
-
-def _shown(answer: Final | Cancelled) -> dict[str, Any]:
-    if isinstance(answer, Cancelled):
-        usage = None if answer.usage is None else msgspec.to_builtins(answer.usage)
-        return {"response": answer.response, "finish_reason": "cancelled", "usage": usage}
-    return {
-        "response": answer.response,
-        "finish_reason": answer.finish_reason,
-        "tool_calls": answer.tool_calls or None,
-        "usage": msgspec.to_builtins(answer.usage),
-    }
 
 
 def _messages(page: HistoryPage) -> list[HistoryMessage]:
