@@ -117,19 +117,19 @@ class Writer:
         if not group or self._near is None:
             return
         _commit_group(self._near, group, self._before_commit)
-        if _is_busy(group[0].error):
-            for write in group:
-                write.error = None
-                self._put(write)
+        busy = [write for write in group if _is_busy(write.error)]
+        for write in busy:
+            write.error = None
+            self._put(write)
+        if busy:
             self._hand_over()
-            return
-        if self._short:
+        elif self._short:
             self._loop.call_soon(self._commit_short)
         self._since_checkpoint += len(group)
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             self._loop.run_in_executor(None, _checkpoint, self._engine)
-        _settle(group)
+        _settle([write for write in group if write not in busy])
 
     def _settle_thread(self, group: Sequence[Write]) -> None:
         self._in_thread -= len(group)
@@ -194,8 +194,7 @@ def _checkpoint(engine: Engine) -> None:
     """Writes SQLite's log back into its file, as far as nobody needs it."""
     try:
         with engine.connect() as connection:
-            raw: Any = connection.connection.driver_connection
-            raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            driver_of(connection).execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     except Exception as error:  # noqa: BLE001 - it is made up for by the next one
         log.warning("the database's log could not be written back", reason=type(error).__name__)
 
