@@ -7,6 +7,7 @@ are settled when it is committed.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -39,18 +40,28 @@ class Accounting:
         tokens = ending.usage if isinstance(ending, Final) else turn.usage or estimated(turn)
         if tokens.cache_hit:
             tokens = Usage()
-        gpu_seconds = round(meter.gpu_seconds, 4)
         first = turn.first_token_at
-        return TurnUsage(
+        return self._usage(
+            turn,
+            tokens,
+            meter,
             turn_id=row.id,
             attempt=row.attempt,
+            outcome=type_of(ending),
+            ttft_ms=None if first is None else round((first - turn.began) * 1000),
+            elapsed_ms=round((time.monotonic() - turn.began) * 1000),
+        )
+
+    def _usage(self, turn: Turn, tokens: Usage, meter: Meter, **rest: Any) -> TurnUsage:
+        """What was used for a turn, or in its wake, at the cost of whoever asked for it."""
+        gpu_seconds = round(meter.gpu_seconds, 4)
+        return TurnUsage(
             at=time.time(),
             owner=turn.session.owner,
-            api_key=row.api_key or "",
+            api_key=turn.row.api_key or "",
             project=turn.session.project,
             model=meter.model,
-            door=row.door,
-            outcome=type_of(ending),
+            door=turn.row.door,
             prompt_tokens=tokens.prompt_tokens,
             completion_tokens=tokens.completion_tokens,
             cached_tokens=tokens.cached_tokens,
@@ -58,8 +69,7 @@ class Accounting:
             estimated=tokens.estimated,
             gpu_seconds=gpu_seconds,
             cost=0.0 if meter.own_key else self._admission.cost(meter.model, tokens, gpu_seconds),
-            ttft_ms=None if first is None else round((first - turn.began) * 1000),
-            elapsed_ms=round((time.monotonic() - turn.began) * 1000),
+            **rest,
         )
 
     def write(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
@@ -127,27 +137,9 @@ class Accounting:
 
     def work(self, turn: Turn, what: str, tokens: Usage, meter: Meter) -> TurnUsage:
         """What such work has used: `what` it was takes the place of an outcome."""
-        gpu_seconds = round(meter.gpu_seconds, 4)
-        return TurnUsage(
-            turn_id=new_id(),
-            attempt=1,
-            at=time.time(),
-            owner=turn.session.owner,
-            api_key=turn.row.api_key or "",
-            project=turn.session.project,
-            model=meter.model,
-            door=turn.row.door,
-            outcome=what,
-            prompt_tokens=tokens.prompt_tokens,
-            completion_tokens=tokens.completion_tokens,
-            cached_tokens=tokens.cached_tokens,
-            reasoning_tokens=tokens.reasoning_tokens,
-            estimated=tokens.estimated,
-            gpu_seconds=gpu_seconds,
-            cost=self._admission.cost(meter.model, tokens, gpu_seconds),
-            ttft_ms=None,
-            elapsed_ms=round(meter.gpu_seconds * 1000),
-        )
+        elapsed_ms = round(meter.gpu_seconds * 1000)
+        ids = {"turn_id": new_id(), "attempt": 1}
+        return self._usage(turn, tokens, meter, outcome=what, ttft_ms=None, elapsed_ms=elapsed_ms, **ids)
 
     def write_work(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
         """Writes it down, with this transaction."""

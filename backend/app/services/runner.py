@@ -186,6 +186,11 @@ class Runner:
         if not self._closing:
             self.interrupt(turn, "stop")
 
+    def _count(self, turn: Turn) -> None:
+        """What the turn has used is written down, unless that was done with its ending."""
+        if not turn.is_counted:
+            self._aside(self._accounting.count(turn), f"count {turn.id}")
+
     def _aside(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)
         self._side_tasks.add(task)
@@ -210,8 +215,7 @@ class Runner:
             live.running = None
             if turn.ending is not None:
                 self.turns.pop(turn.id, None)
-                if not turn.is_counted:
-                    self._aside(self._accounting.count(turn), f"count {turn.id}")
+                self._count(turn)
             self._pump(live)
             self._rest(live, turn)
 
@@ -396,7 +400,7 @@ class Runner:
         finally:
             self.turns.pop(turn.id, None)
             turn.end(ending or Failed(turn.id, Internal("The portal failed at this turn.").info))
-            self._aside(self._accounting.count(turn), f"count {turn.id}")
+            self._count(turn)
 
     # --- ending ---
 
@@ -441,7 +445,7 @@ class Runner:
         self.turns.pop(turn.id, None)
         turn.end(ended.ending)
         if turn.task is None:  # else its task counts it, when the generation is closed
-            self._aside(self._accounting.count(turn), f"count {turn.id}")
+            self._count(turn)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
         for event in self._bells.get((turn.session.owner, turn.session.session_id), ()):
