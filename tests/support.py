@@ -12,9 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from app.access import ALL_RIGHTS, Identity, Role
 from app.cli.broker import BrokerConfig, find_plugin, make_credentials
 from app.cli.install import find_program
 from app.cli.people import invite
-from app.config import child_environment
+from app.config import Settings, child_environment
 from app.events import new_id
+from app.services.llm_client import LLMClient
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -471,3 +472,14 @@ def _accepts(url: str) -> bool:
     except psycopg.OperationalError:
         return False
     return True
+
+
+@asynccontextmanager
+async def client_for(settings: Settings) -> AsyncIterator[LLMClient]:
+    """An LLM client, open."""
+    client = LLMClient(settings)
+    await client.open()
+    try:
+        yield client
+    finally:
+        await client.close()

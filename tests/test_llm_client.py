@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -14,21 +14,11 @@ from app.events import GenerationOptions
 from app.services.llm_client import LLMClient
 from app.services.replies import Completion
 from tests.fake_llm import FakeLLM, Script, serve, text
-from tests.support import free_port
+from tests.support import client_for, free_port
 
 SettingsFor = Callable[..., Settings]
 HI = [{"role": "user", "content": "hi"}]
 TOLERANCE_S = 1.0
-
-
-@asynccontextmanager
-async def client_for(settings: Settings) -> AsyncIterator[LLMClient]:
-    client = LLMClient(settings)
-    await client.open()
-    try:
-        yield client
-    finally:
-        await client.close()
 
 
 @pytest.fixture

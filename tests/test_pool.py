@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import pytest
@@ -16,21 +16,11 @@ from app.events import GenerationOptions
 from app.services.llm_client import LLMClient
 from app.services.replies import Completion
 from tests.fake_llm import FakeLLM, Script, serve, text
-from tests.support import LlamaServer, free_port
+from tests.support import LlamaServer, client_for, free_port
 
 SettingsFor = Callable[..., Settings]
 HI = [{"role": "user", "content": "hi"}]
 BUSY = Script(status=429, headers={"Retry-After": "30"})
-
-
-@asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[LLMClient]:
-    client = LLMClient(settings)
-    await client.open()
-    try:
-        yield client
-    finally:
-        await client.close()
 
 
 @pytest.fixture
@@ -45,7 +35,9 @@ async def fakes() -> AsyncIterator[list[FakeLLM]]:
 
 @pytest.fixture
 async def client(fakes: list[FakeLLM], settings_for: SettingsFor) -> AsyncIterator[LLMClient]:
-    async with opened(settings_for(urls(fakes), llm_max_concurrency=2, llm_first_token_timeout=0.5)) as pool:
+    async with client_for(
+        settings_for(urls(fakes), llm_max_concurrency=2, llm_first_token_timeout=0.5)
+    ) as pool:
         await pool.ahealth()
         yield pool
 
@@ -166,7 +158,7 @@ async def test_the_whole_time_holds_over_all_servers(fakes: list[FakeLLM], setti
     for fake in fakes:
         fake.script = Script(before_first=60)
     limits = {"llm_first_token_timeout": 0.4, "llm_timeout": 0.6, "llm_connect_timeout": 0.5}
-    async with opened(settings_for(urls(fakes), **limits)) as client:
+    async with client_for(settings_for(urls(fakes), **limits)) as client:
         await client.ahealth()
         began = time.monotonic()
         with pytest.raises(LLMTimeout, match=r"finish its reply within 0\.6 s"):
@@ -180,7 +172,7 @@ async def test_the_whole_time_holds_while_it_waits_for_another_server(
 ) -> None:
     two = fakes[:2]
     limits = {"llm_timeout": 0.8, "llm_connect_timeout": 0.5, "llm_max_concurrency": 1}
-    async with opened(settings_for(urls(two), **limits)) as client:
+    async with client_for(settings_for(urls(two), **limits)) as client:
         await client.ahealth()
         busy = two[int((await ask(client, "s"))[-1])]
         sick = two[1 - two.index(busy)]
@@ -203,7 +195,7 @@ async def test_a_server_that_dies_under_load_takes_only_what_it_had_begun(settin
         dies = AsyncExitStack()
         doomed = await dies.enter_async_context(serve(FakeLLM(script=script)))
         client = await stack.enter_async_context(
-            opened(settings_for(urls([stays, doomed]), llm_max_concurrency=4))
+            client_for(settings_for(urls([stays, doomed]), llm_max_concurrency=4))
         )
         await client.ahealth()
         asking = [asyncio.create_task(ask(client, f"s{number}", f"o{number}")) for number in range(40)]
@@ -220,7 +212,7 @@ async def test_a_server_that_dies_under_load_takes_only_what_it_had_begun(settin
 async def test_a_server_that_went_is_left_out_and_comes_back(settings_for: SettingsFor) -> None:
     ports = [free_port(), free_port()]
     addresses = ",".join(f"http://127.0.0.1:{port}" for port in ports)
-    async with serve(FakeLLM(), ports[0]), opened(settings_for(addresses)) as client:
+    async with serve(FakeLLM(), ports[0]), client_for(settings_for(addresses)) as client:
         watching = asyncio.create_task(client.watch())
         async with asyncio.timeout(20):
             assert (await client.ahealth()).status == "degraded"
@@ -246,7 +238,7 @@ async def test_a_server_that_does_not_answer_keeps_nobody_waiting(
     gone = asyncio.Event()
     dead = await asyncio.start_server(silent, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{dead.sockets[0].getsockname()[1]}"
-    async with opened(settings_for(f"{fakes[0].url},{address}", llm_connect_timeout=30)) as client:
+    async with client_for(settings_for(f"{fakes[0].url},{address}", llm_connect_timeout=30)) as client:
         watching = asyncio.create_task(client.watch())
         async with asyncio.timeout(10):
             while not client.can_answer:
@@ -264,7 +256,7 @@ async def test_a_server_that_is_late_once_is_only_busy(
     fakes: list[FakeLLM], settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.services.server_probe.FRESH_S", 0.0)
-    async with opened(settings_for(fakes[0].url, llm_connect_timeout=0.1)) as client:
+    async with client_for(settings_for(fakes[0].url, llm_connect_timeout=0.1)) as client:
         assert (await client.ahealth()).status == "ok"
         fakes[0].before_models = 30
         assert (await client.ahealth()).status == "ok"
@@ -276,7 +268,7 @@ async def test_a_server_that_is_late_once_is_only_busy(
 
 async def test_with_no_server_left_the_error_says_so(settings_for: SettingsFor) -> None:
     addresses = ",".join(f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    async with opened(settings_for(addresses)) as client:
+    async with client_for(settings_for(addresses)) as client:
         with pytest.raises(LLMUnavailable, match="reached") as error:
             await ask(client)
         assert "127.0.0.1" not in error.value.message
@@ -291,7 +283,7 @@ async def test_the_breaker_opens_and_closes(
 ) -> None:
     monkeypatch.setattr("app.services.server_state.COOL_OFF_S", 0.3)
     sick = fakes[0]
-    async with opened(settings_for(sick.url, llm_max_concurrency=3)) as client:
+    async with client_for(settings_for(sick.url, llm_max_concurrency=3)) as client:
         await client.ahealth()
         state = client.servers[0].state
         state._cool_off = 0.3
@@ -362,7 +354,7 @@ async def test_who_asks_to_be_left_alone_is(client: LLMClient, fakes: list[FakeL
 async def test_those_who_wait_learn_that_no_server_is_left(
     fakes: list[FakeLLM], settings_for: SettingsFor
 ) -> None:
-    async with opened(settings_for(fakes[0].url, llm_max_concurrency=1)) as client:
+    async with client_for(settings_for(fakes[0].url, llm_max_concurrency=1)) as client:
         await client.ahealth()
         fakes[0].script.before_first = 30
         running = asyncio.create_task(ask(client))
@@ -400,7 +392,7 @@ async def test_a_drained_server_gets_no_new_ones(client: LLMClient, fakes: list[
 async def test_each_session_has_its_slot(fakes: list[FakeLLM], settings_for: SettingsFor) -> None:
     fake = fakes[0]
     fake.owner, fake.slots = "llamacpp", 3
-    async with opened(settings_for(fake.url, llm_max_concurrency=4)) as client:
+    async with client_for(settings_for(fake.url, llm_max_concurrency=4)) as client:
         await client.ahealth()
         for session in ("a", "b", "c", "a", "b", "c"):
             await ask(client, session)
@@ -425,7 +417,7 @@ async def test_sessions_that_take_turns_keep_their_prefix(
     llama: LlamaServer, settings_for: SettingsFor
 ) -> None:
     """With one system prompt for all, llama.cpp by itself soon gives a session another's slot."""
-    async with opened(settings_for(llama.url, llm_max_tokens=4)) as client:
+    async with client_for(settings_for(llama.url, llm_max_tokens=4)) as client:
         async with asyncio.timeout(60):
             while (await client.ahealth()).status != "ok":  # it loads its model
                 await asyncio.sleep(0.1)

@@ -79,6 +79,10 @@ class Limits(BaseModel):
         return wider.model_copy(update=self.model_dump(exclude_none=True))
 
 
+ANY = ("*",)
+"""Patterns of names that leave nothing out."""
+
+
 class Role(BaseModel):
     """What the people of a role may."""
 
@@ -88,8 +92,8 @@ class Role(BaseModel):
     permissions: Annotated[frozenset[Permission], Field(description="`subject:*` and `*` for all")]
     models: Annotated[
         tuple[str, ...], Field(description="Models that may be asked for; `*` stands for anything")
-    ] = ("*",)
-    tools: Annotated[tuple[str, ...], Field(description="Tools that may be offered to the model")] = ("*",)
+    ] = ANY
+    tools: Annotated[tuple[str, ...], Field(description="Tools that may be offered to the model")] = ANY
     system_prompt: Annotated[
         str, Field(max_length=100_000, description="Put before the system prompt of every session")
     ] = ""

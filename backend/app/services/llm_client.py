@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from app.access import ANY
 from app.config import Settings
 from app.errors import PortalError
 from app.events import GenerationOptions, Usage
@@ -30,7 +31,6 @@ from app.services.streaming_http import StreamingHttp
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
 
-ANY = ("*",)
 
 OWN_CACHE = {"llamacpp", "vllm"}
 """Servers that keep what they have read for those who run them, at no price."""

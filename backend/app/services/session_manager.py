@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from msgspec.structs import replace
 
-from app.access import LOCAL, Door, Identity, KeyUse
+from app.access import ANY, LOCAL, Door, Identity, KeyUse
 from app.config import Settings
 from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, StorageUnavailable
 from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
@@ -50,7 +50,6 @@ SWEEP_S = 1.0
 FORGET_S = 3600.0
 
 DEFAULT_PROJECT = "prompt_portal"
-ANY = ("*",)
 
 log = get_logger(__name__)
 
