@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.e2e.support import answered, ask, go, scrolls_sideways, serious_findings, sign_up, write_template
 from tests.support import Portal
@@ -44,6 +45,21 @@ def test_every_page_can_be_used_by_everybody(
     page.get_by_role("button", name="What to do with this chat").click()
     expect(page.get_by_role("menuitem", name="Delete")).to_be_visible()
     check(page)
+
+
+@pytest.mark.parametrize("path", ["templates", "templates/1", "account", "chat/" + 32 * "0"])
+def test_pages_can_be_used_by_everybody_while_they_load(ada: Page, portal: Portal, path: str) -> None:
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    ada.route(re.compile("/api/(?!auth/(me|permissions|refresh))"), hold)
+    ada.goto(f"{portal.url}/{path}")
+    expect(ada.get_by_role("status", name=re.compile("^Loading")).first).to_be_visible()
+    check(ada)
+    for route in held:
+        route.abort()
 
 
 def test_it_can_be_used_by_keyboard_alone(page: Page, portal: Portal, username: str) -> None:

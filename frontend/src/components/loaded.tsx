@@ -1,8 +1,8 @@
-import { Loader } from "@mantine/core";
 import type { UseQueryResult } from "@tanstack/react-query";
 import type { ReactNode } from "react";
 import { PortalError } from "../client/errors";
 import { ErrorNotice } from "./error-notice";
+import { Loading } from "./loading";
 
 interface Props<T> {
   query: UseQueryResult<T>;
@@ -16,7 +16,7 @@ export function Loaded<T>({ query: { data, error, refetch }, label, children }: 
   return (
     <>
       {error && <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />}
-      {data === undefined && !error && <Loader aria-label={`Loading ${label}`} />}
+      {data === undefined && !error && <Loading label={`Loading ${label}`} />}
       {data !== undefined && children(data)}
     </>
   );

@@ -1,10 +1,11 @@
-import { Center, Loader } from "@mantine/core";
+import { Center } from "@mantine/core";
 import { useQueryClient } from "@tanstack/react-query";
 import { type ReactNode, useEffect, useState, useSyncExternalStore } from "react";
 import { Navigate, useLocation } from "react-router";
 import { authStore, renew } from "../client/auth";
 import { PortalError } from "../client/errors";
 import { ErrorNotice } from "./error-notice";
+import { Loading } from "./loading";
 
 /** Shows its children to whoever is signed in, and sends all others to the sign-in and back. */
 export function RequireSignIn({ children }: { children: ReactNode }) {
@@ -28,7 +29,7 @@ export function RequireSignIn({ children }: { children: ReactNode }) {
       {error ? (
         <ErrorNotice error={error} onRetry={() => setError(undefined)} />
       ) : (
-        <Loader aria-label="Signing in" />
+        <Loading label="Signing in" />
       )}
     </Center>
   );

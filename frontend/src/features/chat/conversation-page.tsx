@@ -1,16 +1,4 @@
-import {
-  ActionIcon,
-  Affix,
-  Badge,
-  Button,
-  Center,
-  Group,
-  Loader,
-  Menu,
-  Stack,
-  Text,
-  Title,
-} from "@mantine/core";
+import { ActionIcon, Affix, Badge, Button, Center, Group, Menu, Stack, Text, Title } from "@mantine/core";
 import { modals } from "@mantine/modals";
 import { IconArrowDown, IconDots, IconEraser, IconPencil, IconTrash } from "@tabler/icons-react";
 import type { UseQueryResult } from "@tanstack/react-query";
@@ -20,6 +8,7 @@ import { llmAPI } from "../../api";
 import { PortalError } from "../../client/errors";
 import type { HistoryMessage, Session } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
+import { Loading } from "../../components/loading";
 import { notifyError } from "../../components/notify";
 import { useClearSession, useHistory, useSession } from "../../queries/sessions";
 import { Composer } from "./composer";
@@ -80,7 +69,7 @@ function Conversation({ sessionId }: { sessionId: string }) {
             Show earlier messages
           </Button>
         )}
-        {history.isPending && <Loader mx="auto" aria-label="Loading the conversation" />}
+        {history.isPending && <Loading mx="auto" label="Loading the conversation" />}
         {messages.map((message) => (
           <Entry
             key={message.id}

@@ -1,7 +1,8 @@
-import { Center, Loader } from "@mantine/core";
+import { Center } from "@mantine/core";
 import { useParams, useSearchParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import { ErrorNotice } from "../../components/error-notice";
+import { Loading } from "../../components/loading";
 import { useTemplate } from "../../queries/templates";
 import { BLANK, EXAMPLE } from "./drafts";
 import { TemplateEditor } from "./template-editor";
@@ -24,7 +25,7 @@ function SavedTemplate({ id }: { id: string }) {
       {error ? (
         <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />
       ) : (
-        <Loader aria-label="Loading the template" />
+        <Loading label="Loading the template" />
       )}
     </Center>
   );

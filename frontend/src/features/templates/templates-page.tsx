@@ -1,4 +1,4 @@
-import { Badge, Button, Card, Group, Loader, SimpleGrid, Stack, Text, TextInput, Title } from "@mantine/core";
+import { Badge, Button, Card, Group, SimpleGrid, Stack, Text, TextInput, Title } from "@mantine/core";
 import { useDebouncedValue } from "@mantine/hooks";
 import { IconPlus, IconSearch } from "@tabler/icons-react";
 import { useState } from "react";
@@ -7,6 +7,7 @@ import { PortalError } from "../../client/errors";
 import type { Template } from "../../client/schema";
 import { Ago } from "../../components/ago";
 import { ErrorNotice } from "../../components/error-notice";
+import { Loading } from "../../components/loading";
 import { useTemplates } from "../../queries/templates";
 import classes from "./templates.module.css";
 
@@ -29,7 +30,7 @@ export function TemplatesPage() {
         </Button>
       </Group>
       {error && <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />}
-      {isPending && !error && <Loader aria-label="Loading the templates" />}
+      {isPending && !error && <Loading label="Loading the templates" />}
       {isEmpty && <Empty />}
       {data && !isEmpty && (
         <>

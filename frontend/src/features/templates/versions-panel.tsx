@@ -1,4 +1,4 @@
-import { Badge, Button, Group, Loader, NavLink, Stack, Text } from "@mantine/core";
+import { Badge, Button, Group, NavLink, Stack, Text } from "@mantine/core";
 import { IconArrowBackUp } from "@tabler/icons-react";
 import { type Change, diffLines } from "diff";
 import { useSearchParams } from "react-router";
@@ -6,6 +6,7 @@ import { PortalError } from "../../client/errors";
 import type { Template } from "../../client/schema";
 import { Ago } from "../../components/ago";
 import { ErrorNotice } from "../../components/error-notice";
+import { Loading } from "../../components/loading";
 import { useTemplateVersions } from "../../queries/templates";
 import { type Draft, isSame } from "./drafts";
 import classes from "./templates.module.css";
@@ -23,7 +24,7 @@ export function VersionsPanel({ template, draft, onPick }: Props) {
   const [query, setQuery] = useSearchParams();
   const chosen = data?.find(({ version }) => version === Number(query.get("version")));
   if (error) return <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />;
-  if (data === undefined) return <Loader aria-label="Loading the versions" />;
+  if (data === undefined) return <Loading label="Loading the versions" />;
   return (
     <Stack gap="sm">
       <div>
