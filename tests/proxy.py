@@ -30,12 +30,15 @@ class Proxy:
         return self._run(self._cut())
 
     def close(self) -> None:
-        self._server.close()
-        self.cut()
+        self._run(self._close())
         self._background.stop()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._background.loop).result(10)
+
+    async def _close(self) -> None:
+        self._server.close()
+        await self._cut()
 
     async def _cut(self) -> int:
         count = len(self._writers)
