@@ -60,3 +60,33 @@ async def test_a_reply_that_is_confirmed_while_the_outbox_is_read_is_published_o
             assert len(game.messages(f"{topic}{session}")) == 1
         finally:
             await asyncio.to_thread(game.close)
+
+
+async def test_who_asks_again_before_the_reply_is_forgotten_is_answered_again(
+    mosquitto: Mosquitto,
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "FORGET_S", 3600)
+    settings = settings_for(fake.url, mqtt_broker_url=mosquitto.url, mqtt_projects="forgetful")
+    session, topic = new_id(), "forgetful/assistant_response/"
+    game = await asyncio.to_thread(GameClient, mosquitto.port, f"{topic}#", "forgetful/status")
+    asked = {"message": "hello", "requestId": "r", "format": "json"}
+    try:
+        async with open_container(settings):
+            await asyncio.to_thread(game.reply, "forgetful/status")
+            await asyncio.to_thread(game.publish, f"forgetful/user_input/{session}", asked)
+            await asyncio.to_thread(game.reply, f"{topic}{session}")
+            await asyncio.to_thread(game.publish, f"forgetful/user_input/{session}", asked)
+            await asyncio.to_thread(
+                game.wait_for, lambda: len(game.messages_unlocked(f"{topic}{session}")) == 2
+            )
+        # What was confirmed is forgotten when the portal stops: the next start publishes nothing of it.
+        async with open_container(settings):
+            await asyncio.to_thread(game.publish, f"forgetful/user_input/{session}-2", "hello")
+            await asyncio.to_thread(game.reply, f"{topic}{session}-2")
+    finally:
+        await asyncio.to_thread(game.close)
+    first, second = game.json_replies(f"{topic}{session}")
+    assert first == second

@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -40,6 +41,7 @@ LEASE_S = 10.0
 RENEW_S = 3.0
 STATUS_S = 1.0
 OUTBOX_S = 2.0
+FORGET_S = 0.1
 MOST_AT_ONCE = 1000
 """Messages that are worked on, beyond which those at QoS 0 are dropped: nothing else holds them back."""
 
@@ -138,6 +140,8 @@ class ProjectDoor:
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
         """Since the outbox was read last: what was read then may be in it."""
+        self._confirmed_ids: list[str] = []
+        self._has_confirmed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
         self._connection = MqttConnection(
@@ -158,6 +162,7 @@ class ProjectDoor:
         """Starts serving."""
         self._start(self._run(), "connection")
         self._start(self._consume(), "requests")
+        self._start(self._forget_confirmed(), "confirmed replies")
 
     async def close(self) -> None:
         """Stops serving; replies that are not confirmed stay in the outbox."""
@@ -166,6 +171,7 @@ class ProjectDoor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         with suppress(StorageUnavailable):
+            await self._forget()
             await self._parts.leases.release(self._lease, self._holder)
 
     def _start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
@@ -321,21 +327,42 @@ class ProjectDoor:
             return
         self._delivering.add(delivery.id)
         outgoing = _outgoing(delivery.target, self._payload(delivery.target, turn))
-        self._start(self._confirm(delivery, self._connection.send(outgoing)), "reply")
+        self._connection.send(outgoing).add_done_callback(partial(self._confirmed, delivery))
 
-    async def _confirm(self, delivery: Delivery, confirmed: asyncio.Future[None]) -> None:
-        """Forgets a reply once the broker has it."""
-        try:
-            await confirmed
-            await insist(lambda: self._parts.outbox.delivered([delivery.id]))
-            self._delivered.add(delivery.id)
-        except PublishRefused as error:
+    def _confirmed(self, delivery: Delivery, answer: asyncio.Future[None]) -> None:
+        """The broker has a reply, or has refused it."""
+        if answer.cancelled():
+            return
+        error = answer.exception()
+        if error is None:
+            self._confirmed_ids.append(delivery.id)
+            self._has_confirmed.set()
+        elif isinstance(error, PublishRefused):
             # It stays in the outbox, and is tried again when the portal is started again.
             log.error("the broker refused a reply", topic=delivery.target.topic, reason=str(error))
-            return
-        except Exception:
-            log.exception("a reply could not be published")  # and is tried again soon
-        self._delivering.discard(delivery.id)
+        else:
+            log.error("a reply could not be published", exc_info=error)
+            self._delivering.discard(delivery.id)  # and is tried again soon
+
+    async def _forget_confirmed(self) -> None:
+        """Takes out of the outbox what the broker has, many at a time: a transaction for each would cost as
+        much as that which stores its turn. What is lost in between is published once more, word for word.
+        Runs until cancelled."""
+        while True:
+            await self._has_confirmed.wait()
+            self._has_confirmed.clear()
+            await asyncio.sleep(FORGET_S)
+            await insist(self._forget)
+
+    async def _forget(self) -> None:
+        ids, self._confirmed_ids = self._confirmed_ids, []
+        try:
+            await self._parts.outbox.delivered(ids)
+        except BaseException:
+            self._confirmed_ids += ids
+            raise
+        self._delivered.update(ids)
+        self._delivering.difference_update(ids)
 
     def _payload(self, target: ReplyTarget, turn: Turn) -> bytes:
         assert turn.ending is not None

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, bindparam, delete, select, update
 
-from app.database import Database, insert_new
+from app.database import Database, insert_of
 from app.events import ReplyTarget, new_id
 from app.models.tables import outbox
 from app.prepared import Prepared
@@ -34,11 +34,21 @@ _READY = Prepared(
 )
 _GONE = Prepared(delete(outbox).where(outbox.c.id == bindparam("gone")))
 
+
+def _owe(dialect: str) -> Any:
+    inserted = insert_of(dialect, outbox)
+    again = {"id": inserted.excluded.id, "ready": inserted.excluded.ready}
+    return inserted.on_conflict_do_update(index_elements=["turn_id", "target_hash"], set_=again)
+
+
+_OWE = Prepared(_owe)
+
 _decode = msgspec.json.Decoder(ReplyTarget).decode
 
 
 def owe(connection: Connection, turn_id: str, target: ReplyTarget | None, *, ready: bool) -> Delivery | None:
-    """Puts the reply to `target` into the outbox, unless it waits there already."""
+    """Puts the reply to `target` into the outbox. One that is there already gets another id: it may have been
+    published to whoever asks again now, and that must not take the new one."""
     if target is None:
         return None
     delivery, encoded = Delivery(new_id(), turn_id, target, ready), msgspec.json.encode(target)
@@ -50,7 +60,8 @@ def owe(connection: Connection, turn_id: str, target: ReplyTarget | None, *, rea
         "target_hash": hashlib.sha256(encoded).hexdigest(),
         "ready": ready,
     }
-    return delivery if insert_new(connection, outbox, values) else None
+    _OWE.run(connection, values)
+    return delivery
 
 
 def make_ready(connection: Connection, turn_id: str) -> tuple[Delivery, ...]:
@@ -87,6 +98,8 @@ class Outbox:
     async def delivered(self, delivery_ids: Sequence[str]) -> None:
         """Forgets replies that the broker has confirmed."""
         gone = [{"gone": delivery} for delivery in delivery_ids]
+        if not gone:
+            return
         await self._database.write(lambda c: _GONE.run_all(c, gone), short=True)
 
 
