@@ -23,6 +23,8 @@ class Script:
     status: int = 200
     error: str | dict[str, Any] = "as told"
     before_headers: float = 0.0
+    before_warming: float = 0.0
+    """The same, where one token is asked for: the prompt is only to be read."""
     before_first: float = 0.0
     between: float = 0.0
     cut_after: int | None = None
@@ -131,7 +133,7 @@ class FakeLLM:
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         script = self.script
-        await asyncio.sleep(script.before_headers)
+        await asyncio.sleep(script.before_warming if body.get("max_tokens") == 1 else script.before_headers)
         if script.wire is not None:
             return await _broken(request, script)
         script = _for(script, body["messages"])

@@ -70,10 +70,15 @@ def fill(client: httpx.Client, llm: FakeLLM, session: str) -> int:
     """Speaks until the history is cut and warmed; returns the number of turns."""
     for number in range(20):
         say(client, session, number, system_prompt="Be kind.")
-        if size_of(turns_of(llm)[-1]) + len(ANSWER) + 4 + EXCHANGE > BUDGET:
+        if is_full(llm):
             wait_until(lambda: warmings(llm) and llm.running == 0, what="the warming")
             return number + 1
     raise AssertionError("it was never full")
+
+
+def is_full(llm: FakeLLM) -> bool:
+    """Whether the last answer has filled the history, which is then cut and warmed."""
+    return size_of(turns_of(llm)[-1]) + len(ANSWER) + 4 + EXCHANGE > BUDGET
 
 
 def numbers(messages: Messages) -> list[int]:
@@ -103,7 +108,6 @@ def test_a_warming_is_given_up_when_the_session_speaks(start: Start, llamacpp: F
     with start().client() as client:
         hang_in_warming(client, llamacpp, session)
         dropped = llamacpp.dropped
-        llamacpp.script = Script(pieces=WORDS, counts=True)
         say(client, session, 100)
         assert llamacpp.most_running <= 2
         wait_until(lambda: llamacpp.dropped == dropped + 1, what="the end of the warming")
@@ -111,19 +115,12 @@ def test_a_warming_is_given_up_when_the_session_speaks(start: Start, llamacpp: F
 
 def hang_in_warming(client: httpx.Client, llm: FakeLLM, session: str) -> None:
     """Speaks until a warming is under way that takes for ever."""
+    llm.script = Script(pieces=WORDS, counts=True, before_warming=60)
     for number in range(20):
-        llm.script = Script(pieces=WORDS, counts=True)
-        body = {"session_id": session, "message": f"{number:03}".ljust(60, "q"), "system_prompt": "Be kind."}
-        with client.stream("POST", "/api/llm/chat/session/stream", json=body) as response:
-            for line in response.iter_lines():
-                if line.startswith("event: token"):
-                    llm.script = Script(pieces=WORDS, before_headers=60)  # for whatever comes now
-        if number > 2:
-            try:
-                wait_until(lambda: warmings(llm) and llm.running == 1, seconds=0.5)
-                return
-            except AssertionError:
-                continue
+        say(client, session, number, system_prompt="Be kind.")
+        if is_full(llm):
+            wait_until(lambda: warmings(llm) and llm.running == 1, what="the warming")
+            return
     raise AssertionError("it was never warmed")
 
 
@@ -131,7 +128,6 @@ def test_nobody_waits_for_a_warming(start: Start, llamacpp: FakeLLM, session: st
     with start(LLM_MAX_CONCURRENCY="1").client() as client:
         hang_in_warming(client, llamacpp, session)
         dropped = llamacpp.dropped
-        llamacpp.script = Script(pieces=WORDS, counts=True)
         body = {"session_id": new_id(), "message": "hi"}
         with client.stream("POST", "/api/llm/chat/session/stream", json=body) as response:
             events = [line for line in response.iter_lines() if line.startswith("event:")]

@@ -12,6 +12,7 @@ from app.config import Settings
 from app.container import open_container
 from app.events import new_id
 from app.mqtt import bridge
+from app.services.outbox import Delivery
 from tests.fake_llm import FakeLLM
 from tests.support import GameClient, Mosquitto
 
@@ -37,9 +38,9 @@ async def test_a_reply_that_is_confirmed_while_the_outbox_is_read_is_published_o
                 was_read.set()
             return rows
 
-        async def confirm(ids: Sequence[str]) -> None:
+        async def confirm(deliveries: Sequence[Delivery]) -> None:
             await was_read.wait()
-            await delivered(ids)
+            await delivered(deliveries)
             was_confirmed.set()
 
         async def read_turn(turn_id: str) -> Any:

@@ -272,15 +272,13 @@ turns = Table(
 outbox = Table(
     "outbox",
     metadata,
-    Column("id", String(28), primary_key=True),
-    Column("turn_id", String(28), nullable=False),
+    Column("turn_id", String(28), primary_key=True),
+    Column("target_hash", String(64), primary_key=True),
+    Column("id", String(28), nullable=False, comment="another one when the reply is asked for again"),
     Column("project", String(64), nullable=False),
     Column("target", LargeBinary, nullable=False, comment="where the reply goes, and how; JSON"),
-    Column("target_hash", String(64), nullable=False),
-    Column("ready", Boolean, nullable=False, comment="its turn has ended"),
-    UniqueConstraint("turn_id", "target_hash"),
-    Index(None, "project", "ready"),
     comment="Replies owed over MQTT; a row goes when the broker has confirmed the publish.",
+    sqlite_with_rowid=False,
 )
 
 received = Table(
@@ -314,9 +312,9 @@ usage = Table(
     Column("cost", Float, nullable=False),
     Column("ttft_ms", Integer),
     Column("elapsed_ms", Integer, nullable=False),
-    Index(None, "owner", "at"),
     Index(None, "at"),
     comment="What each attempt at a turn used.",
+    sqlite_with_rowid=False,
 )
 
 usage_days = Table(
@@ -336,6 +334,7 @@ usage_days = Table(
     Column("gpu_seconds", Float, nullable=False),
     Column("cost", Float, nullable=False),
     comment="The sums of `usage`.",
+    sqlite_with_rowid=False,
 )
 
 alerts = Table(

@@ -140,7 +140,7 @@ class ProjectDoor:
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
         """Since the outbox was read last: what was read then may be in it."""
-        self._confirmed_ids: list[str] = []
+        self._to_forget: list[Delivery] = []
         self._has_confirmed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
@@ -335,7 +335,7 @@ class ProjectDoor:
             return
         error = answer.exception()
         if error is None:
-            self._confirmed_ids.append(delivery.id)
+            self._to_forget.append(delivery)
             self._has_confirmed.set()
         elif isinstance(error, PublishRefused):
             # It stays in the outbox, and is tried again when the portal is started again.
@@ -355,14 +355,14 @@ class ProjectDoor:
             await insist(self._forget)
 
     async def _forget(self) -> None:
-        ids, self._confirmed_ids = self._confirmed_ids, []
+        gone, self._to_forget = self._to_forget, []
         try:
-            await self._parts.outbox.delivered(ids)
+            await self._parts.outbox.delivered(gone)
         except BaseException:
-            self._confirmed_ids += ids
+            self._to_forget += gone
             raise
-        self._delivered.update(ids)
-        self._delivering.difference_update(ids)
+        self._delivered.update(delivery.id for delivery in gone)
+        self._delivering.difference_update(delivery.id for delivery in gone)
 
     def _payload(self, target: ReplyTarget, turn: Turn) -> bytes:
         assert turn.ending is not None

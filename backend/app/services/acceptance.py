@@ -17,7 +17,7 @@ from app.models.tables import ACTIVE, messages, received, sessions, turns
 from app.prepared import Prepared
 from app.services.branches import drop_reply, move, parent_for
 from app.services.endings import Ended
-from app.services.outbox import Delivery, make_ready, owe, owe_again
+from app.services.outbox import Delivery, owe, owe_again, owed_for
 from app.services.rows import (
     NAMED_ONE,
     SESSION_COLUMNS,
@@ -106,7 +106,7 @@ def accept(
     if isinstance(known, PortalError):
         return known
     if known is not None and not _may_try_again(known):
-        delivery = owe(connection, known.id, request.reply_to, ready=not known.is_active)
+        delivery = owe(connection, known.id, request.reply_to)
         return Acceptance("known", known, session, delivery)
     if full is not None:
         return full
@@ -130,7 +130,7 @@ def accept(
     leaf = turn.message_id if state == "running" else session.leaf_id
     _MOVED.run(connection, {"moved": session.id, "leaf": leaf, "position": position + 1, "now": now})
     session = msgspec.structs.replace(session, leaf_id=leaf)
-    delivery = owe(connection, turn.id, request.reply_to, ready=False)
+    delivery = owe(connection, turn.id, request.reply_to)
     return Acceptance("new" if known is None else "again", turn, session, delivery, superseded)
 
 
@@ -182,7 +182,7 @@ def _supersede(connection: Connection, turn_id: str, by: str, session: SessionRo
     """Ends a waiting state. Its message never came into the history, so that stays as it is."""
     ending = SupersededBy(turn_id, by)
     _SUPERSEDED.run(connection, {"old": turn_id, "event": encode(ending), "now": now})
-    return Ended(True, turn_id, ending, session.version, make_ready(connection, turn_id))
+    return Ended(True, turn_id, ending, session.version, owed_for(connection, turn_id))
 
 
 def _insert_turn(

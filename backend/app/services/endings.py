@@ -16,7 +16,7 @@ from app.events import Cancelled, Ending, Usage, decode_ending, encode, type_of
 from app.models.tables import ACTIVE, messages, sessions, summaries, turns
 from app.prepared import Prepared
 from app.services.branches import move, slip_in
-from app.services.outbox import Delivery, make_ready
+from app.services.outbox import Delivery, owed_for
 from app.services.rows import (
     NAMED_ONE,
     SESSION_COLUMNS,
@@ -71,7 +71,6 @@ _CHANGE = Prepared(
         leaf_id=bindparam("leaf"),
         window_start=bindparam("window"),
         version=bindparam("changed"),
-        updated_at=bindparam("now"),
     )
 )
 _NAMED = Prepared(NAMED_ONE.with_for_update())
@@ -137,11 +136,11 @@ def end(
         leaf = reply.message_id
         _insert_reply(connection, turn, reply, now)
     version = session.version + 1
-    changes = {"leaf": leaf, "window": window_start or session.window_start, "changed": version, "now": now}
+    changes = {"leaf": leaf, "window": window_start or session.window_start, "changed": version}
     _CHANGE.run(connection, {"session": session.id, **changes})
     if also is not None:
         also(connection)
-    return Ended(True, turn.id, ending, version, make_ready(connection, turn.id))
+    return Ended(True, turn.id, ending, version, owed_for(connection, turn.id))
 
 
 def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: float) -> None:
@@ -177,7 +176,7 @@ def cut_off(connection: Connection, session: SessionRow, partial: dict[str, str]
         ending = Cancelled(row.id, response=partial.get(row.id, ""), message_id=None)
         changes = {"state": "cancelled", "ending": encode(ending), "ended_at": time.time()}
         connection.execute(update(turns).where(turns.c.id == row.id).values(changes))
-        ended.append(Ended(True, row.id, ending, version, make_ready(connection, row.id)))
+        ended.append(Ended(True, row.id, ending, version, owed_for(connection, row.id)))
     connection.execute(update(sessions).where(sessions.c.id == session.id).values(version=version))
     return ended
 

@@ -274,7 +274,7 @@ class SessionManager:
         for ended in acceptance.superseded:
             self._cut_off_turn(ended)
         turn = self._taken_in(acceptance, request.message, ticket)
-        if acceptance.delivery is not None and acceptance.delivery.ready:
+        if acceptance.delivery is not None and not acceptance.turn.is_active:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
 
