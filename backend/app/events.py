@@ -12,7 +12,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -142,8 +141,7 @@ class ReplyTarget(msgspec.Struct, frozen=True, omit_defaults=True):
     chunk: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """What a broker's message without a request id is known by. `again` when the broker says that it may
     have sent it before."""
 

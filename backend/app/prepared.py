@@ -7,6 +7,7 @@ done once. On SQLite that makes a statement of a turn several times cheaper than
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -35,17 +36,22 @@ class _Compiled:
         self._columns = _columns(statement)
         self._is_positional = compiled.positional
         self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
-        order = compiled.positiontup if compiled.positional else list(compiled.binds)
-        self._takes = [(name, _takes(compiled.binds[name].type, dialect)) for name in order]
+        self._order = compiled.positiontup if compiled.positional else list(compiled.binds)
+        self._pick: Callable[[Values], Row] = _picking(self._order)
+        takes = [_takes(compiled.binds[name].type, dialect) for name in self._order]
+        self._takes = [(place, make) for place, make in enumerate(takes) if make is not None]
         self._gives: list[Processor | None] | None = None
 
     def bound(self, values: Values) -> Any:
         """The values as the driver takes them."""
         if self._constants:
             values = {**self._constants, **values}
-        if self._is_positional:
-            return [values[name] if make is None else make(values[name]) for name, make in self._takes]
-        return {name: values[name] if make is None else make(values[name]) for name, make in self._takes}
+        row: Sequence[Any] = self._pick(values)
+        if self._takes:
+            row = taken = list(row)
+            for place, make in self._takes:
+                taken[place] = make(taken[place])
+        return row if self._is_positional else dict(zip(self._order, row, strict=True))
 
     def rows(self, cursor: Any, rows: Sequence[Row]) -> Sequence[Row]:
         """Rows as the driver gives them, read."""
@@ -138,6 +144,13 @@ def driver_of(connection: Connection) -> Any:
     """The driver's own connection."""
     found = connection.get_execution_options().get(_DRIVER)
     return connection.connection.driver_connection if found is None else found
+
+
+def _picking(names: Sequence[str]) -> Callable[[Values], Row]:
+    """What picks the values of some names."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda values: tuple(values[name] for name in names)
 
 
 def _columns(statement: Any) -> list[TypeEngine[Any]]:

@@ -18,11 +18,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
@@ -50,8 +51,7 @@ DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True):
     """A message from the broker. `connection` counts the connections of this process; `again` when the
     broker may have sent it before. The rest is MQTT 5's: `expiry` in seconds that are left, `user` the
     first value of each user property."""
@@ -66,11 +66,10 @@ class Incoming:
     response_topic: str | None = None
     correlation: bytes | None = None
     expiry: int | None = None
-    user: Mapping[str, str] = field(default_factory=dict)
+    user: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True):
     """A message for the broker; `expiry` in seconds, `content_type` as MIME has it."""
 
     topic: str

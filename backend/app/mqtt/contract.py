@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -111,8 +110,7 @@ class TargetBody(Request):
     target: Annotated[str | None, Field(description="The session, or `all`")] = None
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """A request that can be carried out: what is asked for (`body`), of which session (None: of none), by
     whom, and where the answer goes. `session_id` is the client's name for the session; a state is in
     `text`, in the model's form."""
@@ -141,8 +139,7 @@ class Command:
         return self.session_id is None or by_name
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True):
     """A request for nothing that can be done; `target` is None where nobody can be told."""
 
     address: Address

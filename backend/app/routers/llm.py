@@ -130,12 +130,10 @@ class Stopped(Done):
 
 
 @router.post("/chat/session", response_model=SessionAnswer)
-async def session_chat(
-    body: SessionChat, request: Request, user: CurrentUser, sessions: SessionsDep
-) -> Response:
+async def session_chat(body: SessionChat, request: Request, user: CurrentUser) -> Response:
     """Answers a message with the session's history, which remembers both. Makes the session if it
     is new."""
-    turn = await _submit(sessions, user, body)
+    turn = await _submit(request, user, body)
     answer = await _answer(request, turn)
     return _whole(
         turn,
@@ -148,11 +146,9 @@ async def session_chat(
 
 
 @router.post("/chat/session/stream", response_class=Response, responses=STREAM_RESPONSES)
-async def session_chat_stream(
-    body: SessionChat, request: Request, user: CurrentUser, sessions: SessionsDep
-) -> Response:
+async def session_chat_stream(body: SessionChat, request: Request, user: CurrentUser) -> Response:
     """`/chat/session` as a stream of events."""
-    return TurnStream(request, await _submit(sessions, user, body))
+    return TurnStream(request, await _submit(request, user, body))
 
 
 # --- chat without a session ----------------------------------------------------------------------
@@ -223,7 +219,9 @@ async def health(llm: LLMDep) -> Health:
 # --- between bodies and turns --------------------------------------------------------------------
 
 
-async def _submit(sessions: SessionManager, user: Identity, body: SessionChat) -> Turn:
+async def _submit(request: Request, user: Identity, body: SessionChat) -> Turn:
+    # Asked for as a dependency, it would cost as much as the whole sign-in does.
+    sessions: SessionManager = request.app.state.container.sessions
     return await sessions.submit(
         TurnRequest(
             who=user,

@@ -4,7 +4,6 @@ made of the same request before is found."""
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -38,8 +37,7 @@ RETRY_WINDOW_S = 24 * 3600
 """How long a request id is remembered, and a message of a broker that has none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
+class Acceptance(msgspec.Struct, frozen=True):
     """What became of a request: a `new` turn, a `known` one, or a new attempt (`again`) at one that
     had failed. `delivery` is the outbox row for a request that names a reply target; `superseded` are the
     waiting states that a newer one took the place of."""

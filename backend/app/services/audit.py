@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -30,8 +30,7 @@ OK = "ok"
 DENIED = "denied"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """Something that was done or tried. `target` names what it was done to, `outcome` is `ok`, `denied`,
     or a turn's ending. `details` are ids, names and sizes, never content or secrets; `personal_data` says
     that such was shown."""
@@ -42,7 +41,7 @@ class Entry:
     outcome: str = OK
     door: str = ""
     personal_data: bool = False
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = {}
 
 
 class AuditRow(msgspec.Struct, frozen=True):

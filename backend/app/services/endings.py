@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,8 +26,7 @@ from app.services.rows import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """The assistant's message that a turn ends with."""
 
     message_id: str
@@ -37,8 +35,7 @@ class Reply:
     usage: Usage | None
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """An ending that is stored: by this call (`first`) or by somebody else before."""
 
     first: bool

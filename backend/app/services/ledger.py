@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from app.errors import QuotaInfo
 
 MOST_WINDOWS = 100_000
@@ -22,8 +24,7 @@ RESERVATION_S = 3600.0
 """How long a reservation counts whose process died."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(msgspec.Struct, frozen=True):
     """At most `amount` in any `seconds`, counted by `key`. `name` tells clients of what."""
 
     name: str
@@ -32,8 +33,7 @@ class Window:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(msgspec.Struct, frozen=True):
     """How a window stands: `remaining` now, and the seconds until the next one is free again. `is_full`
     says that nothing was taken, for none was left."""
 
@@ -49,8 +49,7 @@ class Quota:
         return QuotaInfo(window.name, window.amount, window.seconds, self.remaining, self.resets_in)
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True):
     """An amount to reserve of a budget that is counted by `key`; of what is spent nothing is known after
     `ends_at` (Unix time). With `ends_at` 0 it is a number of things at once, of which none is ever
     spent."""

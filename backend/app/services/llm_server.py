@@ -170,9 +170,9 @@ class LLMServer:
         kind = self.upstream.kind
         url = dialects.chat_url(kind, self.url, model.id, self.upstream.api_version)
         try:
-            async with asyncio.timeout_at(clock.next_limit()):
-                headers = await self._headers_with(key)
-                return await self._http.request("POST", url, headers, body)
+            until = clock.next_limit()
+            headers = await self._headers_with(key, until)
+            return await self._http.request("POST", url, headers, body, until=until)
         except TimeoutError:
             raise LLMTimeout(clock.complaint()) from None
         except NoAnswer as error:
@@ -180,10 +180,11 @@ class LLMServer:
         except BrokenAnswer as error:
             raise LLMError(str(error)) from None
 
-    async def _headers_with(self, key: str | None) -> Mapping[str, str]:
+    async def _headers_with(self, key: str | None, until: float) -> Mapping[str, str]:
         upstream = self.upstream
         if upstream.kind == "watsonx":
-            key = await self._token_for(upstream.key if key is None else key)
+            async with asyncio.timeout_at(until):
+                key = await self._token_for(upstream.key if key is None else key)
         elif key is None:
             return self._headers
         return {**self._headers, **dialects.key_headers(upstream.kind, key)}
@@ -206,8 +207,7 @@ class LLMServer:
 
     async def _read(self, answer: Answer, clock: Clock) -> bytes:
         try:
-            async with asyncio.timeout_at(clock.next_limit()):
-                return await answer.read()
+            return await answer.read(clock.next_limit())
         except TimeoutError:
             raise LLMTimeout(clock.complaint()) from None
         except BrokenAnswer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from app.access import Role
 from app.config import Settings
@@ -25,8 +26,7 @@ from app.services.turns import Turn
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """What a turn asks for, and how much its prompt may have."""
 
     options: GenerationOptions

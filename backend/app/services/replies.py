@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,24 +39,21 @@ class Fault(LLMError):
     """The server says that it failed. That may be the request's fault, or its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class InQueue:
+class InQueue(msgspec.Struct, frozen=True):
     """The request waits for a place: `position` from 1, `eta_s` in seconds."""
 
     position: int
     eta_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """A piece of the reply (`text`) or of the reasoning before it (`thinking`)."""
 
     kind: Kind
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True):
     """The end of the reply. `usage` is None where the server did not report it."""
 
     finish_reason: str
@@ -90,49 +87,49 @@ class Completion:
             self.usage = update.usage or self.usage
 
 
-# --- what the server says ------------------------------------------------------------------------
+# --- what the server says; none of it refers back, so the search for garbage need not know of it ---
 
 
-class _FunctionDelta(msgspec.Struct):
+class _FunctionDelta(msgspec.Struct, gc=False):
     name: str | None = None
     arguments: str | None = None
 
 
-class _ToolCallDelta(msgspec.Struct):
+class _ToolCallDelta(msgspec.Struct, gc=False):
     index: int | None = None
     id: str | None = None
     function: _FunctionDelta | None = None
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[_ToolCallDelta] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     delta: _Delta | None = None
     message: _Delta | None = None
     finish_reason: str | None = None
 
 
-class _PromptDetails(msgspec.Struct):
+class _PromptDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class _CompletionDetails(msgspec.Struct):
+class _CompletionDetails(msgspec.Struct, gc=False):
     reasoning_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
 
-class _Timings(msgspec.Struct):
+class _Timings(msgspec.Struct, gc=False):
     """What llama.cpp adds to the last chunk: tokens of the prompt that were in its cache and that were read,
     tokens that were written, and how fast."""
 
@@ -142,12 +139,14 @@ class _Timings(msgspec.Struct):
     predicted_per_second: float | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] = []
     usage: _Usage | None = None
     timings: _Timings | None = None
     error: Any = None
 
+
+_NOTHING = _Delta()
 
 _EVENTS = re.compile(rb"^data:([^\n]*)", re.MULTILINE)
 """What server-sent events say."""
@@ -224,9 +223,16 @@ class ReplyReader:
         text: list[str] = []
         try:
             for chunk in self._decoded(events):
-                delta = self._delta_of(chunk)
-                if delta is None:
+                if chunk.usage is not None or chunk.timings is not None or chunk.error is not None:
+                    self._note(chunk)
+                if not chunk.choices:
                     continue
+                if not self.has_begun:
+                    self.has_begun, self._began = True, time.monotonic()
+                choice = chunk.choices[0]
+                if choice.finish_reason:
+                    self._finish_reason = choice.finish_reason
+                delta = choice.delta or choice.message or _NOTHING
                 if thought := delta.reasoning_content or delta.reasoning:
                     parts += self._splitter.feed("".join(text))
                     parts.append(("thinking", thought))
@@ -239,40 +245,30 @@ class ReplyReader:
             self.broken = error
         return parts + self._splitter.feed("".join(text))
 
-    def _decoded(self, events: list[bytes]) -> Iterator[_Chunk]:
+    def _decoded(self, events: list[bytes]) -> list[_Chunk]:
         """The chunks of some events. All are decoded at once, which costs less than one by one; where one of
-        them is none, those before it still count."""
-        try:
-            yield from _decode_chunks(b"[%b]" % b",".join(events))
-            return
-        except NO_JSON:
-            pass
+        them is none, those before it still count, and the reply is `broken`."""
+        with suppress(*NO_JSON):
+            return _decode_chunks(b"[%b]" % b",".join(events))
+        chunks: list[_Chunk] = []
         for event in events:
             try:
                 (chunk,) = _decode_chunks(b"[%b]" % event)
             except (ValueError, *NO_JSON):
-                raise LLMError("The LLM server sent something that is no chat completion.") from None
-            yield chunk
+                self.broken = LLMError("The LLM server sent something that is no chat completion.")
+                break
+            chunks.append(chunk)
+        return chunks
 
-    def _delta_of(self, chunk: _Chunk) -> _Delta | None:
-        """What a chunk adds; the rest of it is noted."""
+    def _note(self, chunk: _Chunk) -> None:
+        """Keeps what a chunk says beside the reply. Raises what it means that the server failed."""
         if chunk.error is not None:
             log.debug("LLM server failed in its reply", said=message_in(chunk.error))
             if not self.has_begun and (overflow := overflow_of(chunk.error)) is not None:
                 raise overflow
             raise Fault("The LLM server failed in its reply.", retryable=True)
-        if chunk.usage is not None:
-            self._usage = chunk.usage
-        if chunk.timings is not None:
-            self._timings = chunk.timings
-        if not chunk.choices:
-            return None
-        choice = chunk.choices[0]
-        if choice.finish_reason is not None:
-            self._finish_reason = choice.finish_reason or self._finish_reason
-        if not self.has_begun:
-            self.has_begun, self._began = True, time.monotonic()
-        return choice.delta or choice.message
+        self._usage = chunk.usage or self._usage
+        self._timings = chunk.timings or self._timings
 
     def _read_tool_call(self, delta: _ToolCallDelta) -> None:
         empty = {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}

@@ -59,6 +59,7 @@ class Router:
         self._pools = pools
         self._default_name = catalog.canonical(settings.llm_model)
         self._served_first = Route("", pools[DEFAULT], None, PLAIN)
+        self._seen: list[ModelInfo] | None = None
 
     def route(self, wanted: str | None) -> Route:
         """The way to a model; nothing, or `default`, is the one of `LLM_MODEL`."""
@@ -81,7 +82,10 @@ class Router:
             if route.name:
                 return route
         known = self._served_first
-        model = known.found()
+        models = known.pool.models
+        if models is self._seen:
+            return known
+        self._seen, model = models, known.found()
         if model is not None and model.name != known.name:  # it is known only since the server was asked
             known = Route(model.name, known.pool, None, self._catalog.model(model.name))
             self._served_first = known

@@ -76,10 +76,18 @@ class StreamingHttp:
                 connection.close()
         self._idle.clear()
 
-    async def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        *,
+        until: float | None = None,
+    ) -> Answer:
         """Sends a request, and returns once the headers of the answer are there. Raises `NoConnection`,
-        `NoAnswer`, `BrokenAnswer`, and `ValueError` for what cannot be sent. Whoever cancels it closes the
-        connection."""
+        `NoAnswer`, `BrokenAnswer`, `TimeoutError` where that is not `until` then (the loop's time), and
+        `ValueError` for what cannot be sent. Whoever cancels it closes the connection."""
         place = _place_of(url)
         request = _request(method, place, headers, body)
         idle = self._idle.setdefault((place.host, place.port, place.has_tls), [])
@@ -88,21 +96,24 @@ class StreamingHttp:
             if not connection.is_open:
                 continue
             try:
-                return await connection.ask(request)
+                return await connection.ask(request, until)
             except NoAnswer:  # the server had closed it meanwhile, and has done nothing
                 break
-        return await (await self._connect(place, idle)).ask(request)
+        return await (await self._connect(place, idle, until)).ask(request, until)
 
-    async def _connect(self, place: _Place, idle: list[_Connection]) -> _Connection:
+    async def _connect(self, place: _Place, idle: list[_Connection], until: float | None) -> _Connection:
         if place.has_tls and self._tls is None:
             self._tls = ssl.create_default_context()
         loop, tls = asyncio.get_running_loop(), self._tls if place.has_tls else None
+        limit = loop.time() + self._connect_timeout
         try:
-            async with asyncio.timeout(self._connect_timeout):
+            async with asyncio.timeout_at(limit if until is None else min(limit, until)):
                 _, connection = await loop.create_connection(
                     lambda: _Connection(idle), place.host, place.port, ssl=tls
                 )
         except (OSError, UnicodeError) as error:  # also a TimeoutError
+            if isinstance(error, TimeoutError) and until is not None and until < limit:
+                raise
             raise NoConnection(str(error)) from None
         return connection
 
@@ -137,9 +148,10 @@ class Answer:
         """What has come and was not read yet, without waiting."""
         return self._connection.take()
 
-    async def read(self) -> bytes:
-        """What has come since the last time, at least a byte; nothing at the end. Raises `BrokenAnswer`."""
-        return await self._connection.read()
+    async def read(self, until: float | None = None) -> bytes:
+        """What has come since the last time, at least a byte; nothing at the end. Raises `BrokenAnswer`, and
+        `TimeoutError` where nothing has come `until` then (the loop's time)."""
+        return await self._connection.read(until)
 
     async def read_whole(self, most: int) -> bytes:
         """All of it, or its first `most` bytes. Raises `BrokenAnswer`."""
@@ -163,6 +175,11 @@ class Answer:
             connection.finish()
 
 
+def _give_up(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError())
+
+
 class _Connection(asyncio.Protocol):
     """One connection, with one answer at a time."""
 
@@ -174,11 +191,12 @@ class _Connection(asyncio.Protocol):
         self._reset()
 
     def _reset(self) -> None:
+        self._parts: list[bytes] = []
+        self.on_body = self._parts.append  # what the parser calls for each part: nothing is cheaper
         self._parser = httptools.HttpResponseParser(self)
         self._headers: dict[str, str] = {}
         self._header_bytes = self._before_body = 0
         self._status = 0
-        self._parts: list[bytes] = []
         self._unread = 0
         self._is_paused = False
         self._waiter: asyncio.Future[None] | None = None
@@ -188,7 +206,7 @@ class _Connection(asyncio.Protocol):
 
     # --- for the client ---
 
-    async def ask(self, request: bytes) -> Answer:
+    async def ask(self, request: bytes, until: float | None) -> Answer:
         """Sends a request and waits for the headers of its answer."""
         self._reset()
         try:
@@ -198,7 +216,7 @@ class _Connection(asyncio.Protocol):
                     raise self._problem
                 if not self.is_open:
                     raise NoAnswer("The connection was closed.")
-                await self._news()
+                await self._news(until)
         except BaseException:
             self.close()
             raise
@@ -210,14 +228,14 @@ class _Connection(asyncio.Protocol):
         if not parts:
             return b""
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._parts = []
+        parts.clear()
         self._unread = 0
         if self._is_paused:
             self._is_paused = False
             self._transport.resume_reading()
         return data
 
-    async def read(self) -> bytes:
+    async def read(self, until: float | None = None) -> bytes:
         """See `Answer`."""
         while not self._parts:
             if self.is_whole:
@@ -226,7 +244,7 @@ class _Connection(asyncio.Protocol):
                 raise self._problem
             if not self.is_open:
                 raise BrokenAnswer("The connection was closed in the answer.")
-            await self._news()
+            await self._news(until)
         return self.take()
 
     def finish(self) -> None:
@@ -242,12 +260,16 @@ class _Connection(asyncio.Protocol):
         self.is_open = False
         self._transport.abort()
 
-    async def _news(self) -> None:
-        self._waiter = self._loop.create_future()
+    async def _news(self, until: float | None) -> None:
+        waiter = self._waiter = self._loop.create_future()
+        # A timer alone costs half of what asyncio.timeout_at does.
+        timer = None if until is None else self._loop.call_at(until, _give_up, waiter)
         try:
-            await self._waiter
+            await waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -271,7 +293,8 @@ class _Connection(asyncio.Protocol):
             if self._before_body > MOST_HEADERS and self._problem is None:
                 self._problem = BrokenAnswer("The headers are too long.")
                 self.close()
-        if self._unread > MOST_UNREAD and not self._is_paused and self.is_open:
+        self._unread += len(data)
+        if self._unread > MOST_UNREAD and self._parts and not self._is_paused and self.is_open:
             self._is_paused = True
             self._transport.pause_reading()
         self._wake()
@@ -302,11 +325,6 @@ class _Connection(asyncio.Protocol):
             self._headers = {}
         else:
             self._status = status
-
-    def on_body(self, body: bytes) -> None:
-        """A part of the body has come."""
-        self._parts.append(body)
-        self._unread += len(body)
 
     def on_message_complete(self) -> None:
         """The answer is whole."""
