@@ -93,7 +93,7 @@ class Writer:
         """Takes an operation; `write.settle` is called when it is committed, or has failed."""
         if short and self._near is not None and not self._in_thread:
             if not self._short:
-                self._loop.call_soon(self._commit_short)
+                self._loop.call_soon(self._gather, 0)
             self._short.append(write)
             return
         self._hand_over()
@@ -110,6 +110,14 @@ class Writer:
     def _put(self, write: Write) -> None:
         self._in_thread += 1
         self._queue.put(write)
+
+    def _gather(self, before: int) -> None:
+        """Commits once nothing more has come in a round of the event loop: under load there are more in one
+        transaction then, and a single one waits for one round only."""
+        if before < len(self._short) < LARGEST_SHORT_GROUP:
+            self._loop.call_soon(self._gather, len(self._short))
+        else:
+            self._commit_short()
 
     def _commit_short(self) -> None:
         group = self._short[:LARGEST_SHORT_GROUP]
