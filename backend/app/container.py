@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.config import Settings, load_settings
 from app.database import Database, migrate
+from app.events import new_id
 from app.logs import get_logger, quiet_unless_configured
 from app.loop import BackgroundLoop
 from app.mqtt.bridge import MqttBridge, Parts
@@ -25,7 +26,9 @@ from app.services.audit import Audit, seal
 from app.services.authorizer import Authorizer
 from app.services.catalog import Catalog
 from app.services.devices import DeviceRights, Devices
+from app.services.generating import Generating
 from app.services.hint_feed import HintFeed
+from app.services.idle_work import IdleWork
 from app.services.known_tokens import KnownTokens
 from app.services.leases import Leases
 from app.services.ledger import Ledger, MemoryLedger
@@ -37,11 +40,14 @@ from app.services.people import People
 from app.services.pins import Pins
 from app.services.policies import Policies, read_roles
 from app.services.projects import Projects, read_projects
+from app.services.prompting import Prompting
+from app.services.runner import Runner
 from app.services.servers import Servers
 from app.services.session_keys import SessionKeys
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
+from app.services.succession import Succession
 from app.services.templates import Templates
 from app.services.usage import UsageBook
 
@@ -122,34 +128,28 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         session_keys = SessionKeys(settings, database, store, authorizer, llm)
 
         book = UsageBook(database)
-        webhook = _webhook(settings)
-        if webhook is not None:
-            await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
-        alerts = Alerts(database, authorizer, settings.alert_percent, webhook)
+        alerts = await stack.enter_async_context(_alerts(settings, database, authorizer))
         admission = Admission(settings, policies, ledger, book, catalog, alerts)
         accounting = Accounting(database, admission)
         templates = Templates(database, authorizer)
-        sessions = SessionManager(
-            settings,
+        runner = Runner(
             store,
-            memory,
-            leases,
-            llm,
-            templates,
-            authorizer,
-            policies,
-            projects,
-            admission,
+            Prompting(settings, store, memory, llm, policies, projects),
+            Generating(llm, policies, session_keys),
             accounting,
-            session_keys,
+            IdleWork(settings, llm, store, memory, accounting),
+            settings.instance or f"python-{new_id()}",
         )
+        succession = await stack.enter_async_context(
+            _succession(Succession(store, leases, runner, admission, policies))
+        )
+        sessions = SessionManager(store, runner, llm, templates, authorizer, policies, projects, admission)
         await sessions.open()
         stack.push_async_callback(sessions.close)
-        await stack.enter_async_context(_background(sessions.heartbeat(), "heartbeat"))
-        await stack.enter_async_context(_background(sessions.sweep(), "sweep"))
+        await stack.enter_async_context(_background(succession.sweep(), "sweep"))
 
         requests = Requests(settings, sessions, projects, accounts, authorizer, devices)
-        parts = Parts(settings, sessions, requests, projects, llm, store, outbox, leases)
+        parts = Parts(settings, sessions, succession, requests, projects, llm, store, outbox, leases)
         mqtt = await stack.enter_async_context(_mqtt(parts))
         container = Container(
             settings=settings,
@@ -201,6 +201,25 @@ def _webhook(settings: Settings) -> Webhook | None:
     from app.services.webhooks import Webhook
 
     return Webhook(url, Outbound(settings.outbound_allow))
+
+
+@asynccontextmanager
+async def _alerts(settings: Settings, database: Database, authorizer: Authorizer) -> AsyncIterator[Alerts]:
+    webhook = _webhook(settings)
+    async with AsyncExitStack() as stack:
+        if webhook is not None:
+            await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
+        yield Alerts(database, authorizer, settings.alert_percent, webhook)
+
+
+@asynccontextmanager
+async def _succession(succession: Succession) -> AsyncIterator[Succession]:
+    await succession.open()
+    try:
+        async with _background(succession.heartbeat(), "heartbeat"):
+            yield succession
+    finally:
+        await succession.close()
 
 
 def _ledger(settings: Settings) -> Ledger:

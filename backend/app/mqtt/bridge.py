@@ -35,6 +35,7 @@ from app.services.outbox import Delivery, Outbox
 from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.store import Store
+from app.services.succession import Succession
 from app.services.turns import Position, Turn, recall
 
 LEASE_S = 10.0
@@ -59,6 +60,7 @@ class Parts:
 
     settings: Settings
     sessions: SessionManager
+    succession: Succession
     requests: Requests
     projects: Projects
     llm: LLMClient
@@ -83,7 +85,7 @@ class MqttBridge:
             door = self._doors[name] = ProjectDoor(name, database_id, parts)
             door.open()
         parts.sessions.on_delivery(self._deliver)
-        parts.sessions.on_taken_up(self._go_on)
+        parts.succession.on_taken_up(self._go_on)
 
     async def close(self) -> None:
         """Says goodbye on every status topic and disconnects."""

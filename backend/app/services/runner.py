@@ -10,46 +10,32 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import msgspec
 from sqlalchemy import Connection
 
-from app.config import Settings
 from app.database import insist
-from app.errors import ContextExceeded, Expired, Internal, PortalError, StorageUnavailable
-from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, Usage, new_id
+from app.errors import Internal, PortalError, StorageUnavailable
+from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions
 from app.logs import get_logger
 from app.services.accounting import Accounting
 from app.services.endings import Ended, Reply
+from app.services.generating import Generating
 from app.services.history import History
 from app.services.idle_work import IdleWork
-from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
-from app.services.measures import estimated, share_of_thinking, timed
-from app.services.memory import Memory
 from app.services.outbox import Delivery
-from app.services.policies import Policies
-from app.services.projects import Projects
 from app.services.prompting import Asked, Prompting
-from app.services.replies import Done, InQueue
-from app.services.routing import OwnKey
 from app.services.rows import SessionRow, TurnRow
-from app.services.session_keys import SessionKeys
 from app.services.store import StaleAttempt, Store
 from app.services.turns import Interruption, Turn, recall
 
 T = TypeVar("T")
 
 ELSEWHERE_POLL_S = 0.25
-RUNAWAY_FACTOR = 2
-LONGEST_TOKEN_CHARS = 64
-"""A reply with this many times the tokens that were asked for, or longer than so many of the longest tokens
-are, is cut off: its server does not heed `max_tokens`."""
-
 IDLE_SESSIONS = 1000
 """Sessions at rest whose history is kept in memory; of others it is read again when they speak."""
 
@@ -74,24 +60,19 @@ class Runner:
 
     def __init__(
         self,
-        settings: Settings,
         store: Store,
-        memory: Memory,
-        llm: LLMClient,
-        policies: Policies,
-        projects: Projects,
+        prompting: Prompting,
+        generating: Generating,
         accounting: Accounting,
-        keys: SessionKeys,
+        idle_work: IdleWork,
         instance: str,
     ) -> None:
-        self._settings = settings
-        self._prompting = Prompting(settings, store, memory, llm, policies, projects)
-        self._idle_work = IdleWork(settings, llm, store, memory, accounting)
         self._store = store
-        self._llm = llm
+        self._prompting = prompting
+        self._generating = generating
         self._accounting = accounting
-        self._keys = keys
-        self._instance = instance
+        self._idle_work = idle_work
+        self.instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()
@@ -256,12 +237,12 @@ class Runner:
             if turn.row.deadline is not None and turn.row.deadline <= time.time():
                 turn.interruption = "expired"
                 break
-            session = await self._insist(lambda: self._store.claim(turn.id, self._instance))
+            session = await self._insist(lambda: self._store.claim(turn.id, self.instance))
             if session is not None:
                 self._refresh(live, session)
                 return True
             found = await self._insist(lambda: self._store.turn(turn.id))
-            if found is None or found[0].instance != self._instance or not found[0].is_active:
+            if found is None or found[0].instance != self.instance or not found[0].is_active:
                 self.watch_elsewhere(turn)
                 return False
             if live.waiting and live.waiting[0].row.position < turn.row.position:
@@ -285,7 +266,7 @@ class Runner:
             asked = live.asked = self._prompting.asked(turn)
             prompting = self._prompting.fit(history, turn, asked)
             again = partial(self._prompting.refit, history, turn, asked)
-            return await self._generate(turn, prompting, asked.options, again)
+            return await self._generating.run(turn, prompting, asked.options, again)
         except PortalError as error:
             return Failed(turn.id, error.info), None
         except Exception:
@@ -302,99 +283,12 @@ class Runner:
         live.history.system_prompt = prompt  # a role may have got another one
         return live.history
 
-    async def _generate(
-        self,
-        turn: Turn,
-        prompting: Coroutine[Any, Any, Sequence[Message]],
-        options: GenerationOptions,
-        again: Callable[[ContextExceeded], Awaitable[Sequence[Message]]] | None = None,
-    ) -> tuple[Ending | None, Reply | None]:
-        """Makes the prompt and generates, with the turn's events, and tells how it ended. Where the server
-        has no room for the prompt, the one that is made `again` is tried, once."""
-        turn.interruptible = True
-        try:
-            if turn.interruption is not None:
-                prompting.close()
-                return _interrupted(turn)
-            turn.prompt = await prompting
-            try:
-                done = await self._stream(turn, options)
-            except ContextExceeded as refused:
-                if again is None:
-                    raise
-                turn.prompt = await again(refused)
-                done = await self._stream(turn, options)
-            if done.usage is None:
-                await self._measure(turn, options)
-            else:
-                turn.usage = timed(turn, done.usage)
-            return _finished(turn, done)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if turn.interruption is None or task is None:
-                raise
-            task.uncancel()
-            if turn.interruption == "stop":
-                await self._measure(turn, options)
-            return _interrupted(turn)
-        except Expired:
-            return ExpiredEvent(turn.id), None
-        except PortalError as error:
-            await self._measure(turn, options)
-            return Failed(turn.id, error.info), _reply_of(turn)
-        finally:
-            turn.interruptible = False
-
-    async def _measure(self, turn: Turn, options: GenerationOptions) -> None:
-        """Finds out what a turn has used that the server has not reported, as well as that can be told. The
-        turn cannot be interrupted any more."""
-        turn.interruptible = False
-        if not turn.meter.model:
-            return
-        usage = await self._llm.count(turn.prompt, turn.written, options.model)
-        if usage is None:
-            usage = estimated(turn)
-        else:
-            reasoning = share_of_thinking(turn, usage.completion_tokens)
-            usage = msgspec.structs.replace(usage, reasoning_tokens=reasoning)
-        turn.usage = timed(turn, usage)
-
-    async def _stream(self, turn: Turn, options: GenerationOptions) -> Done:
-        own_key: OwnKey | None = None
-        if self._llm.own_key_providers and turn.session.id:
-            own_key = await self._insist(lambda: self._keys.of(turn.session.id))
-        updates = self._llm.stream(
-            turn.prompt,
-            options,
-            deadline=turn.row.deadline,
-            owner=turn.session.owner,
-            session=turn.session.id or None,
-            meter=turn.meter,
-            own_key=own_key,
-            allowed=self._prompting.role_of(turn).models,
-        )
-        most = RUNAWAY_FACTOR * self._llm.max_tokens_of(options)
-        async with aclosing(updates):
-            async for update in updates:
-                if isinstance(update, InQueue):
-                    turn.queued(update.position, update.eta_s)
-                elif isinstance(update, Done):
-                    return update
-                elif update.kind == "text":
-                    turn.token(update.content)
-                else:
-                    turn.thinking(update.content)
-                if turn.pieces > most or turn.chars > most * LONGEST_TOKEN_CHARS:
-                    log.warning("a runaway generation is cut off", turn=turn.id, pieces=turn.pieces)
-                    return Done("length", None, [])
-        raise AssertionError("a generation ended without saying so")
-
     async def _work_unstored(
         self, turn: Turn, messages: Sequence[Message], options: GenerationOptions
     ) -> None:
         ending: Ending | None = None
         try:
-            ending, _ = await self._generate(turn, _as_they_are(messages), options)
+            ending, _ = await self._generating.run(turn, _as_they_are(messages), options)
         except Exception:
             log.exception("a turn failed", turn=turn.id)
         finally:
@@ -508,39 +402,3 @@ def _cancel_expiry(turn: Turn) -> None:
     if turn.expiry is not None:
         turn.expiry.cancel()
         turn.expiry = None
-
-
-def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:
-    if turn.interruption == "expired":
-        return ExpiredEvent(turn.id), None
-    if turn.interruption != "stop":
-        return None, None
-    reply = _reply_of(turn)
-    if reply is None:
-        return Cancelled(turn.id, "", None, turn.usage), None
-    stored = turn.row.message_id != ""
-    return Cancelled(turn.id, reply.content, reply.message_id if stored else None, turn.usage), reply
-
-
-def _reply_of(turn: Turn) -> Reply | None:
-    """What there is of a reply that broke off."""
-    response = "".join(turn.response)
-    return Reply(new_id(), response, [], turn.usage) if response else None
-
-
-def _finished(turn: Turn, done: Done) -> tuple[Final, Reply]:
-    now = time.monotonic()
-    response = "".join(turn.response)
-    usage = turn.usage or Usage(estimated=True)
-    reply = Reply(new_id(), response, done.tool_calls, usage)
-    final = Final(
-        turn.id,
-        response=response,
-        finish_reason=done.finish_reason,
-        usage=usage,
-        tool_calls=done.tool_calls,
-        elapsed_ms=round((now - turn.began) * 1000),
-        ttft_ms=usage.ttft_ms,
-        message_id=reply.message_id if turn.row.message_id else None,
-    )
-    return final, reply

@@ -12,26 +12,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from msgspec.structs import replace
 
-from app.access import ANY, LOCAL, Door, Identity, KeyUse
-from app.config import Settings
-from app.errors import InvalidRequest, NotFound, PortalError, RateLimited, StorageUnavailable
+from app.access import ANY, LOCAL, Identity
+from app.errors import InvalidRequest, NotFound, RateLimited
 from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.options import chosen_tool, names_of
 from app.services.acceptance import Acceptance
-from app.services.accounting import Accounting
-from app.services.admission import NO_TICKET, Admission, Ticket
+from app.services.admission import Admission, Ticket
 from app.services.authorizer import Authorizer
 from app.services.endings import Ended
-from app.services.leases import Leases
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
-from app.services.memory import Memory
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
@@ -39,15 +35,9 @@ from app.services.prompts import with_system
 from app.services.redaction import redact, redacted_message
 from app.services.rows import MessageRow, SessionRow, TurnRow
 from app.services.runner import Runner
-from app.services.session_keys import SessionKeys
 from app.services.store import EVERYBODY, Store
 from app.services.templates import Templates
 from app.services.turns import Turn, answer_of
-
-LEASE_S = 10.0
-HEARTBEAT_S = 3.0
-SWEEP_S = 1.0
-FORGET_S = 3600.0
 
 DEFAULT_PROJECT = "prompt_portal"
 
@@ -69,121 +59,39 @@ class SessionManager:
 
     def __init__(
         self,
-        settings: Settings,
         store: Store,
-        memory: Memory,
-        leases: Leases,
+        runner: Runner,
         llm: LLMClient,
         templates: Templates,
         authorizer: Authorizer,
         policies: Policies,
         projects: Projects,
         admission: Admission,
-        accounting: Accounting,
-        keys: SessionKeys,
     ) -> None:
         self._store = store
-        self._leases = leases
+        self._runner = runner
         self._projects = projects
         self._llm = llm
         self._templates = templates
         self._authorizer = authorizer
         self._policies = policies
         self._admission = admission
-        self._epoch = new_id()
-        self._instance = settings.instance or f"python-{self._epoch}"
-        self._runner = Runner(
-            settings, store, memory, llm, policies, projects, accounting, keys, self._instance
-        )
         self._accepting: set[asyncio.Task[Turn]] = set()
-        self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
 
     def on_delivery(self, listener: Callable[[Delivery, Turn], None]) -> None:
         """Calls `listener` whenever a reply that the outbox owes is ready."""
         self._runner.on_delivery = listener
 
-    def on_taken_up(self, listener: Callable[[Turn], None]) -> None:
-        """Calls `listener` with every turn that this process takes up from another one, or from its own
-        life before; also with those that it has taken up already."""
-        self._on_taken_up = listener
-        for turn in list(self._runner.turns.values()):
-            if turn.row.attempt > 1 and turn.ending is None:
-                listener(turn)
-
     # --- life ---
 
     async def open(self) -> None:
-        """Takes up the turns that an earlier process of this instance left behind."""
+        """Lets plain Python in."""
         self._door = LoopDoor(asyncio.get_running_loop())
-        await self._leases.acquire(self._lease, self._epoch, LEASE_S, force=True)
-        await self._take_up(await self._store.adopt(self._instance, restarted=True))
 
     async def close(self) -> None:
         """Stops working; turns that are not done stay accepted, for whoever takes them up."""
         await asyncio.gather(*self._accepting, return_exceptions=True)
         await self._runner.close()
-        with suppress(StorageUnavailable):
-            await self._leases.release(self._lease, self._epoch)
-
-    @property
-    def _lease(self) -> str:
-        return f"instance:{self._instance}"
-
-    async def heartbeat(self) -> None:
-        """Renews this instance's lease. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            try:
-                if not await self._leases.acquire(self._lease, self._epoch, LEASE_S):
-                    log.error("another process took over under this instance's name", instance=self._instance)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next beat may succeed
-                log.warning("the heartbeat could not be written", reason=type(error).__name__)
-
-    async def sweep(self) -> None:
-        """Takes up the turns of instances that died, and forgets what is kept for a time only. Runs until
-        cancelled."""
-        forgot_at = float("-inf")
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                if time.monotonic() - forgot_at > FORGET_S:
-                    forgot_at = time.monotonic()
-                    await self._store.forget_old()
-                if await self._store.has_orphans(self._instance):
-                    await self._take_up(await self._store.adopt(self._instance))
-            except Exception as error:  # noqa: BLE001 - likewise
-                log.warning("orphaned turns could not be looked for", reason=type(error).__name__)
-
-    async def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
-        for row, session in orphans:
-            log.info("taking up a turn", turn=row.id, attempt=row.attempt)
-            ticket = await self._ticket_of(row, session)
-            turn = self._runner.turns.get(row.id)
-            if turn is None:
-                turn = Turn(row, session)
-            else:
-                turn.restart(row)
-            turn.ticket = ticket
-            self._runner.enqueue(turn)
-            self._on_taken_up(turn)
-            if not row.detached and turn.followers == 0:
-                self._runner.interrupt(turn, "stop")
-
-    async def _ticket_of(self, row: TurnRow, session: SessionRow) -> Ticket:
-        """What a turn that is taken up counts for: it is not refused any more."""
-        who = Identity(
-            owner=session.owner,
-            role_name=row.role,
-            role=self._policies.role(row.role),
-            key=None if row.api_key is None else KeyUse(row.api_key, "", frozenset()),
-            door=_door(row.door),
-        )
-        request = TurnRequest(who, session.session_id, "", project=session.project)
-        try:
-            return await self._admission.admit_again(who, request, row.id, "")
-        except PortalError as error:
-            log.warning("a turn could not be counted", turn=row.id, reason=error.code)
-            return NO_TICKET
 
     # --- asking ---
 
@@ -263,7 +171,7 @@ class SessionManager:
             acceptance = await self._store.accept(
                 request,
                 turn_id=turn_id,
-                instance=self._instance,
+                instance=self._runner.instance,
                 full=self._llm.places_of(request.options.model).full,
             )
         except BaseException:
@@ -565,7 +473,3 @@ class SessionManager:
         if session is None:
             raise NotFound("There is no such session.")
         return session
-
-
-def _door(name: str) -> Door:
-    return next((door for door in get_args(Door) if door == name), "http")

@@ -1,0 +1,128 @@
+"""What becomes of the turns of processes that die, among all those that share a database.
+
+Each process has a lease under its instance's name, which it renews for as long as it lives. When a lease
+runs out, whoever notices first takes up the turns that were left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import get_args
+
+from app.access import Door, Identity, KeyUse
+from app.errors import PortalError, StorageUnavailable
+from app.events import TurnRequest, new_id
+from app.logs import get_logger
+from app.services.admission import NO_TICKET, Admission, Ticket
+from app.services.leases import Leases
+from app.services.policies import Policies
+from app.services.rows import SessionRow, TurnRow
+from app.services.runner import Runner
+from app.services.store import Store
+from app.services.turns import Turn
+
+LEASE_S = 10.0
+HEARTBEAT_S = 3.0
+SWEEP_S = 1.0
+FORGET_S = 3600.0
+
+log = get_logger(__name__)
+
+
+class Succession:
+    """Keeps the lease of this process, and takes up the turns of those that lost theirs."""
+
+    def __init__(
+        self, store: Store, leases: Leases, runner: Runner, admission: Admission, policies: Policies
+    ) -> None:
+        self._store = store
+        self._leases = leases
+        self._runner = runner
+        self._admission = admission
+        self._policies = policies
+        self._epoch = new_id()
+        self._lease = f"instance:{runner.instance}"
+        self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
+
+    def on_taken_up(self, listener: Callable[[Turn], None]) -> None:
+        """Calls `listener` with every turn that this process takes up from another one, or from its own
+        life before; also with those that it has taken up already."""
+        self._on_taken_up = listener
+        for turn in list(self._runner.turns.values()):
+            if turn.row.attempt > 1 and turn.ending is None:
+                listener(turn)
+
+    async def open(self) -> None:
+        """Takes up the turns that an earlier process of this instance left behind."""
+        await self._leases.acquire(self._lease, self._epoch, LEASE_S, force=True)
+        await self._take_up(await self._store.adopt(self._runner.instance, restarted=True))
+
+    async def close(self) -> None:
+        """Leaves what is not done to others."""
+        with suppress(StorageUnavailable):
+            await self._leases.release(self._lease, self._epoch)
+
+    async def heartbeat(self) -> None:
+        """Renews this instance's lease. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                if not await self._leases.acquire(self._lease, self._epoch, LEASE_S):
+                    log.error(
+                        "another process took over under this instance's name", instance=self._runner.instance
+                    )
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next beat may succeed
+                log.warning("the heartbeat could not be written", reason=type(error).__name__)
+
+    async def sweep(self) -> None:
+        """Takes up the turns of instances that died, and forgets what is kept for a time only. Runs until
+        cancelled."""
+        forgot_at = float("-inf")
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                if time.monotonic() - forgot_at > FORGET_S:
+                    forgot_at = time.monotonic()
+                    await self._store.forget_old()
+                if await self._store.has_orphans(self._runner.instance):
+                    await self._take_up(await self._store.adopt(self._runner.instance))
+            except Exception as error:  # noqa: BLE001 - likewise
+                log.warning("orphaned turns could not be looked for", reason=type(error).__name__)
+
+    async def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
+        for row, session in orphans:
+            log.info("taking up a turn", turn=row.id, attempt=row.attempt)
+            ticket = await self._ticket_of(row, session)
+            turn = self._runner.turns.get(row.id)
+            if turn is None:
+                turn = Turn(row, session)
+            else:
+                turn.restart(row)
+            turn.ticket = ticket
+            self._runner.enqueue(turn)
+            self._on_taken_up(turn)
+            if not row.detached and turn.followers == 0:
+                self._runner.interrupt(turn, "stop")
+
+    async def _ticket_of(self, row: TurnRow, session: SessionRow) -> Ticket:
+        """What a turn that is taken up counts for: it is not refused any more."""
+        who = Identity(
+            owner=session.owner,
+            role_name=row.role,
+            role=self._policies.role(row.role),
+            key=None if row.api_key is None else KeyUse(row.api_key, "", frozenset()),
+            door=_door(row.door),
+        )
+        request = TurnRequest(who, session.session_id, "", project=session.project)
+        try:
+            return await self._admission.admit_again(who, request, row.id, "")
+        except PortalError as error:
+            log.warning("a turn could not be counted", turn=row.id, reason=error.code)
+            return NO_TICKET
+
+
+def _door(name: str) -> Door:
+    return next((door for door in get_args(Door) if door == name), "http")
