@@ -122,7 +122,7 @@ class Command(msgspec.Struct, frozen=True):
     target: ReplyTarget
     request_id: str | None
     token: str | None
-    mark: Mark
+    message: Incoming
     text: str = ""
     deadline: float | None = None
     is_plain: bool = False
@@ -131,6 +131,11 @@ class Command(msgspec.Struct, frozen=True):
     def key(self) -> str | None:
         """The session's name in the portal: a device's are its own."""
         return _key(self.address, self.session_id)
+
+    @property
+    def mark(self) -> Mark:
+        """By what this very message is known when the broker sends it again."""
+        return Mark(_hash(self.message), self.message.again)
 
     @property
     def is_for_all(self) -> bool:
@@ -177,9 +182,7 @@ class _Draft:
     def command(self) -> Command:
         """Reads the message. Raises `InvalidRequest`, or pydantic's `ValidationError`."""
         address, message = self._address, self._message
-        self._find_ids_early()
         self._body, self._is_plain = _object(address, message.payload)
-        self._find_ids_early()
         self._session = self._find_session()
         self._target = self._default_target()
         self._request_id = self._find_request_id()
@@ -202,7 +205,7 @@ class _Draft:
             self._target,
             self._request_id,
             body.token,
-            Mark(_hash(message), message.again),
+            message,
             text,
             self._deadline(body),
             self._is_plain,
@@ -210,10 +213,12 @@ class _Draft:
 
     def refusal(self, error: PortalError) -> Refusal:
         """The answer to a message that is wrong, as far as it can be told where it goes."""
+        if self._target is None:
+            self._find_ids()
         return Refusal(self._address, error, self._target, self._request_id)
 
-    def _find_ids_early(self) -> None:
-        """What an error needs to find its way, as far as it is right."""
+    def _find_ids(self) -> None:
+        """What an error needs to find its way, as far as it is right, where reading came not so far."""
         given = self._given_request_id
         self._request_id = given if isinstance(given, str) and is_id(given) else None
         session = self._address.session
