@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.services.session_manager import LEASE_S, SWEEP_S
+from app.services.succession import LEASE_S, SWEEP_S
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import MakePortal, Portal, wait_until
 
