@@ -31,6 +31,7 @@ PERMISSIONS = {
     "devices:write": "Add and remove MQTT devices, and give them new passwords",
     "servers:read": "See the LLM servers and how they are",
     "servers:write": "Take LLM servers out of service and back",
+    "metrics:read": "Read what the portal measures of itself, as Prometheus does",
     "audit:read": "Read, export and verify the audit log",
 }
 """Everything that there is to be allowed, with what it means."""

@@ -35,6 +35,7 @@ from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
+from app.services.metrics import Metrics, Watched
 from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.pins import Pins
@@ -48,6 +49,7 @@ from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
 from app.services.succession import Succession
+from app.services.tally import Tally
 from app.services.templates import Templates
 from app.services.usage import UsageBook
 
@@ -87,6 +89,8 @@ class Container:
     pins: Pins
     hints: HintFeed
     mqtt: MqttBridge | None
+    tally: Tally
+    metrics: Metrics
 
 
 _current: Container | None = None
@@ -130,7 +134,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         book = UsageBook(database)
         alerts = await stack.enter_async_context(_alerts(settings, database, authorizer))
         admission = Admission(settings, policies, ledger, book, catalog, alerts)
-        accounting = Accounting(database, admission)
+        tally = Tally(llm.is_known)
+        accounting = Accounting(database, admission, tally)
         templates = Templates(database, authorizer)
         runner = Runner(
             store,
@@ -149,8 +154,9 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         await stack.enter_async_context(_background(succession.sweep(), "sweep"))
 
         requests = Requests(settings, sessions, projects, accounts, authorizer, devices)
-        parts = Parts(settings, sessions, succession, requests, projects, llm, store, outbox, leases)
+        parts = Parts(settings, sessions, succession, requests, projects, llm, store, outbox, leases, tally)
         mqtt = await stack.enter_async_context(_mqtt(parts))
+        figures = (lambda: ()) if mqtt is None else mqtt.figures
         container = Container(
             settings=settings,
             database=database,
@@ -178,6 +184,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             pins=Pins(settings, memory, sessions, authorizer, llm),
             hints=HintFeed(store, sessions, projects, authorizer),
             mqtt=mqtt,
+            tally=tally,
+            metrics=Metrics(Watched(tally, runner, llm, database, outbox, figures), authorizer),
         )
         previous, _current = _current, container
         try:

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError
 
+from app.distribution import Distribution
 from app.errors import Internal, InvalidRequest, StorageUnavailable
 from app.logs import get_logger
 from app.prepared import Prepared
@@ -63,6 +64,11 @@ class Database:
         await self._writer.close()
         self._readers.shutdown()
         self._engine.dispose()
+
+    @property
+    def write_lag(self) -> Distribution:
+        """How long operations took from `write` to their commit, in seconds."""
+        return self._writer.lag
 
     async def write(self, operation: Operation[T], *, short: bool = False) -> T:
         """Runs `operation` in a transaction and returns its result once that is committed. `short` ones have

@@ -24,6 +24,7 @@ from app.services.hint_feed import HintFeed
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
+from app.services.metrics import Metrics
 from app.services.people import People
 from app.services.pins import Pins
 from app.services.policies import Policies
@@ -137,6 +138,11 @@ async def _session_keys(request: Request) -> SessionKeys:
     return keys
 
 
+async def _metrics(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.container.metrics
+    return metrics
+
+
 class MqttDoor(Protocol):
     """What HTTP may know of the MQTT door."""
 
@@ -189,6 +195,7 @@ LLMDep = Annotated[LLMClient, Depends(_llm)]
 ServersDep = Annotated[Servers, Depends(_servers)]
 SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
 StoreDep = Annotated[Store, Depends(_store)]
+MetricsDep = Annotated[Metrics, Depends(_metrics)]
 HintsDep = Annotated[HintFeed, Depends(_hints)]
 ProjectsDep = Annotated[Projects, Depends(_projects)]
 SettingsDep = Annotated[Settings, Depends(_settings)]

@@ -36,6 +36,7 @@ from app.routers import (
     health,
     keys,
     llm,
+    metrics,
     mqtt,
     page,
     servers,
@@ -103,7 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # Routes are looked for in this order, so the busiest come first.
-    for part in (llm, auth, sessions, templates, keys, stats, mqtt, admin, devices, servers, health):
+    for part in (llm, auth, sessions, templates, keys, stats, mqtt, admin, devices, servers, health, metrics):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)
@@ -150,6 +151,9 @@ def render(request: Request, error: PortalError) -> JSONResponse:
         headers["Retry-After"] = "1"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    container = getattr(request.app.state, "container", None)
+    if container is not None:
+        container.tally.refuse("http", error.code)
     level = log.warning if error.status >= 500 else log.info
     level(
         "request refused", code=error.code, status=error.status, request_id=request_id, path=request.url.path

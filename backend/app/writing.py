@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
+from app.distribution import LATENCIES_S, SHORT_S, Distribution
 from app.logs import get_logger
 from app.prepared import Prepared, driver_of, with_driver
 
@@ -39,17 +41,20 @@ waits for the disk."""
 
 SQLITE_BUSY = 5
 
+WRITE_LAGS_S = (*SHORT_S[:5], *LATENCIES_S[:11])
+
 log = get_logger(__name__)
 
 
 class Write:
     """An operation, and what has become of it: `settle` gets it then, on the event loop."""
 
-    __slots__ = ("error", "operation", "result", "settle")
+    __slots__ = ("asked_at", "error", "operation", "result", "settle")
 
     def __init__(self, operation: Operation, settle: Callable[[Write], None]) -> None:
         self.operation = operation
         self.settle = settle
+        self.asked_at = time.monotonic()
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -68,6 +73,8 @@ class Writer:
         self._near: Connection | None = None
         self._since_checkpoint = 0
         self._is_written = asyncio.Event()
+        self.lag = Distribution(WRITE_LAGS_S)
+        """How long operations took to be committed, in seconds."""
 
     def open(self) -> None:
         """Starts the thread."""
@@ -137,11 +144,18 @@ class Writer:
         if self._since_checkpoint >= CHECKPOINT_EVERY:
             self._since_checkpoint = 0
             self._loop.run_in_executor(None, _checkpoint, self._engine)
-        _settle([write for write in group if write not in busy])
+        self._settle([write for write in group if write not in busy])
 
     def _settle_thread(self, group: Sequence[Write]) -> None:
         self._in_thread -= len(group)
-        _settle(group)
+        self._settle(group)
+
+    def _settle(self, group: Sequence[Write]) -> None:
+        now = time.monotonic()
+        for write in group:
+            if write.error is None:
+                self.lag.add(now - write.asked_at)
+            write.settle(write)
 
     # --- in the thread ---
 
@@ -185,11 +199,6 @@ _DEFERRED = "deferred"
 def defer(connection: Connection, item: Any) -> None:
     """Leaves an item to the end of the transaction, where all of them are written together."""
     connection.info[_DEFERRED].append(item)
-
-
-def _settle(group: Sequence[Write]) -> None:
-    for write in group:
-        write.settle(write)
 
 
 def _is_busy(error: BaseException | None) -> bool:

@@ -106,6 +106,7 @@ ROUTES: dict[str, Route] = {
     "POST /api/admin/devices": Route("devices:write", {"name": "cab-7", "projects": ["maze"]}),
     "DELETE /api/admin/devices/{name}": Route("devices:write"),
     "POST /api/admin/devices/{name}/password": Route("devices:write"),
+    "GET /metrics": Route("metrics:read"),
     "GET /api/admin/servers": Route("servers:read"),
     "POST /api/admin/servers/{name}/drain": Route("servers:write"),
     "POST /api/admin/servers/{name}/undrain": Route("servers:write"),

@@ -31,11 +31,13 @@ from app.mqtt.requests import Requests
 from app.mqtt.topics import request_filters, status_topic
 from app.services.leases import Leases
 from app.services.llm_client import LLMClient
+from app.services.metrics import ProjectFigures
 from app.services.outbox import Delivery, Outbox
 from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.store import Store
 from app.services.succession import Succession
+from app.services.tally import Tally
 from app.services.turns import Position, Turn, recall
 
 LEASE_S = 10.0
@@ -67,6 +69,7 @@ class Parts:
     store: Store
     outbox: Outbox
     leases: Leases
+    tally: Tally
 
 
 class MqttBridge:
@@ -103,6 +106,10 @@ class MqttBridge:
     def projects(self) -> dict[str, bool]:
         """The projects, and whether each is subscribed."""
         return {name: door.is_connected for name, door in self._doors.items()}
+
+    def figures(self) -> list[ProjectFigures]:
+        """How each project's door is."""
+        return [ProjectFigures(name, door.is_connected, door.in_flight) for name, door in self._doors.items()]
 
     def _deliver(self, delivery: Delivery, turn: Turn) -> None:
         door = self._doors.get(delivery.target.project)
@@ -159,6 +166,11 @@ class ProjectDoor:
     def is_connected(self) -> bool:
         """Whether the requests of the project reach this process."""
         return self._connection.is_subscribed
+
+    @property
+    def in_flight(self) -> int:
+        """How many publishes the broker has not confirmed yet."""
+        return self._connection.in_flight
 
     def open(self) -> None:
         """Starts serving."""
@@ -313,6 +325,7 @@ class ProjectDoor:
             self.stream(answer, command.target)
 
     def _refuse(self, target: ReplyTarget | None, error: PortalError, request_id: str | None) -> None:
+        self._parts.tally.refuse("mqtt", error.code)
         log.info("MQTT request refused", project=self._project, code=error.code)
         if target is not None:
             self._answer(target, answers.refusal(target, error, request_id))

@@ -162,6 +162,11 @@ class MqttConnection:
             self.is_subscribed = False
             self._client.disconnect()
 
+    @property
+    def in_flight(self) -> int:
+        """How many publishes the broker has not confirmed yet."""
+        return len(self._unconfirmed) + len(self._held)
+
     def send(self, message: Outgoing) -> asyncio.Future[None]:
         """Publishes at QoS 1. The future is done when the broker has confirmed it, after however many
         reconnects, or has `PublishRefused`."""

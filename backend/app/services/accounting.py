@@ -20,6 +20,7 @@ from app.services.admission import Admission, Ticket
 from app.services.audit import Entry
 from app.services.measures import estimated
 from app.services.places import Meter
+from app.services.tally import Tally
 from app.services.turns import Turn
 from app.services.usage import Spent, TurnUsage
 from app.writing import defer
@@ -30,8 +31,9 @@ log = get_logger(__name__)
 class Accounting:
     """Counts what turns have used."""
 
-    def __init__(self, database: Database, admission: Admission) -> None:
+    def __init__(self, database: Database, admission: Admission, tally: Tally) -> None:
         self._database = database
+        self._tally = tally
         self._admission = admission
 
     def used(self, turn: Turn, ending: Ending) -> TurnUsage:
@@ -95,6 +97,7 @@ class Accounting:
         if turn.is_counted:
             return
         turn.is_counted = True
+        self._tally.add(used, turn.usage)
         await self._charge(turn.ticket, used, 1)
 
     async def _charge(self, ticket: Ticket, used: TurnUsage, turns: int) -> None:

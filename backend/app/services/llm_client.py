@@ -371,6 +371,12 @@ class LLMClient:
         found = route.found()
         return (wanted or "") if found is None else route.name_of(found)
 
+    def is_known(self, model: str) -> bool:
+        """Whether a model of this name is configured, or known to be served."""
+        if self._catalog.has(model) or model == self._catalog.canonical(self._settings.llm_model):
+            return True
+        return any(found.name == model for pool in self.pools.values() for found in pool.models)
+
     @property
     def can_answer(self) -> bool:
         """Whether the default model can be asked now, by whichever server."""

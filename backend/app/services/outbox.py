@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, bindparam, delete, select, update
+from sqlalchemy import Connection, bindparam, delete, func, select, update
 
 from app.database import Database, insert_of
 from app.events import ReplyTarget, new_id
@@ -91,6 +91,16 @@ class Outbox:
             .limit(MOST_READ)
         )
         return await self._database.read(lambda c: [_delivery(row) for row in c.execute(wanted)])
+
+    async def depths(self) -> dict[str, int]:
+        """How many replies are owed now to each project's clients, where there are any."""
+        wanted = (
+            select(outbox.c.project, func.count())
+            .join(turns, turns.c.id == outbox.c.turn_id)
+            .where(turns.c.ended_at.is_not(None))
+            .group_by(outbox.c.project)
+        )
+        return await self._database.read(lambda c: dict(c.execute(wanted).tuples().all()))
 
     async def of_turn(self, turn_id: str) -> list[Delivery]:
         """What is, or will be, owed for a turn."""
