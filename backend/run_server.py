@@ -8,18 +8,44 @@ import gc
 import socket
 import sys
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from app.config import DEFAULT_ENV_FILE, Settings, host_name, is_loopback, load_settings
-from app.container import check_files
+from app.container import Container, check_files
 from app.errors import InvalidRequest
 from app.logs import configure_logging, get_logger
 from app.main import create_app
 
-DRAIN_S = 10
-"""How long open requests may go on after the signal to stop."""
+LEAVE_S = 5
+"""How long open requests may go on once the turns have ended, or had their time."""
+
+
+class _Server(uvicorn.Server):
+    """Goes on serving after the signal to stop, until the portal has drained, and then ends without an
+    error. A second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_timeout: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_timeout = drain_timeout
+        self._is_hurried = False
+
+    async def main_loop(self) -> None:
+        """Serves until the signal, and through what follows it."""
+        await super().main_loop()
+        container: Container = self._app.state.container
+        await container.drain.run(self._drain_timeout, lambda: self._is_hurried)
+        if self._is_hurried:
+            self.config.timeout_graceful_shutdown = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Notes a signal."""
+        self._is_hurried = self.should_exit
+        self.should_exit = True
 
 
 def main() -> int:
@@ -54,16 +80,17 @@ def main() -> int:
 
 
 def _serve(settings: Settings, listener: socket.socket) -> int:
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=list(settings.trusted_proxies),
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=LEAVE_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, app, settings.drain_timeout)
     # What was imported is there for good: looking through it again and again for garbage would stop all
     # streams for some hundredths of a second each time. A turn makes thousands of objects and hardly any that
     # refer to each other, so it pays to look less often.

@@ -267,7 +267,7 @@ class Portal:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.env_file = directory / ".env"
-        values = {"SECRET_KEY": SECRET, "LOG_LEVEL": "info", **UNLIMITED, **settings}
+        values = {"SECRET_KEY": SECRET, "LOG_LEVEL": "info", "DRAIN_TIMEOUT": "0", **UNLIMITED, **settings}
         self.env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.log = directory / "portal.log"
         self.process: Process | None = None

@@ -26,7 +26,8 @@ from app.cli.gguf import trained_context
 from app.cli.install import MODEL
 from app.cli.llm_server import alias_of
 from app.cli.stack import DEFAULT_STATE, Stack
-from tests.support import ROOT, WORKERS, answers, can_sign_in, free_port, wait_until
+from tests.fake_llm import FakeLLM, Script, text
+from tests.support import PASSWORD, ROOT, WORKERS, answers, can_sign_in, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -225,6 +226,25 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
     code, output = setup.up("--detach")
     assert code == 0, output
     assert set(setup.status()["parts"]) == {"llm", "broker", "portal"}, "an option wins over the settings"
+
+
+def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None:
+    fake_thread.script = Script(text("hi"))
+    code, output = setup.up("--detach", "--llm-url", fake_thread.url, "--broker", "")
+    assert code == 0, output
+    fake_thread.script = Script(text(*"0123456789"), between=1)  # longer than any other part has to end
+    with httpx.Client(base_url=f"http://localhost:{setup.port}", timeout=30) as client:
+        account = {"username": "ada", "email": "ada@example.org", "password": PASSWORD}
+        client.post("/api/auth/register", json=account)
+        token = client.post("/api/auth/login", json=account).json()["access_token"]
+        client.headers["Authorization"] = f"Bearer {token}"
+        body = {"session_id": "s", "message": "hi"}
+        with client.stream("POST", "/api/llm/chat/session/stream", json=body) as stream:
+            lines = stream.iter_lines()
+            next(line for line in lines if line == "event: token")
+            with setup.start("down") as down:
+                assert "event: final" in list(lines)
+                assert down.wait(30) == 0
 
 
 def test_an_llm_server_that_is_not_there_yet_is_waited_for(setup: Setup, mosquitto: Any) -> None:

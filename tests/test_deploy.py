@@ -16,7 +16,7 @@ import pytest
 from app.cli.deploy import main
 from app.config import child_environment
 from app.events import new_id
-from tests.fake_llm import FakeLLM
+from tests.fake_llm import FakeLLM, Script, text
 from tests.support import (
     ROOT,
     GameClient,
@@ -165,6 +165,19 @@ def test_so_many_sessions_are_answered_or_wait(
     assert refused["error"]["code"] == "overloaded"
     for session in ("s1", "s2"):
         assert json.loads(game.reply(f"{project}/assistant_response/{session}"))["type"] == "final"
+
+
+def test_a_signal_lets_running_turns_end(
+    deploy: Deploy, game: GameClient, project: str, fake_thread: FakeLLM
+) -> None:
+    fake_thread.script = Script(text("one ", "two"), between=1)
+    running = deploy("--projects", project, "--server_url", fake_thread.url)
+    running.serving(project)
+    game.publish(f"{project}/user_input/s", "Say hi")
+    wait_until(lambda: fake_thread.pieces == 1, what="the first piece")
+    psutil.Process(running.pid).send_signal(signal.SIGTERM)
+    assert game.reply(f"{project}/assistant_response/s") == b"one two"
+    assert running.stop() == 0, running.said()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -247,6 +247,13 @@ class Settings(BaseSettings):
         "own turns at once. Left empty: host name and port.",
         json_schema_extra=_heading("Running"),
     )
+    drain_timeout: float = Field(
+        30,
+        ge=0,
+        description="How long turns that have been accepted may go on after the signal to stop, in seconds; "
+        "meanwhile /health/ready answers 503 and new turns are refused. The process manager must wait 15 s "
+        "longer.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
 
     _base: Path = PrivateAttr(default=BACKEND_DIR)

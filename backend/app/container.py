@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from app.services.audit import Audit, seal
 from app.services.authorizer import Authorizer
 from app.services.catalog import Catalog
 from app.services.devices import DeviceRights, Devices
+from app.services.drain import Drain
 from app.services.generating import Generating
 from app.services.hint_feed import HintFeed
 from app.services.idle_work import IdleWork
@@ -35,7 +36,7 @@ from app.services.ledger import Ledger, MemoryLedger
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
-from app.services.metrics import Metrics, Watched
+from app.services.metrics import Metrics, ProjectFigures, Watched
 from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.pins import Pins
@@ -90,6 +91,7 @@ class Container:
     hints: HintFeed
     mqtt: MqttBridge | None
     tally: Tally
+    drain: Drain
     metrics: Metrics
 
 
@@ -108,6 +110,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         database = Database(settings.sqlalchemy_url, before_commit=seal)
         await database.open()
         stack.push_async_callback(database.close)
+        drain = Drain()
         store, outbox, leases = Store(database), Outbox(database), Leases(database)
         memory = Memory(database)
 
@@ -142,21 +145,24 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             Prompting(settings, store, memory, llm, policies, projects),
             Generating(llm, policies, session_keys),
             accounting,
-            IdleWork(settings, llm, store, memory, accounting),
+            IdleWork(settings, llm, store, memory, accounting, drain),
             settings.instance or f"python-{new_id()}",
         )
         succession = await stack.enter_async_context(
-            _succession(Succession(store, leases, runner, admission, policies))
+            _succession(Succession(store, leases, runner, admission, policies, drain))
         )
-        sessions = SessionManager(store, runner, llm, templates, authorizer, policies, projects, admission)
+        sessions = SessionManager(
+            store, runner, llm, templates, authorizer, policies, projects, admission, drain
+        )
         await sessions.open()
         stack.push_async_callback(sessions.close)
         await stack.enter_async_context(_background(succession.sweep(), "sweep"))
 
         requests = Requests(settings, sessions, projects, accounts, authorizer, devices)
-        parts = Parts(settings, sessions, succession, requests, projects, llm, store, outbox, leases, tally)
+        parts = Parts(
+            settings, sessions, succession, requests, projects, llm, store, outbox, leases, tally, drain
+        )
         mqtt = await stack.enter_async_context(_mqtt(parts))
-        figures = (lambda: ()) if mqtt is None else mqtt.figures
         container = Container(
             settings=settings,
             database=database,
@@ -185,13 +191,18 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             hints=HintFeed(store, sessions, projects, authorizer),
             mqtt=mqtt,
             tally=tally,
-            metrics=Metrics(Watched(tally, runner, llm, database, outbox, figures), authorizer),
+            drain=drain,
+            metrics=Metrics(Watched(tally, runner, llm, database, outbox, _figures(mqtt)), authorizer),
         )
         previous, _current = _current, container
         try:
             yield container
         finally:
             _current = previous
+
+
+def _figures(mqtt: MqttBridge | None) -> Callable[[], Sequence[ProjectFigures]]:
+    return (lambda: ()) if mqtt is None else mqtt.figures
 
 
 def check_files(settings: Settings) -> None:

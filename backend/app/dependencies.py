@@ -20,6 +20,7 @@ from app.services.api_keys import ApiKeys
 from app.services.audit import Audit
 from app.services.authorizer import Authorizer
 from app.services.devices import Devices
+from app.services.drain import Drain
 from app.services.hint_feed import HintFeed
 from app.services.links import Links
 from app.services.llm_client import LLMClient
@@ -143,6 +144,11 @@ async def _metrics(request: Request) -> Metrics:
     return metrics
 
 
+async def _drain(request: Request) -> Drain:
+    drain: Drain = request.app.state.container.drain
+    return drain
+
+
 class MqttDoor(Protocol):
     """What HTTP may know of the MQTT door."""
 
@@ -196,6 +202,7 @@ ServersDep = Annotated[Servers, Depends(_servers)]
 SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
 StoreDep = Annotated[Store, Depends(_store)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
+DrainDep = Annotated[Drain, Depends(_drain)]
 HintsDep = Annotated[HintFeed, Depends(_hints)]
 ProjectsDep = Annotated[Projects, Depends(_projects)]
 SettingsDep = Annotated[Settings, Depends(_settings)]

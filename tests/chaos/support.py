@@ -36,6 +36,8 @@ class Form:
     stops: int
     """How often a turn is stopped at each door, at each stage."""
     overload_s: float
+    drain_s: float
+    """How long the replies take that are not to be cut."""
     slack: int
     """How many times as long as it should something may take: the short form runs beside other tests."""
 
@@ -49,6 +51,7 @@ FORMS = {
         takeovers=1,
         stops=1,
         overload_s=5,
+        drain_s=3,
         slack=3,
     ),
     "long": Form(
@@ -59,6 +62,7 @@ FORMS = {
         takeovers=6,
         stops=7,
         overload_s=60,
+        drain_s=25,
         slack=1,
     ),
 }

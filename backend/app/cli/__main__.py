@@ -23,7 +23,9 @@ from app.config import DEFAULT_ENV_FILE
 NOT_RUNNING = 3
 """Exit code of `status` when nothing runs, as service managers have it."""
 
-DOWN_TIMEOUT_S = 40.0
+DOWN_TIMEOUT_S = 15.0
+"""Beyond what the parts have to end."""
+
 LOG_POLL_S = 0.3
 
 app = typer.Typer(
@@ -150,10 +152,10 @@ def down(state: State = DEFAULT_STATE) -> None:
     stack = replace(Stack(), state=state.resolve())
     found = read_state(stack)
     supervisor = process(found.pid, found.created) if found else None
-    if supervisor is not None:
+    if found is not None and supervisor is not None:
         supervisor.terminate()
         with Step("Stopping"):
-            supervisor.wait(DOWN_TIMEOUT_S)
+            supervisor.wait(DOWN_TIMEOUT_S + sum(part.stop_s for part in found.parts.values()))
         done("Stopped")
     elif (left := stop_leftovers(stack)) > 0:
         done(f"Stopped {left} programs that a killed supervisor had left behind")

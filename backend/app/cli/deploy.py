@@ -23,7 +23,7 @@ from app.cli.stack import HOST, Stack
 from app.cli.statistics import tell_statistics
 from app.cli.supervisor import lock_file, on_signals
 from app.config import BACKEND_DIR, Settings, is_loopback, load_settings
-from app.container import check_files, open_container
+from app.container import Container, check_files, open_container
 from app.errors import InvalidRequest
 from app.logs import configure_logging, get_logger
 
@@ -270,20 +270,23 @@ def _free_port() -> int:
 
 
 async def _run(deployment: Deployment) -> None:
-    """Serves until a signal comes. Raises `Failure`."""
-    stop = asyncio.Event()
-    on_signals(stop.set)
-    serving = asyncio.create_task(_serve(deployment), name="serve")
+    """Serves until a signal comes, and until the turns have ended then; a second signal ends it at once.
+    Raises `Failure`."""
+    stop, hurry, opened = asyncio.Event(), asyncio.Event(), list[Container]()
+    on_signals(lambda: hurry.set() if stop.is_set() else stop.set())
+    serving = asyncio.create_task(_serve(deployment, opened), name="serve")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
+    if opened and not serving.done():
+        await opened[0].drain.run(deployment.settings.drain_timeout, hurry.is_set)
     serving.cancel()
     with suppress(asyncio.CancelledError):
         await serving
     log.info("stopped")
 
 
-async def _serve(deployment: Deployment) -> None:
+async def _serve(deployment: Deployment, opened: list[Container]) -> None:
     settings = deployment.settings
     async with AsyncExitStack() as stack:
         stack.enter_context(_alone_with(deployment.database))
@@ -291,6 +294,7 @@ async def _serve(deployment: Deployment) -> None:
         if deployment.llm is not None:
             await stack.enter_async_context(own_llm(deployment.llm, settings.llm_max_concurrency))
         container = await stack.enter_async_context(open_container(settings))
+        opened.append(container)
         if not settings.anonymous_mqtt:
             log.warning(
                 "messages without a token are not answered, as the broker is not on this machine; "

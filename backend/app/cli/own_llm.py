@@ -12,9 +12,9 @@ from pathlib import Path
 
 from app.cli import install
 from app.cli.console import Failure, tail
-from app.cli.parts import Part, check_port, llm_server
+from app.cli.parts import STOP_S, Part, check_port, llm_server
 from app.cli.stack import Stack
-from app.cli.supervisor import BACKOFF_FIRST_S, BACKOFF_MOST_S, HEALTHY_S, START_TIMEOUT_S, STOP_S
+from app.cli.supervisor import BACKOFF_FIRST_S, BACKOFF_MOST_S, HEALTHY_S, START_TIMEOUT_S
 from app.config import child_environment
 from app.logs import get_logger
 

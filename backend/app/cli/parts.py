@@ -20,6 +20,12 @@ from app.config import BACKEND_DIR, Settings
 
 PROBE_TIMEOUT_S = 2.0
 
+STOP_S = 8.0
+"""How long a part has to end, before it is killed."""
+
+CLOSE_S = 15.0
+"""How long the portal has to end once it has drained."""
+
 
 @dataclass(frozen=True, slots=True)
 class MorePort:
@@ -45,6 +51,7 @@ class Part:
     settings: dict[str, str] = field(default_factory=dict)
     instead: str = ""
     more_ports: Sequence[MorePort] = ()
+    stop_s: float = STOP_S
 
 
 def parts_of(stack: Stack, model: Path | None, mosquitto: str | None, settings: Settings) -> list[Part]:
@@ -121,6 +128,7 @@ def _portal(stack: Stack, settings: Settings) -> Part:
             "MQTT_ANONYMOUS": settings.mqtt_anonymous or "",
             "SECRET_KEY": settings.secret_key.get_secret_value(),
         },
+        stop_s=settings.drain_timeout + CLOSE_S,
     )
 
 

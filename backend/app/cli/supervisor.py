@@ -15,7 +15,7 @@ import msgspec
 import psutil
 
 from app.cli.console import Failure, tail
-from app.cli.parts import Part, check_port
+from app.cli.parts import STOP_S, Part, check_port
 from app.cli.stack import Stack
 from app.config import child_environment
 
@@ -28,7 +28,6 @@ START_TIMEOUT_S = 600.0
 
 START_TRIES = 3
 READY_POLL_S = 0.1
-STOP_S = 8.0
 
 WATCH_S = 5.0
 """How often a part that was ready is looked at."""
@@ -47,6 +46,7 @@ class PartState(msgspec.Struct):
     created: float = 0.0
     restarts: int = 0
     since: float = 0.0
+    stop_s: float = STOP_S
 
 
 class StackState(msgspec.Struct):
@@ -97,14 +97,13 @@ def stop_leftovers(stack: Stack) -> int:
     state = read_state(stack)
     if state is None or state.is_running:
         return 0
-    found = [process(part.pid, part.created) for part in state.parts.values()]
-    living = [part for part in found if part is not None]
-    for part in living:
+    found = [(process(part.pid, part.created), part.stop_s) for part in reversed(state.parts.values())]
+    living = [(part, seconds) for part, seconds in found if part is not None]
+    for part, seconds in living:
         with contextlib.suppress(psutil.Error):
             part.terminate()
-    for part in psutil.wait_procs(living, timeout=STOP_S)[1]:
-        with contextlib.suppress(psutil.Error):
-            part.kill()
+            if psutil.wait_procs([part], timeout=seconds)[1]:
+                part.kill()
     return len(living)
 
 
@@ -121,16 +120,17 @@ class Supervisor:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         me = psutil.Process()
         self._state = StackState(me.pid, me.create_time(), time.time(), stack.url, stack.broker_address)
-        self._state.parts = {part.name: PartState(part.title, part.address) for part in parts}
+        self._state.parts = {part.name: _state_of(part) for part in parts}
 
     async def run(self) -> None:
-        """Runs until SIGINT or SIGTERM. Raises `Failure` when a part does not start."""
+        """Runs until SIGINT or SIGTERM; a second one hurries the parts. Raises `Failure` when a part does
+        not start."""
         with _lock(self._stack):
             stop_leftovers(self._stack)
             for part in self._parts:
                 check_port(part)
             self._write()
-            on_signals(self._stop.set)
+            on_signals(self._told_to_stop)
             tasks = [asyncio.create_task(self._keep(part), name=part.name) for part in self._parts]
             tasks.append(asyncio.create_task(self._await_ready(), name="ready"))
             try:
@@ -219,6 +219,13 @@ class Supervisor:
         self._failure = self._failure or Failure(problem, *end)
         self._stop.set()
 
+    def _told_to_stop(self) -> None:
+        if self._stop.is_set():
+            for running in self._processes.values():
+                if running.returncode is None:
+                    running.terminate()
+        self._stop.set()
+
     async def _stop_all(self, tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             task.cancel()
@@ -226,7 +233,7 @@ class Supervisor:
         for part in reversed(self._parts):
             running = self._processes.get(part.name)
             if running is not None and running.returncode is None:
-                await _stop(running)
+                await _stop(running, part.stop_s)
 
     def _write(self) -> None:
         """Replaces the state file at once, so that nobody reads half of it."""
@@ -236,11 +243,15 @@ class Supervisor:
         new.replace(file)
 
 
-async def _stop(running: asyncio.subprocess.Process) -> None:
+def _state_of(part: Part) -> PartState:
+    return PartState(part.title, part.address, stop_s=part.stop_s)
+
+
+async def _stop(running: asyncio.subprocess.Process, seconds: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         running.terminate()
         try:
-            async with asyncio.timeout(STOP_S):
+            async with asyncio.timeout(seconds):
                 await running.wait()
         except TimeoutError:
             running.kill()

@@ -29,6 +29,7 @@ from app.mqtt.contract import Command, Refusal, read
 from app.mqtt.payloads import Status
 from app.mqtt.requests import Requests
 from app.mqtt.topics import request_filters, status_topic
+from app.services.drain import Drain
 from app.services.leases import Leases
 from app.services.llm_client import LLMClient
 from app.services.metrics import ProjectFigures
@@ -70,6 +71,7 @@ class Parts:
     outbox: Outbox
     leases: Leases
     tally: Tally
+    drain: Drain
 
 
 class MqttBridge:
@@ -243,8 +245,8 @@ class ProjectDoor:
         """Keeps `P/status` true."""
         topic = status_topic(self._project)
         while True:
-            health = self._parts.llm.last_health
-            status = self._render_status("online" if health.status == "ok" else "degraded")
+            is_well = self._parts.llm.last_health.status == "ok" and not self._parts.drain.is_on
+            status = self._render_status("online" if is_well else "degraded")
             if self.is_connected and status != self._status:
                 self._status = status
                 with suppress(PublishRefused):
@@ -273,6 +275,8 @@ class ProjectDoor:
         other, also when the database makes one of them wait."""
         while True:
             message = await self._inbox.get()
+            if message.qos > 0 and self._parts.drain.is_on:
+                continue  # not acknowledged, it comes again to whoever serves the project next
             if message.qos == 0 and len(self._unacked) >= MOST_AT_ONCE:
                 log.warning("too many messages at once: one at QoS 0 is dropped", project=self._project)
                 continue

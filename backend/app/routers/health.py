@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from app.dependencies import LLMDep, MqttDep, StoreDep
+from app.dependencies import DrainDep, LLMDep, MqttDep, StoreDep
 from app.errors import StorageUnavailable
 from app.hardening import StrictRoute
 
@@ -23,9 +23,10 @@ class Live(BaseModel):
 
 
 class Ready(BaseModel):
-    """What the portal needs to serve. `mqtt` is `off` where no broker is set."""
+    """What the portal needs to serve. `mqtt` is `off` where no broker is set; `draining` is a portal that is
+    being stopped."""
 
-    status: Literal["ok", "down"]
+    status: Literal["ok", "down", "draining"]
     database: State
     llm: State
     mqtt: State
@@ -38,9 +39,9 @@ async def live() -> Live:
 
 
 @router.get("/ready", responses={503: {"model": Ready}})
-async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep) -> Ready:
+async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep, drain: DrainDep) -> Ready:
     """Whether requests can be served: 503 while the database, the LLM server or a broker that is
-    set cannot be used."""
+    set cannot be used, and from the signal to stop on."""
     try:
         await store.ping()
         database: State = "ok"
@@ -49,5 +50,6 @@ async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep)
     broker: State = "off" if mqtt is None else "ok" if mqtt.is_connected else "down"
     server: State = (await llm.ahealth()).status
     is_ready = llm.can_answer and {database, broker} <= {"ok", "off"}
-    response.status_code = 200 if is_ready else 503
-    return Ready(status="ok" if is_ready else "down", database=database, llm=server, mqtt=broker)
+    response.status_code = 200 if is_ready and not drain.is_on else 503
+    status: Literal["ok", "down", "draining"] = "draining" if drain.is_on else "ok" if is_ready else "down"
+    return Ready(status=status, database=database, llm=server, mqtt=broker)

@@ -13,6 +13,7 @@ from app.errors import PortalError
 from app.events import GenerationOptions, Usage
 from app.logs import get_logger
 from app.services.accounting import Accounting
+from app.services.drain import Drain
 from app.services.exchanges import exchanges_in
 from app.services.history import History
 from app.services.llm_client import LLMClient
@@ -45,18 +46,25 @@ class IdleWork:
     """Works for sessions that are at rest. Whoever speaks again cancels it."""
 
     def __init__(
-        self, settings: Settings, llm: LLMClient, store: Store, memory: Memory, accounting: Accounting
+        self,
+        settings: Settings,
+        llm: LLMClient,
+        store: Store,
+        memory: Memory,
+        accounting: Accounting,
+        drain: Drain,
     ) -> None:
         self._settings = settings
         self._llm = llm
         self._store = store
         self._memory = memory
         self._accounting = accounting
+        self._drain = drain
         self._tasks: set[asyncio.Task[None]] = set()
 
     def is_wanted(self, history: History) -> bool:
         """Whether there is something to do."""
-        return history.is_cold or self._wants_summary(history)
+        return not self._drain.is_on and (history.is_cold or self._wants_summary(history))
 
     def _wants_summary(self, history: History) -> bool:
         return (

@@ -105,7 +105,7 @@ class _Collector:
         yield _counter("portal_refusals", what, ("door", "code"), refused)
         what, lasted = "From acceptance to the ending.", tally.durations.items()
         yield _histogram("portal_turn_duration_seconds", what, ("door", "model"), lasted)
-        here = [turn for turn in runner.turns.values() if runner.is_here(turn)]
+        here = runner.here
         running = sum(turn.task is not None for turn in here)
         active = [(("running",), running), (("waiting",), len(here) - running)]
         yield _gauge("portal_turns_active", "Turns that have not ended.", ("state",), active)

@@ -364,6 +364,11 @@ class Runner:
 
     # --- turns of other instances ---
 
+    @property
+    def here(self) -> list[Turn]:
+        """The turns that run, or wait, in this process."""
+        return [turn for turn in self.turns.values() if self.is_here(turn)]
+
     def is_here(self, turn: Turn) -> bool:
         """Whether the turn runs, or waits, in this process."""
         live = self._sessions.get(turn.session.id)

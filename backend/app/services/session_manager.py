@@ -25,6 +25,7 @@ from app.options import chosen_tool, names_of
 from app.services.acceptance import Acceptance
 from app.services.admission import Admission, Ticket
 from app.services.authorizer import Authorizer
+from app.services.drain import Drain, Draining
 from app.services.endings import Ended
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
@@ -67,6 +68,7 @@ class SessionManager:
         policies: Policies,
         projects: Projects,
         admission: Admission,
+        drain: Drain,
     ) -> None:
         self._store = store
         self._runner = runner
@@ -76,6 +78,7 @@ class SessionManager:
         self._authorizer = authorizer
         self._policies = policies
         self._admission = admission
+        self._drain = drain
         self._accepting: set[asyncio.Task[Turn]] = set()
 
     def on_delivery(self, listener: Callable[[Delivery, Turn], None]) -> None:
@@ -86,6 +89,7 @@ class SessionManager:
 
     async def open(self) -> None:
         """Lets plain Python in."""
+        self._drain.active = lambda: len(self._accepting) + len(self._runner.here)
         self._door = LoopDoor(asyncio.get_running_loop())
 
     async def close(self) -> None:
@@ -191,8 +195,9 @@ class SessionManager:
         have its answer, is not refused it."""
         model = self._llm.known_model(request.options.model)
         try:
+            self._drain.check()
             return await self._admission.admit(request.who, request, turn_id, model)
-        except RateLimited:
+        except (RateLimited, Draining):
             if request.request_id is None:
                 raise
             if not await self._store.has_request(request.who.owner, request.session_id, request.request_id):
@@ -244,6 +249,7 @@ class SessionManager:
     async def chat(self, who: Identity, messages: Sequence[Message], options: GenerationOptions) -> Turn:
         """A turn without a session: nothing of it is stored, and it ends with its last follower. Raises
         what `submit` raises."""
+        self._drain.check()
         text = "\n".join(str(message.get("content", "")) for message in messages)
         request = await self._allowed(await self._placed(TurnRequest(who, "", text, options=options)))
         if who.role.redaction:

@@ -17,6 +17,7 @@ from app.errors import PortalError, StorageUnavailable
 from app.events import TurnRequest, new_id
 from app.logs import get_logger
 from app.services.admission import NO_TICKET, Admission, Ticket
+from app.services.drain import Drain
 from app.services.leases import Leases
 from app.services.policies import Policies
 from app.services.rows import SessionRow, TurnRow
@@ -36,13 +37,20 @@ class Succession:
     """Keeps the lease of this process, and takes up the turns of those that lost theirs."""
 
     def __init__(
-        self, store: Store, leases: Leases, runner: Runner, admission: Admission, policies: Policies
+        self,
+        store: Store,
+        leases: Leases,
+        runner: Runner,
+        admission: Admission,
+        policies: Policies,
+        drain: Drain,
     ) -> None:
         self._store = store
         self._leases = leases
         self._runner = runner
         self._admission = admission
         self._policies = policies
+        self._drain = drain
         self._epoch = new_id()
         self._lease = f"instance:{runner.instance}"
         self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
@@ -87,6 +95,8 @@ class Succession:
                 if time.monotonic() - forgot_at > FORGET_S:
                     forgot_at = time.monotonic()
                     await self._store.forget_old()
+                if self._drain.is_on:
+                    continue
                 if await self._store.has_orphans(self._runner.instance):
                     await self._take_up(await self._store.adopt(self._runner.instance))
             except Exception as error:  # noqa: BLE001 - likewise
