@@ -1334,7 +1334,7 @@ export interface paths {
         /**
          * Ready
          * @description Whether requests can be served: 503 while the database, the LLM server or a broker that is
-         *     set cannot be used.
+         *     set cannot be used, and from the signal to stop on.
          */
         get: operations["ready"];
         put?: never;
@@ -2599,7 +2599,8 @@ export interface components {
         };
         /**
          * Ready
-         * @description What the portal needs to serve. `mqtt` is `off` where no broker is set.
+         * @description What the portal needs to serve. `mqtt` is `off` where no broker is set; `draining` is a portal that is
+         *     being stopped.
          */
         Ready: {
             /**
@@ -2621,7 +2622,7 @@ export interface components {
              * Status
              * @enum {string}
              */
-            status: "ok" | "down";
+            status: "ok" | "down" | "draining";
         };
         /**
          * Registration
