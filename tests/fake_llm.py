@@ -32,6 +32,7 @@ class Script:
     usage: dict[str, Any] | None = field(
         default_factory=lambda: {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
     )
+    reason: str = "stop"
     echo: bool = False
     random: bool = False
     lengths: tuple[int, int] = (20, 20)
@@ -131,6 +132,17 @@ class FakeLLM:
             self.running -= 1
             await asyncio.shield(self._changed())
 
+    async def embeddings(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append({**body, "headers": dict(request.headers), "path": request.path_qs})
+        if self.script.status != 200:
+            error = {"message": self.script.error}
+            return web.json_response({"error": error}, status=self.script.status)
+        vectors = [[float(len(text)), 0.5] for text in body["input"]]
+        data = [{"object": "embedding", "index": n, "embedding": v} for n, v in enumerate(vectors)]
+        tokens = sum(map(len, body["input"]))
+        return web.json_response({"data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         script = self.script
         await asyncio.sleep(script.before_warming if body.get("max_tokens") == 1 else script.before_headers)
@@ -159,7 +171,7 @@ class FakeLLM:
             await response.write(_chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
             self.pieces += 1
             await asyncio.sleep(script.between)
-        await response.write(_chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}))
+        await response.write(_chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": script.reason}]}))
         if script.usage is not None:
             await response.write(_chunk({"choices": [], "usage": script.usage}))
         await response.write(b"data: [DONE]\n\n")
@@ -208,6 +220,7 @@ async def serve(fake: FakeLLM, port: int = 0) -> AsyncIterator[FakeLLM]:
     app.router.add_get("/props", fake.props)
     app.router.add_post("/identity/token", fake.token)
     app.router.add_post("/{base:.*}/chat/completions", fake.completions)
+    app.router.add_post("/v1/embeddings", fake.embeddings)
     app.router.add_post("/v1/chat/completions/input_tokens", fake.count)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()

@@ -27,6 +27,7 @@ from app.services.authorizer import Authorizer
 from app.services.catalog import Catalog
 from app.services.devices import DeviceRights, Devices
 from app.services.drain import Drain
+from app.services.embeddings import Embeddings
 from app.services.generating import Generating
 from app.services.hint_feed import HintFeed
 from app.services.idle_work import IdleWork
@@ -82,6 +83,7 @@ class Container:
     book: UsageBook
     alerts: Alerts
     llm: LLMClient
+    embeddings: Embeddings
     templates: Templates
     sessions: SessionManager
     servers: Servers
@@ -182,6 +184,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             book=book,
             alerts=alerts,
             llm=llm,
+            embeddings=Embeddings(llm, authorizer, admission, accounting),
             templates=templates,
             sessions=sessions,
             servers=servers,

@@ -21,6 +21,7 @@ from app.services.audit import Audit
 from app.services.authorizer import Authorizer
 from app.services.devices import Devices
 from app.services.drain import Drain
+from app.services.embeddings import Embeddings
 from app.services.hint_feed import HintFeed
 from app.services.links import Links
 from app.services.llm_client import LLMClient
@@ -124,6 +125,11 @@ async def _llm(request: Request) -> LLMClient:
     return llm
 
 
+async def _embeddings(request: Request) -> Embeddings:
+    embeddings: Embeddings = request.app.state.container.embeddings
+    return embeddings
+
+
 async def _store(request: Request) -> Store:
     store: Store = request.app.state.container.store
     return store
@@ -198,6 +204,7 @@ PinsDep = Annotated[Pins, Depends(_pins)]
 MemoryDep = Annotated[Memory, Depends(_memory)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
+EmbeddingsDep = Annotated[Embeddings, Depends(_embeddings)]
 ServersDep = Annotated[Servers, Depends(_servers)]
 SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
 StoreDep = Annotated[Store, Depends(_store)]

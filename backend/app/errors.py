@@ -27,6 +27,7 @@ hold a path, a key, an address of an upstream server, or a prompt.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -243,6 +244,46 @@ def http_body(error: PortalError, request_id: str) -> dict[str, Any]:
     if error.details is not None:
         inner["details"] = error.details
     return {"error": inner, "detail": error.message}
+
+
+_FIELD = re.compile(r"([a-z_][A-Za-z0-9_.]*): ")
+_OPENAI_CODES = {
+    "unauthenticated": "invalid_api_key",
+    "rate_limited": "rate_limit_exceeded",
+    "budget_exceeded": "insufficient_quota",
+}
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def openai_status(error: PortalError) -> int:
+    """The HTTP status as OpenAI's clients know it: what is wrong in itself is a 400 for them."""
+    return 400 if error.status == 422 else error.status
+
+
+def openai_body(error: PortalError) -> dict[str, Any]:
+    """The body of an error as OpenAI's clients read it. `code` is the contract's, but where OpenAI has one
+    that clients act on."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    code = _OPENAI_CODES.get(error.code, error.code)
+    return {
+        "error": {
+            "message": error.message,
+            "type": code if code == "insufficient_quota" else _OPENAI_TYPES.get(error.status, kind),
+            "param": _field_of(error),
+            "code": code,
+        }
+    }
+
+
+def _field_of(error: PortalError) -> str | None:
+    """The field that is wrong, which the message begins with."""
+    found = _FIELD.match(error.message)
+    return None if found is None else found[1]
+
+
+def may_try_again(error: PortalError) -> bool:
+    """Whether a program should send the same again soon, by itself."""
+    return error.retryable and not isinstance(error, BudgetExceeded)
 
 
 def quota_headers(quotas: Sequence[QuotaInfo]) -> Mapping[str, str]:

@@ -245,7 +245,7 @@ class SecurityHeaders:
             await self._app(scope, receive, send)
             return
         wanted = list(self._always)
-        if scope["path"].startswith("/api/"):
+        if scope["path"].startswith(("/api/", "/v1/")):
             wanted += self._of_api
         if scope["scheme"] == "https":
             wanted += self._of_https

@@ -23,7 +23,17 @@ from starlette.types import ASGIApp
 from app import __version__
 from app.config import Settings
 from app.container import open_container
-from app.errors import BY_CODE, Internal, InvalidRequest, PortalError, http_body, quota_headers
+from app.errors import (
+    BY_CODE,
+    Internal,
+    InvalidRequest,
+    PortalError,
+    http_body,
+    may_try_again,
+    openai_body,
+    openai_status,
+    quota_headers,
+)
 from app.events import TurnEvent, is_id, new_id
 from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
@@ -38,6 +48,8 @@ from app.routers import (
     llm,
     metrics,
     mqtt,
+    openai,
+    openai_responses,
     page,
     servers,
     sessions,
@@ -53,6 +65,13 @@ One session-based chat with a local LLM, the same over HTTP and MQTT.
 Sign in with `POST /api/auth/login` and send the token, or an API key, as `Authorization: Bearer`. Every
 error has the body `{"error": {"code", "message", "request_id", "details"?}, "detail": message}`.
 """
+
+
+EXPOSED = (
+    *("X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"),
+    *("X-Session-Id", "X-Turn-Id", "X-Should-Retry"),
+)
+"""The headers that pages of CORS_ORIGINS may read."""
 
 
 class ErrorDetail(BaseModel):
@@ -104,7 +123,8 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # Routes are looked for in this order, so the busiest come first.
-    for part in (llm, auth, sessions, templates, keys, stats, mqtt, admin, devices, servers, health, metrics):
+    busy = (llm, openai, openai_responses, auth, sessions, templates)
+    for part in (*busy, keys, stats, mqtt, admin, devices, servers, health, metrics):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)
@@ -115,7 +135,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
+            expose_headers=[*EXPOSED],
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     _add_asyncapi(app, settings)
@@ -140,8 +160,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def render(request: Request, error: PortalError) -> JSONResponse:
-    """The answer for an error. `request_id` is the client's `X-Request-ID`, or a new one; the log has
-    it too."""
+    """The answer for an error, below `/v1` in OpenAI's form. `request_id` is the client's `X-Request-ID`, or
+    a new one; the log has it too."""
     given = request.headers.get("x-request-id", "")
     request_id = given if is_id(given) else new_id()
     headers = {"X-Request-ID": request_id, **quota_headers(error.quotas)}
@@ -158,7 +178,14 @@ def render(request: Request, error: PortalError) -> JSONResponse:
     level(
         "request refused", code=error.code, status=error.status, request_id=request_id, path=request.url.path
     )
-    return JSONResponse(http_body(error, request_id), error.status, headers)
+    if not _is_openai(request):
+        return JSONResponse(http_body(error, request_id), error.status, headers)
+    headers["X-Should-Retry"] = str(may_try_again(error)).lower()
+    return JSONResponse(openai_body(error), openai_status(error), headers)
+
+
+def _is_openai(request: Request) -> bool:
+    return request.url.path.startswith("/v1/")
 
 
 async def _on_portal_error(request: Request, error: Exception) -> Response:

@@ -55,6 +55,13 @@ ROUTES: dict[str, Route] = {
     "DELETE /api/llm/chat/session/{session_id}": Route("chat:use"),
     "POST /api/llm/chat/session/{session_id}/stop": Route("chat:use"),
     "GET /api/llm/health": Route(PUBLIC),
+    "POST /v1/chat/completions": Route("chat:use", CHAT),
+    "POST /v1/embeddings": Route("chat:use", {"input": "hi"}),
+    "GET /v1/models": Route(SIGNED_IN),
+    "GET /v1/models/{model}": Route(SIGNED_IN),
+    "POST /v1/responses": Route("chat:use", {"input": "hi", "conversation": "{session_id}"}),
+    "GET /v1/responses/{response_id}": Route("sessions:read"),
+    "DELETE /v1/responses/{response_id}": Route("sessions:write"),
     "GET /api/sessions": Route("sessions:read"),
     "GET /api/sessions/{session_id}": Route("sessions:read"),
     "PATCH /api/sessions/{session_id}": Route("sessions:write", {"title": "T"}),
@@ -132,6 +139,8 @@ TOPICS: dict[str, tuple[str, dict[str, Any]]] = {
 NOBODYS = {
     "session_id": "nobodys",
     "turn_id": "nobodys",
+    "response_id": "resp_nobodys",
+    "model": "nobodys",
     "message_id": "nobodys",
     "template_id": "nobodys",
     "version": "1",
@@ -143,6 +152,21 @@ NOBODYS = {
     "subject": "project:nobodys",
 }
 """A value for each parameter of a path, with which nothing is found."""
+
+
+OPENAI_CODES = {"unauthenticated": "invalid_api_key"}
+"""Codes that are others below `/v1`."""
+
+
+def problem(answer: httpx.Response) -> tuple[int, str, str]:
+    """Status, code and message of an error, in the form that its route has."""
+    error = answer.json()["error"]
+    if answer.request.url.path.startswith("/v1/"):
+        assert set(error) == {"message", "type", "param", "code"}
+        codes = {own: code for code, own in OPENAI_CODES.items()}
+        return answer.status_code, codes.get(error["code"], error["code"]), error["message"]
+    assert answer.json()["detail"] == error["message"]
+    return answer.status_code, error["code"], error["message"]
 
 
 def operations(document: Mapping[str, Any]) -> Iterator[str]:

@@ -77,6 +77,8 @@ make_user = maker("/api/auth/register", "id", guest)
 MAKERS: dict[str, Callable[[httpx.Client], str]] = {
     "session_id": maker("/api/llm/chat/session", "session_id", turn),
     "turn_id": maker("/api/llm/chat/session", "turn_id", turn),
+    "response_id": maker("/v1/responses", "id", lambda: {"input": "hi"}),
+    "model": lambda _: "fake-1",
     "message_id": maker("/api/llm/chat/session", "message_id", turn),
     "template_id": maker("/api/templates", "id", lambda: {"title": "t", "content": "{{ a }}"}),
     "version": lambda _: "1",

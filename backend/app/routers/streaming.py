@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from app.events import type_of
-from app.services.turns import Numbered, Position, Turn
+from app.events import Ending, type_of
+from app.services.turns import Numbered, Position, Turn, answer_of
 
 T = TypeVar("T")
 
@@ -53,16 +53,25 @@ class TurnStream(Response):
     """The events of a turn, as `Accept` wants them. Events that are there together leave together.
     It ends with the turn, or when the client goes."""
 
-    def __init__(self, request: Request, turn: Turn, after: Position | None = None) -> None:
+    speaks_ndjson = True
+
+    def __init__(
+        self,
+        request: Request,
+        turn: Turn,
+        after: Position | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._turn = turn
         self._after = after
-        self._ndjson = NDJSON in request.headers.get("accept", "")
+        self._ndjson = self.speaks_ndjson and NDJSON in request.headers.get("accept", "")
         self._sent_at = asyncio.get_running_loop().time()
-        self._is_sending = False
+        self._has_begun = self._is_sending = False
         self.background = None
         self.status_code = 200
         self.media_type = NDJSON if self._ndjson else SSE
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **turn.ticket.headers})
+        always = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        self.init_headers({**always, **turn.ticket.headers, **(headers or {})})
 
     def init_headers(self, headers: dict[str, str] | None = None) -> None:  # type: ignore[override]
         """A stream has no length to announce."""
@@ -96,15 +105,28 @@ class TurnStream(Response):
                 continue
             self._sent_at = now()
             if not self._is_sending and not self._ndjson:
+                await self._begin(send)
                 await send({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})
 
+    async def _begin(self, send: Send) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
     async def _send(self, send: Send) -> None:
+        await self._begin(send)
+        await self._send_events(send)
+
+    async def _send_events(self, send: Send) -> None:
         now = asyncio.get_running_loop().time
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._turn.follow(self._after)) as batches:
             async for batch in batches:
+                data = self._encode(batch)
+                if not data:
+                    continue
                 self._is_sending = True
-                await send({"type": "http.response.body", "body": self._encode(batch), "more_body": True})
+                await self._begin(send)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._is_sending = False
                 self._sent_at = now()
         self._is_sending = True
@@ -114,6 +136,33 @@ class TurnStream(Response):
         if self._ndjson:
             return b"".join(b"%b\n" % item.json for item in batch)
         return b"".join(_sse(item) for item in batch)
+
+
+class Form(Protocol):
+    """Another form for the events of a turn."""
+
+    def encode(self, batch: Sequence[Numbered]) -> bytes:
+        """Server-sent events for these; nothing where there is nothing to say."""
+
+
+class FormedStream(TurnStream):
+    """The events of a turn in another form. Its status waits for the first piece or the end, for as long as
+    proxies bear silence: what fails before that is answered with its error's status."""
+
+    speaks_ndjson = False
+
+    def __init__(self, request: Request, turn: Turn, form: Form, headers: Mapping[str, str]) -> None:
+        super().__init__(request, turn, headers=headers)
+        self._form = form
+
+    async def _send(self, send: Send) -> None:
+        await self._send_events(send)
+
+    def _encode(self, batch: Sequence[Numbered]) -> bytes:
+        last = batch[-1].event
+        if not self._has_begun and isinstance(last, Ending):
+            answer_of(last)
+        return self._form.encode(batch)
 
 
 def _sse(item: Numbered) -> bytes:

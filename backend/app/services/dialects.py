@@ -79,9 +79,18 @@ def base(kind: ProviderKind, url: str) -> str:
 @lru_cache(256)
 def chat_url(kind: ProviderKind, url: str, model: str, api_version: str) -> str:
     """Where chat completions of a model are asked for."""
+    return _url(kind, url, model, api_version, "chat/completions")
+
+
+def embeddings_url(kind: ProviderKind, url: str, model: str, api_version: str) -> str:
+    """Where embeddings of a model are asked for."""
+    return _url(kind, url, model, api_version, "embeddings")
+
+
+def _url(kind: ProviderKind, url: str, model: str, api_version: str, what: str) -> str:
     if kind == "azure":  # the deployment stands in the path
-        return f"{base(kind, url)}/{quote(model, safe='')}/chat/completions?api-version={quote(api_version)}"
-    return f"{base(kind, url)}/chat/completions"
+        return f"{base(kind, url)}/{quote(model, safe='')}/{what}?api-version={quote(api_version)}"
+    return f"{base(kind, url)}/{what}"
 
 
 def key_headers(kind: ProviderKind, key: str) -> dict[str, str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.access import ANY
 from app.config import Settings
@@ -21,16 +22,18 @@ from app.loop import LoopDoor
 from app.services.catalog import DEFAULT, Catalog
 from app.services.chat_body import chat_body
 from app.services.exact_cache import ExactCache
-from app.services.llm_server import Clock, LLMServer, Message, ModelInfo
+from app.services.llm_server import Clock, Embedded, LLMServer, Message, ModelInfo
 from app.services.places import Meter, NoServer, Places, Queue
 from app.services.pool import Pool, Status, default_upstream, upstream_of
 from app.services.replies import Completion, Done, InQueue, Piece, ReplyReader, Update
-from app.services.routing import Journey, OwnKey, Route, Router
+from app.services.routing import Journey, Offer, OwnKey, Route, Router
 from app.services.streaming_http import StreamingHttp
 
 if TYPE_CHECKING:
     from app.services.session_manager import SessionManager
 
+
+T = TypeVar("T")
 
 OWN_CACHE = {"llamacpp", "vllm"}
 """Servers that keep what they have read for those who run them, at no price."""
@@ -159,7 +162,7 @@ class LLMClient:
         """
         meter = meter or Meter()
         journey = Journey(self._router, options.model, allowed, session, meter, own_key)
-        updates = self._updates(journey, messages, options, deadline, owner)
+        updates = self._updates(journey, partial(self._reply, journey, messages, options), deadline, owner)
         if self._cache is None or own_key is not None:
             return updates
         question = self._cache.question(journey.route, owner, messages, options)
@@ -168,11 +171,10 @@ class LLMClient:
     async def _updates(
         self,
         journey: Journey,
-        messages: Sequence[Message],
-        options: GenerationOptions,
+        reply: Callable[[Clock], AsyncGenerator[T, None]],
         deadline: float | None,
         owner: str,
-    ) -> AsyncGenerator[Update, None]:
+    ) -> AsyncGenerator[InQueue | T, None]:
         clock: Clock | None = None
         while True:
             if not journey.is_ready:
@@ -182,7 +184,7 @@ class LLMClient:
                 async for position in place.wait(clock.sooner(deadline) if clock else deadline):
                     yield InQueue(position, place.eta(position))
                 clock = _begun(clock, self._settings)
-                async with aclosing(self._reply(journey, messages, options, clock)) as updates:
+                async with aclosing(reply(clock)) as updates:
                     async for update in updates:
                         if not journey.begun:
                             journey.begin()
@@ -197,11 +199,7 @@ class LLMClient:
                 journey.leave()
 
     def _reply(
-        self,
-        journey: Journey,
-        messages: Sequence[Message],
-        options: GenerationOptions,
-        clock: Clock,
+        self, journey: Journey, messages: Sequence[Message], options: GenerationOptions, clock: Clock
     ) -> AsyncGenerator[Piece | Done, None]:
         server, model = journey.arrive()
         body, tools = chat_body(self._settings, server, model, journey.route.entry, messages, options)
@@ -265,6 +263,29 @@ class LLMClient:
         finally:
             meter.gpu_seconds = time.monotonic() - began
         return completion
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        model: str | None,
+        asked: Mapping[str, Any],
+        *,
+        owner: str = "",
+        meter: Meter | None = None,
+    ) -> Embedded:
+        """The embeddings of `texts`. It waits for a place, and goes to another server, as `stream` does.
+        Raises what `generate` raises: `InvalidRequest` where the server makes none."""
+        journey = Journey(self._router, model, (), None, meter or Meter(), None)
+
+        async def made(_clock: Clock) -> AsyncGenerator[Embedded, None]:
+            server, found = journey.arrive()
+            yield await server.embed(found, texts, asked, journey.key())
+
+        async with aclosing(self._updates(journey, made, None, owner)) as updates:
+            async for update in updates:
+                if isinstance(update, Embedded):
+                    return update
+        raise AssertionError("embeddings ended without saying so")
 
     def max_tokens_of(self, options: GenerationOptions) -> int:
         """How long a reply may get that is asked for with these options, in tokens."""
@@ -382,6 +403,12 @@ class LLMClient:
         """Whether the default model can be asked now, by whichever server."""
         pool = self._router.route(None).pool
         return pool.is_open() and self.queue.waiting < max(1, self.queue.most)
+
+    async def offered(self, allowed: tuple[str, ...]) -> list[Offer]:
+        """The models that may be asked for where those in `allowed` are: what the servers serve now, and the
+        names and aliases of `models.toml`. Raises nothing."""
+        await self._router.route(None).pool.look()
+        return self._router.offered(allowed)
 
     async def _current_models(self) -> list[ModelInfo]:
         pool = self._router.route(None).pool

@@ -19,7 +19,15 @@ from urllib.parse import urlencode
 import msgspec
 
 from app.config import Settings
-from app.errors import ContextExceeded, LLMError, LLMTimeout, LLMUnavailable, Overloaded, PortalError
+from app.errors import (
+    ContextExceeded,
+    InvalidRequest,
+    LLMError,
+    LLMTimeout,
+    LLMUnavailable,
+    Overloaded,
+    PortalError,
+)
 from app.logs import get_logger
 from app.services import dialects
 from app.services.catalog import DEFAULT, ProviderKind
@@ -47,6 +55,9 @@ TOKEN_RESERVE_S = 60.0
 """A token is replaced so long before it runs out."""
 
 MOST_TOKENS = 1000
+
+LONGEST_EMBEDDINGS = 64 << 20
+"""Bytes of an answer with embeddings."""
 
 _JSON = {"Content-Type": "application/json"}
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -83,6 +94,14 @@ class ModelInfo:
 def _name_of(model_id: str) -> str:
     is_path = model_id.startswith(("/", "~", ".")) or "\\" in model_id
     return model_id.replace("\\", "/").rsplit("/", 1)[-1] if is_path else model_id
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Embeddings, each as the server encoded it, and the tokens of the texts that they were made of."""
+
+    data: Sequence[msgspec.Raw]
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +258,34 @@ class LLMServer:
             return overflow
         return _error_of(status, model, _seconds(answer.headers.get("retry-after")))
 
+    # --- embeddings ---
+
+    async def embed(
+        self, model: ModelInfo, texts: Sequence[str], asked: Mapping[str, Any], key: str | None
+    ) -> Embedded:
+        """The embeddings of `texts`, with another `key` than the provider's where one is given; `asked` is
+        what else the server is told. Raises `InvalidRequest` where it makes none."""
+        kind, body = self.upstream.kind, encode_body({**asked, "model": model.id, "input": texts})
+        url = dialects.embeddings_url(kind, self.url, model.id, self.upstream.api_version)
+        end = asyncio.get_running_loop().time() + self._settings.llm_timeout
+        try:
+            async with asyncio.timeout_at(end):
+                headers = await self._headers_with(key, end)
+                whole = await self._fetch("POST", url, headers, body, key, LONGEST_EMBEDDINGS)
+            return msgspec.json.decode(whole, type=_Embeddings).as_told()
+        except TimeoutError:
+            raise LLMTimeout(
+                f"The LLM server did not answer within {self._settings.llm_timeout:g} s."
+            ) from None
+        except NoAnswer as error:
+            raise self._unreachable(refused=isinstance(error, NoConnection)) from None
+        except NotOffered:
+            raise InvalidRequest("model: the LLM server makes no embeddings with this one") from None
+        except BrokenAnswer as error:
+            raise LLMError(str(error)) from None
+        except NO_JSON:
+            raise LLMError("What the LLM server sent are no embeddings.") from None
+
     # --- other questions ---
 
     async def get(self, url: str) -> bytes:
@@ -255,7 +302,13 @@ class LLMServer:
             raise LLMError(str(error)) from None
 
     async def _fetch(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"", key: str | None = None
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        key: str | None = None,
+        most: int = LONGEST_LINE,
     ) -> bytes:
         """A whole answer. Raises `NoAnswer`, `BrokenAnswer`, and a `PortalError` for a refusal."""
         answer = await self._http.request(method, url, headers, body)
@@ -263,8 +316,8 @@ class LLMServer:
         try:
             if answer.status != 200:
                 raise await self._refusal(answer, None, key)
-            whole = await answer.read_whole(LONGEST_LINE + 1)
-            if len(whole) > LONGEST_LINE:
+            whole = await answer.read_whole(most + 1)
+            if len(whole) > most:
                 raise LLMError("The LLM server's answer is too long.")
             is_read = True
             return whole
@@ -343,6 +396,19 @@ class Clock:
         if not self.has_begun:
             return f"The LLM server did not begin its reply within {settings.llm_first_token_timeout:g} s."
         return f"The LLM server fell silent in its reply for {settings.llm_idle_timeout:g} s."
+
+
+class _EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int = 0
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[msgspec.Raw]
+    usage: _EmbeddingUsage = msgspec.field(default_factory=_EmbeddingUsage)
+
+    def as_told(self) -> Embedded:
+        """What the server made, as it told it."""
+        return Embedded(self.data, self.usage.prompt_tokens)
 
 
 class _Token(msgspec.Struct):

@@ -7,7 +7,6 @@ different sessions side by side, and every accepted turn gets exactly one ending
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -34,11 +33,11 @@ from app.services.policies import Policies
 from app.services.projects import Projects
 from app.services.prompts import with_system
 from app.services.redaction import redact, redacted_message
-from app.services.rows import MessageRow, SessionRow, TurnRow
+from app.services.rows import MessageRow, SessionRow
 from app.services.runner import Runner
 from app.services.store import EVERYBODY, Store
 from app.services.templates import Templates
-from app.services.turns import Turn, answer_of
+from app.services.turns import Turn, answer_of, unstored
 
 DEFAULT_PROJECT = "prompt_portal"
 
@@ -256,32 +255,10 @@ class SessionManager:
             messages = [redacted_message(message) for message in messages]
         messages = with_system(messages, before=who.role.system_prompt)
         self._llm.places_of(options.model).check()
-        now, turn_id = time.time(), new_id()
+        turn_id = new_id()
         ticket = await self._admission.admit(who, request, turn_id, self._llm.known_model(options.model))
-        session = SessionRow("", who.owner, "", request.project, "", None, None, 0, "", None, now, now)
-        row = TurnRow(
-            id=turn_id,
-            session="",
-            position=0,
-            request_id=None,
-            message_id="",
-            kind="message",
-            options={},
-            deadline=None,
-            detached=False,
-            state="running",
-            attempt=1,
-            instance="",
-            door=who.door,
-            role=who.role_name,
-            api_key=who.key.id if who.key else None,
-            created_at=now,
-            ending=None,
-            trace=None,
-        )
-        turn = Turn(row, session)
+        turn = unstored(turn_id, who, request.project, text)
         turn.ticket = ticket
-        turn.question = text
         self._runner.run_unstored(turn, messages, request.options)
         return turn
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from app.access import Identity
 from app.errors import Expired, InvalidRequest, Superseded, from_info
 from app.events import (
     Accepted,
@@ -158,7 +159,12 @@ class Turn:
     @property
     def written(self) -> str:
         """All that the model has written: its reasoning, as far as that is shown, and the reply."""
-        return "".join([*(item for item in self._trace if isinstance(item, str)), *self.response])
+        return "".join([self.reasoning, *self.response])
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning, as far as it is shown."""
+        return "".join(item for item in self._trace if isinstance(item, str))
 
     @property
     def trace(self) -> bytes:
@@ -228,6 +234,35 @@ def _start(after: Position | None, attempt: int) -> Position:
     if after[0] == attempt:
         return attempt, after[1] + 1
     return attempt, 1
+
+
+def unstored(turn_id: str, who: Identity, project: str, question: str) -> Turn:
+    """A turn without a session, of which nothing but its usage is stored."""
+    now = time.time()
+    session = SessionRow("", who.owner, "", project, "", None, None, 0, "", None, now, now)
+    row = TurnRow(
+        id=turn_id,
+        session="",
+        position=0,
+        request_id=None,
+        message_id="",
+        kind="message",
+        options={},
+        deadline=None,
+        detached=False,
+        state="running",
+        attempt=1,
+        instance="",
+        door=who.door,
+        role=who.role_name,
+        api_key=who.key.id if who.key else None,
+        created_at=now,
+        ending=None,
+        trace=None,
+    )
+    turn = Turn(row, session)
+    turn.question = question
+    return turn
 
 
 def recall(row: TurnRow, session: SessionRow) -> Turn:
