@@ -31,6 +31,7 @@ from app.services.embeddings import Embeddings
 from app.services.generating import Generating
 from app.services.hint_feed import HintFeed
 from app.services.idle_work import IdleWork
+from app.services.kept_responses import KeptResponses
 from app.services.known_tokens import KnownTokens
 from app.services.leases import Leases
 from app.services.ledger import Ledger, MemoryLedger
@@ -86,6 +87,7 @@ class Container:
     embeddings: Embeddings
     templates: Templates
     sessions: SessionManager
+    kept: KeptResponses
     servers: Servers
     session_keys: SessionKeys
     memory: Memory
@@ -187,6 +189,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             embeddings=Embeddings(llm, authorizer, admission, accounting),
             templates=templates,
             sessions=sessions,
+            kept=KeptResponses(store, sessions, authorizer),
             servers=servers,
             session_keys=session_keys,
             memory=memory,

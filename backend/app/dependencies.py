@@ -23,6 +23,7 @@ from app.services.devices import Devices
 from app.services.drain import Drain
 from app.services.embeddings import Embeddings
 from app.services.hint_feed import HintFeed
+from app.services.kept_responses import KeptResponses
 from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
@@ -130,6 +131,11 @@ async def _embeddings(request: Request) -> Embeddings:
     return embeddings
 
 
+async def _kept(request: Request) -> KeptResponses:
+    kept: KeptResponses = request.app.state.container.kept
+    return kept
+
+
 async def _store(request: Request) -> Store:
     store: Store = request.app.state.container.store
     return store
@@ -205,6 +211,7 @@ MemoryDep = Annotated[Memory, Depends(_memory)]
 TemplatesDep = Annotated[Templates, Depends(_templates)]
 LLMDep = Annotated[LLMClient, Depends(_llm)]
 EmbeddingsDep = Annotated[Embeddings, Depends(_embeddings)]
+KeptDep = Annotated[KeptResponses, Depends(_kept)]
 ServersDep = Annotated[Servers, Depends(_servers)]
 SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
 StoreDep = Annotated[Store, Depends(_store)]

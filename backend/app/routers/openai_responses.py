@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.access import Identity
-from app.dependencies import CurrentUser, LLMDep, SessionsDep
-from app.errors import Conflict, InvalidRequest, NotFound
+from app.dependencies import CurrentUser, KeptDep, LLMDep, SessionsDep
+from app.errors import InvalidRequest
 from app.events import GenerationOptions, TurnRequest, new_id
 from app.hardening import StrictRoute
 from app.options import Object, Objects
@@ -26,6 +26,7 @@ from app.routers.openai import (
     submit,
 )
 from app.routers.streaming import FormedStream
+from app.services.kept_responses import KeptResponses
 from app.services.openai_messages import (
     NOT_STORED,
     input_messages,
@@ -33,9 +34,7 @@ from app.services.openai_messages import (
     is_new_message,
     new_message,
 )
-from app.services.openai_responses import Frame, ResponseEvents, turn_id_of
-from app.services.session_manager import SessionManager
-from app.services.turns import Turn
+from app.services.openai_responses import Frame, ResponseEvents
 
 router = APIRouter(
     prefix="/v1/responses",
@@ -108,6 +107,7 @@ async def create_response(
     request: Request,
     user: CurrentUser,
     sessions: SessionsDep,
+    kept: KeptDep,
     llm: LLMDep,
     session_id: SessionHeader = None,
     idempotency_key: KeyHeader = None,
@@ -117,7 +117,7 @@ async def create_response(
     await check_served(llm, body.model)
     options = GenerationOptions.of(input_options(body.model_dump(exclude_none=True)))
     messages = input_messages(body.input, body.instructions)
-    session = await _session(sessions, user, body, session_id)
+    session = await _session(kept, user, body, session_id)
     if _is_kept(body, session, messages):
         prompt, message = new_message(messages, NOT_STORED)
         asked = TurnRequest(user, session or new_id(), message, system_prompt=prompt, options=options)
@@ -137,12 +137,12 @@ async def get_response(
     response_id: str,
     request: Request,
     user: CurrentUser,
-    sessions: SessionsDep,
+    kept: KeptDep,
     llm: LLMDep,
     stream: Annotated[bool, Query(description="As events, from the first one")] = False,
 ) -> Response:
     """A response that is kept, as it is now."""
-    turn = await _kept(sessions, user, response_id)
+    turn = await kept.find(user, response_id)
     options = turn.row.options
     frame = Frame(turn, options, llm.known_model(options.get("model")), turn.session.system_prompt or None)
     if stream:
@@ -151,16 +151,9 @@ async def get_response(
 
 
 @router.delete("/{response_id}")
-async def delete_response(response_id: str, user: CurrentUser, sessions: SessionsDep) -> Deleted:
+async def delete_response(response_id: str, user: CurrentUser, kept: KeptDep) -> Deleted:
     """Deletes a response with its session, which must have no others."""
-    turn = await _kept(sessions, user, response_id)
-    session = turn.session.session_id
-    page = await sessions.page(user, session, limit=3)
-    if any(message.turn_id != turn.id for message in page.messages):
-        raise Conflict(
-            f"The session {session} has other responses; DELETE /api/sessions/{session} deletes all."
-        )
-    await sessions.delete(user, session)
+    await kept.delete(user, response_id)
     return Deleted(id=response_id)
 
 
@@ -180,7 +173,7 @@ def _is_kept(body: ResponseRequest, session: str | None, messages: Sequence[dict
 
 
 async def _session(
-    sessions: SessionManager, user: Identity, body: ResponseRequest, header: str | None
+    kept: KeptResponses, user: Identity, body: ResponseRequest, header: str | None
 ) -> str | None:
     """The session that is named, if one is. Raises `InvalidRequest` where it is named twice, and `NotFound`
     for a response that is not there."""
@@ -190,17 +183,5 @@ async def _session(
     if len(given) > 1:
         raise InvalidRequest("previous_response_id: name the session in one way only")
     if previous is not None:
-        return (await _kept(sessions, user, previous)).session.session_id
+        return (await kept.find(user, previous)).session.session_id
     return given[0] if given else None
-
-
-async def _kept(sessions: SessionManager, user: Identity, response: str) -> Turn:
-    """The turn of a response. Raises `NotFound`, also for one whose session was deleted."""
-    try:
-        turn = await sessions.find(user, turn_id_of(response))
-        session = await sessions.session(user, turn.session.session_id)
-    except NotFound:
-        session = None
-    if session is None or session.id != turn.session.id:
-        raise NotFound("There is no such response.")
-    return turn

@@ -1365,6 +1365,132 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/chat/completions": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Chat Completions
+         * @description A chat completion. Nothing of it is kept, but with `X-Session-Id`: then the last message is said in
+         *     that session, which remembers the earlier ones itself; what the system says counts when it is new.
+         */
+        post: operations["chat_completions"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/embeddings": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Embeddings
+         * @description Embeddings, as the LLM server makes them.
+         */
+        post: operations["embeddings"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/models": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Models
+         * @description The models that I may ask for, by each of their names.
+         */
+        get: operations["models"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/models/{model}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Model
+         * @description One of these models.
+         */
+        get: operations["model"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Create Response
+         * @description A response. It is a turn of a session: of a new one, or of the one that is named in one of three ways.
+         *     With `store: false`, or where the input brings earlier messages along, nothing is kept.
+         */
+        post: operations["create_response"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/responses/{response_id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Response
+         * @description A response that is kept, as it is now.
+         */
+        get: operations["get_response"];
+        put?: never;
+        post?: never;
+        /**
+         * Delete Response
+         * @description Deletes a response with its session, which must have no others.
+         */
+        delete: operations["delete_response"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
 }
 export type webhooks = Record<string, never>;
 export interface components {
@@ -1655,6 +1781,201 @@ export interface components {
             usage?: components["schemas"]["UsageBody"] | null;
         };
         /**
+         * ChatCompletion
+         * @description A whole answer.
+         */
+        ChatCompletion: {
+            /** Choices */
+            choices: components["schemas"]["CompletionChoice"][];
+            /** Created */
+            created: number;
+            /** Id */
+            id: string;
+            /** Model */
+            model: string;
+            /**
+             * Object
+             * @constant
+             */
+            object: "chat.completion";
+            usage: components["schemas"]["CompletionUsage"];
+        };
+        /**
+         * ChatRequest
+         * @description OpenAI's request for a chat completion. Fields that are not named here are ignored.
+         */
+        ChatRequest: {
+            /**
+             * Extra
+             * @description What only some servers take, as they call it: top_k, min_p, grammar, …
+             */
+            extra?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Frequency Penalty
+             * @description Above 0: what came often comes less
+             */
+            frequency_penalty?: number | null;
+            /** Function Call */
+            function_call?: null;
+            /** Functions */
+            functions?: null;
+            /**
+             * Logit Bias
+             * @description By the number of a token: -100 (never) to 100 (only this)
+             */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
+            /** Logprobs */
+            logprobs?: null;
+            /**
+             * Max Completion Tokens
+             * @description The newer name of max_tokens, and goes before it
+             */
+            max_completion_tokens?: number | null;
+            /**
+             * Max Tokens
+             * @description Longest reply, in tokens
+             */
+            max_tokens?: number | null;
+            /**
+             * Messages
+             * @description Messages in OpenAI's form
+             */
+            messages: {
+                [key: string]: unknown;
+            }[];
+            /**
+             * Model
+             * @description A model of the LLM server
+             */
+            model?: string | null;
+            /**
+             * N
+             * @description 1
+             */
+            n?: number | null;
+            /**
+             * Parallel Tool Calls
+             * @description Whether a reply may have several tool calls
+             */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Presence Penalty
+             * @description Above 0: what came once comes less
+             */
+            presence_penalty?: number | null;
+            /**
+             * Reasoning Effort
+             * @description How much a model thinks; goes before LLM_SKIP_THINKING, which still hides it
+             */
+            reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh") | null;
+            /** @description OpenAI's response_format */
+            response_format?: components["schemas"]["ResponseFormat"] | null;
+            /**
+             * Seed
+             * @description For a repeatable reply
+             */
+            seed?: number | null;
+            /**
+             * Stop
+             * @description Texts that end the reply, at most four
+             */
+            stop?: string | string[] | null;
+            /** Stream */
+            stream?: boolean | null;
+            stream_options?: components["schemas"]["StreamOptions"] | null;
+            /**
+             * Temperature
+             * @description 0 is greedy
+             */
+            temperature?: number | null;
+            /**
+             * Tool Choice
+             * @description OpenAI's tool_choice
+             */
+            tool_choice?: ("auto" | "none" | "required") | components["schemas"]["NamedChoice"] | null;
+            /**
+             * Tools
+             * @description Tools in OpenAI's form
+             */
+            tools?: components["schemas"]["FunctionTool"][] | null;
+            /**
+             * Top P
+             * @description Nucleus sampling
+             */
+            top_p?: number | null;
+        };
+        /**
+         * CompletionChoice
+         * @description The one choice that there is.
+         */
+        CompletionChoice: {
+            /**
+             * Finish Reason
+             * @enum {string}
+             */
+            finish_reason: "stop" | "length" | "tool_calls" | "content_filter";
+            /** Index */
+            index: number;
+            /** Logprobs */
+            logprobs: null;
+            message: components["schemas"]["CompletionMessage"];
+        };
+        /**
+         * CompletionDetails
+         * @description Of the tokens of the reply.
+         */
+        CompletionDetails: {
+            /** Reasoning Tokens */
+            reasoning_tokens: number;
+        };
+        /**
+         * CompletionMessage
+         * @description The reply; `reasoning_content` where the model's thinking is shown.
+         */
+        CompletionMessage: {
+            /** Content */
+            content: string | null;
+            /** Reasoning Content */
+            reasoning_content?: string | null;
+            /** Refusal */
+            refusal: null;
+            /**
+             * Role
+             * @constant
+             */
+            role: "assistant";
+            /** Tool Calls */
+            tool_calls?: {
+                [key: string]: unknown;
+            }[] | null;
+        };
+        /**
+         * CompletionUsage
+         * @description Tokens of a completion.
+         */
+        CompletionUsage: {
+            /** Completion Tokens */
+            completion_tokens: number;
+            completion_tokens_details: components["schemas"]["CompletionDetails"];
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            prompt_tokens_details: components["schemas"]["PromptDetails"];
+            /** Total Tokens */
+            total_tokens: number;
+        };
+        /**
+         * Conversation
+         * @description A session, by its id.
+         */
+        Conversation: {
+            /** Id */
+            id: string;
+        };
+        /**
          * DayUsage
          * @description What was used on a day, of a model.
          */
@@ -1677,6 +1998,26 @@ export interface components {
             reasoning_tokens: number;
             /** Turns */
             turns: number;
+        };
+        /**
+         * Deleted
+         * @description It was deleted.
+         */
+        Deleted: {
+            /**
+             * Deleted
+             * @default true
+             * @constant
+             */
+            deleted?: true;
+            /** Id */
+            id: string;
+            /**
+             * Object
+             * @default response
+             * @constant
+             */
+            object?: "response";
         };
         /**
          * Device
@@ -1737,6 +2078,51 @@ export interface components {
              * @constant
              */
             ok?: true;
+        };
+        /**
+         * EmbeddingList
+         * @description An embedding for each text.
+         */
+        EmbeddingList: {
+            /** Data */
+            data: {
+                [key: string]: unknown;
+            }[];
+            /** Model */
+            model: string;
+            /**
+             * Object
+             * @constant
+             */
+            object: "list";
+            usage: components["schemas"]["EmbeddingUsage"];
+        };
+        /**
+         * EmbeddingRequest
+         * @description OpenAI's request for embeddings. Fields that are not named here are ignored.
+         */
+        EmbeddingRequest: {
+            /** Dimensions */
+            dimensions?: number | null;
+            /** Encoding Format */
+            encoding_format?: ("float" | "base64") | null;
+            /**
+             * Input
+             * @description A text, or up to 2048
+             */
+            input: string | string[];
+            /** Model */
+            model?: string | null;
+        };
+        /**
+         * EmbeddingUsage
+         * @description Tokens of the texts.
+         */
+        EmbeddingUsage: {
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** Total Tokens */
+            total_tokens: number;
         };
         /**
          * ErrorBody
@@ -2236,6 +2622,41 @@ export interface components {
             secret: string;
         };
         /**
+         * ModelBody
+         * @description A model. When it was made is not known: `created` is 0.
+         */
+        ModelBody: {
+            /**
+             * Created
+             * @default 0
+             */
+            created?: number;
+            /** Id */
+            id: string;
+            /**
+             * Object
+             * @default model
+             * @constant
+             */
+            object?: "model";
+            /** Owned By */
+            owned_by: string;
+        };
+        /**
+         * ModelList
+         * @description The models that I may ask for.
+         */
+        ModelList: {
+            /** Data */
+            data: components["schemas"]["ModelBody"][];
+            /**
+             * Object
+             * @default list
+             * @constant
+             */
+            object?: "list";
+        };
+        /**
          * MqttStatus
          * @description How the MQTT door is; `enabled` when the portal has a broker at all.
          */
@@ -2455,6 +2876,27 @@ export interface components {
             path: string;
         };
         /**
+         * OpenAIError
+         * @description What went wrong; `param` is the field that is wrong.
+         */
+        OpenAIError: {
+            /** Code */
+            code: string | null;
+            /** Message */
+            message: string;
+            /** Param */
+            param: string | null;
+            /** Type */
+            type: string;
+        };
+        /**
+         * OpenAIErrorBody
+         * @description The body of every error below `/v1`.
+         */
+        OpenAIErrorBody: {
+            error: components["schemas"]["OpenAIError"];
+        };
+        /**
          * OwnKeyBody
          * @description A key for a provider of models that takes keys of sessions.
          */
@@ -2572,6 +3014,14 @@ export interface components {
             project: string;
         };
         /**
+         * PromptDetails
+         * @description Of the tokens of the prompt.
+         */
+        PromptDetails: {
+            /** Cached Tokens */
+            cached_tokens: number;
+        };
+        /**
          * PublishedState
          * @description The state is taken; its hint comes by `last_hint`, the WebSocket, and the MQTT topic, where there is
          *     one.
@@ -2665,6 +3115,49 @@ export interface components {
             prompt: string;
         };
         /**
+         * ResponseBody
+         * @description A response; the fields that are not named here are OpenAI's too.
+         */
+        ResponseBody: {
+            conversation: components["schemas"]["Conversation"] | null;
+            /** Created At */
+            created_at: number;
+            /** Error */
+            error: {
+                [key: string]: unknown;
+            } | null;
+            /** Id */
+            id: string;
+            /** Incomplete Details */
+            incomplete_details: {
+                [key: string]: unknown;
+            } | null;
+            /** Model */
+            model: string;
+            /**
+             * Object
+             * @constant
+             */
+            object: "response";
+            /** Output */
+            output: {
+                [key: string]: unknown;
+            }[];
+            /** Previous Response Id */
+            previous_response_id: string | null;
+            /**
+             * Status
+             * @enum {string}
+             */
+            status: "in_progress" | "completed" | "incomplete" | "failed" | "cancelled";
+            /** Usage */
+            usage: {
+                [key: string]: unknown;
+            } | null;
+        } & {
+            [key: string]: unknown;
+        };
+        /**
          * ResponseFormat
          * @description The form of the reply.
          */
@@ -2677,6 +3170,66 @@ export interface components {
             type: "text" | "json_object" | "json_schema";
         } & {
             [key: string]: unknown;
+        };
+        /**
+         * ResponseRequest
+         * @description OpenAI's request for a response. Fields that are not named here are ignored.
+         */
+        ResponseRequest: {
+            /** Background */
+            background?: false | null;
+            /**
+             * Conversation
+             * @description Goes on in this session
+             */
+            conversation?: string | components["schemas"]["Conversation"] | null;
+            /** Input */
+            input: string | {
+                [key: string]: unknown;
+            }[];
+            /**
+             * Instructions
+             * @description Counts when the session is new
+             */
+            instructions?: string | null;
+            /** Max Output Tokens */
+            max_output_tokens?: number | null;
+            /** Model */
+            model?: string | null;
+            /** Parallel Tool Calls */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Previous Response Id
+             * @description Goes on in the session of that response
+             */
+            previous_response_id?: string | null;
+            /** Reasoning */
+            reasoning?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Store
+             * @description False: nothing is kept
+             */
+            store?: boolean | null;
+            /** Stream */
+            stream?: boolean | null;
+            /** Temperature */
+            temperature?: number | null;
+            /** Text */
+            text?: {
+                [key: string]: unknown;
+            } | null;
+            /** Tool Choice */
+            tool_choice?: string | {
+                [key: string]: unknown;
+            } | null;
+            /** Tools */
+            tools?: {
+                [key: string]: unknown;
+            }[] | null;
+            /** Top P */
+            top_p?: number | null;
         };
         /**
          * Restarted
@@ -3075,6 +3628,17 @@ export interface components {
             turn_id: string | null;
         };
         /**
+         * StreamOptions
+         * @description What a stream tells.
+         */
+        StreamOptions: {
+            /**
+             * Include Usage
+             * @description Whether a last chunk tells the usage
+             */
+            include_usage?: boolean | null;
+        };
+        /**
          * SubjectLimits
          * @description Limits of a subject.
          */
@@ -3430,11 +3994,22 @@ export type BudgetBody = components['schemas']['BudgetBody'];
 export type Cancelled = components['schemas']['Cancelled'];
 export type Chat = components['schemas']['Chat'];
 export type ChatAnswer = components['schemas']['ChatAnswer'];
+export type ChatCompletion = components['schemas']['ChatCompletion'];
+export type ChatRequest = components['schemas']['ChatRequest'];
+export type CompletionChoice = components['schemas']['CompletionChoice'];
+export type CompletionDetails = components['schemas']['CompletionDetails'];
+export type CompletionMessage = components['schemas']['CompletionMessage'];
+export type CompletionUsage = components['schemas']['CompletionUsage'];
+export type Conversation = components['schemas']['Conversation'];
 export type DayUsage = components['schemas']['DayUsage'];
+export type Deleted = components['schemas']['Deleted'];
 export type Device = components['schemas']['Device'];
 export type DeviceList = components['schemas']['DeviceList'];
 export type DevicePassword = components['schemas']['DevicePassword'];
 export type Done = components['schemas']['Done'];
+export type EmbeddingList = components['schemas']['EmbeddingList'];
+export type EmbeddingRequest = components['schemas']['EmbeddingRequest'];
+export type EmbeddingUsage = components['schemas']['EmbeddingUsage'];
 export type ErrorBody = components['schemas']['ErrorBody'];
 export type ErrorDetail = components['schemas']['ErrorDetail'];
 export type ErrorInfo = components['schemas']['ErrorInfo'];
@@ -3458,6 +4033,8 @@ export type LimitsList = components['schemas']['LimitsList'];
 export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
 export type MadeKey = components['schemas']['MadeKey'];
+export type ModelBody = components['schemas']['ModelBody'];
+export type ModelList = components['schemas']['ModelList'];
 export type MqttStatus = components['schemas']['MqttStatus'];
 export type NamedChoice = components['schemas']['NamedChoice'];
 export type NamedFunction = components['schemas']['NamedFunction'];
@@ -3469,6 +4046,8 @@ export type NewKey = components['schemas']['NewKey'];
 export type NewPrompt = components['schemas']['NewPrompt'];
 export type OAuth2Token = components['schemas']['OAuth2Token'];
 export type OneUseLink = components['schemas']['OneUseLink'];
+export type OpenAiError = components['schemas']['OpenAIError'];
+export type OpenAiErrorBody = components['schemas']['OpenAIErrorBody'];
 export type OwnKeyBody = components['schemas']['OwnKeyBody'];
 export type PasswordChange = components['schemas']['PasswordChange'];
 export type PasswordReset = components['schemas']['PasswordReset'];
@@ -3478,13 +4057,16 @@ export type PinBody = components['schemas']['PinBody'];
 export type Preview = components['schemas']['Preview'];
 export type PreviewBody = components['schemas']['PreviewBody'];
 export type ProjectStatus = components['schemas']['ProjectStatus'];
+export type PromptDetails = components['schemas']['PromptDetails'];
 export type PublishedState = components['schemas']['PublishedState'];
 export type Queued = components['schemas']['Queued'];
 export type Ready = components['schemas']['Ready'];
 export type Registration = components['schemas']['Registration'];
 export type RenderBody = components['schemas']['RenderBody'];
 export type Rendered = components['schemas']['Rendered'];
+export type ResponseBody = components['schemas']['ResponseBody'];
 export type ResponseFormat = components['schemas']['ResponseFormat'];
+export type ResponseRequest = components['schemas']['ResponseRequest'];
 export type Restarted = components['schemas']['Restarted'];
 export type Role = components['schemas']['Role'];
 export type RoleList = components['schemas']['RoleList'];
@@ -3501,6 +4083,7 @@ export type SignInBody = components['schemas']['SignInBody'];
 export type SignInList = components['schemas']['SignInList'];
 export type Stats = components['schemas']['Stats'];
 export type Stopped = components['schemas']['Stopped'];
+export type StreamOptions = components['schemas']['StreamOptions'];
 export type SubjectLimits = components['schemas']['SubjectLimits'];
 export type SupersededBy = components['schemas']['SupersededBy'];
 export type Template = components['schemas']['Template'];
@@ -6048,6 +6631,243 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    chat_completions: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description In a session: the request id, which makes it safe to send the request again */
+                "Idempotency-Key"?: string | null;
+                /** @description Makes it a turn of this session, which remembers */
+                "X-Session-Id"?: string | null;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ChatRequest"];
+            };
+        };
+        responses: {
+            /** @description The answer; with `stream` as server-sent events. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ChatCompletion"];
+                    "text/event-stream": string;
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
+                };
+            };
+        };
+    };
+    embeddings: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["EmbeddingRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["EmbeddingList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
+                };
+            };
+        };
+    };
+    models: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ModelList"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
+                };
+            };
+        };
+    };
+    model: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                model: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ModelBody"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
+                };
+            };
+        };
+    };
+    create_response: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description In a session: the request id, which makes it safe to send the request again */
+                "Idempotency-Key"?: string | null;
+                /** @description Makes it a turn of this session, which remembers */
+                "X-Session-Id"?: string | null;
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ResponseRequest"];
+            };
+        };
+        responses: {
+            /** @description The answer; with `stream` as server-sent events. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ResponseBody"];
+                    "text/event-stream": string;
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
+                };
+            };
+        };
+    };
+    get_response: {
+        parameters: {
+            query?: {
+                /** @description As events, from the first one */
+                stream?: boolean;
+            };
+            header?: never;
+            path: {
+                response_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The answer; with `stream` as server-sent events. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ResponseBody"];
+                    "text/event-stream": string;
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
+                };
+            };
+        };
+    };
+    delete_response: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                response_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Deleted"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["OpenAIErrorBody"];
                 };
             };
         };
