@@ -392,6 +392,8 @@ def test_embeddings(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM) -> None:
     assert (asked["model"], asked["encoding_format"], asked["dimensions"]) == ("fake-1", "float", 2)
     after = ada.get("/api/stats").json()["today"]
     assert (after["turns"], after["prompt_tokens"]) == (before["turns"] + 1, before["prompt_tokens"] + 8)
+    with pytest.raises(openai.BadRequestError, match="tokens are not taken"):
+        sdk.embeddings.create(model="big", input=[[1, 2, 3]])
     llm.script = Script(status=501)
     with pytest.raises(openai.BadRequestError, match="makes no embeddings") as caught:
         sdk.embeddings.create(model="big", input="one")

@@ -85,6 +85,15 @@ def _one(value: int | None) -> int | None:
     return value
 
 
+def _texts(value: object) -> object:
+    texts = value if isinstance(value, list) else [value]
+    if not 1 <= len(texts) <= MOST_TEXTS or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(
+            f"a text, or a list of 1 to {MOST_TEXTS}, is needed, none empty; tokens are not taken"
+        )
+    return value
+
+
 class StreamOptions(BaseModel):
     """What a stream tells."""
 
@@ -169,9 +178,9 @@ class EmbeddingRequest(BaseModel):
     """OpenAI's request for embeddings. Fields that are not named here are ignored."""
 
     input: Annotated[
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_TEXTS)],
-        Field(description="A text, or up to 2048"),
+        str | list[str],
+        BeforeValidator(_texts),
+        Field(description="A text, or up to 2048, none of them empty"),
     ]
     model: Annotated[str | None, Field(max_length=256)] = None
     encoding_format: Literal["float", "base64"] | None = None

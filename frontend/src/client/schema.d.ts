@@ -2108,7 +2108,7 @@ export interface components {
             encoding_format?: ("float" | "base64") | null;
             /**
              * Input
-             * @description A text, or up to 2048
+             * @description A text, or up to 2048, none of them empty
              */
             input: string | string[];
             /** Model */
