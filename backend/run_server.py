@@ -83,6 +83,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        ws_max_size=settings.max_request_bytes,
         log_config=None,
         access_log=False,
         server_header=False,

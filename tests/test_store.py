@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from app.database import Database, migrate
-from app.errors import Conflict, ErrorInfo, Overloaded
+from app.errors import Conflict, ErrorInfo, NotFound, Overloaded
 from app.events import Cancelled, Failed, Final, GenerationOptions, ReplyTarget, TurnRequest, Usage, new_id
 from app.services import acceptance as acceptance_module
 from app.services.acceptance import Acceptance
@@ -299,6 +299,53 @@ async def test_a_new_attempt_owes_its_own_reply(store: Store, outbox: Outbox) ->
     await outbox.delivered(ended.deliveries)
     ending, reply = final(again)
     assert len((await store.end(again.turn, ending, reply=reply)).deliveries) == 1
+
+
+async def test_an_answer_is_made_again_beside_the_old_one(store: Store) -> None:
+    asked = await accept(store, request("q"))
+    await finish(store, asked, "one")
+    again = await accept(store, request("", regenerate=True, request_id="r"))
+    assert (again.kind, again.turn.state) == ("new", "running")
+    assert again.turn.message_id == asked.turn.message_id
+    assert [text for _, text, _ in await contents(store)] == ["q", "one"], "until there is a new answer"
+    await finish(store, again, "two")
+    assert [text for _, text, _ in await contents(store)] == ["q", "two"]
+    assert (await accept(store, request("", regenerate=True, request_id="r"))).kind == "known"
+    await finish(store, await accept(store, request("next")), "three")
+    assert [text for _, text, _ in await contents(store)] == ["q", "two", "next", "three"]
+
+
+async def test_what_cannot_be_answered_again_is_refused(store: Store) -> None:
+    with pytest.raises(NotFound):
+        await accept(store, request("", regenerate=True))
+    assert await store.session("user:1", "s") is None
+    running = await accept(store, request("q"))
+    with pytest.raises(Conflict):
+        await accept(store, request("", regenerate=True))
+    await finish(store, running)
+    await store.clear("user:1", "s", {})
+    with pytest.raises(NotFound):
+        await accept(store, request("", regenerate=True))
+
+
+async def test_an_answer_that_is_made_again_is_taken_up_and_tried_again_where_it_was(store: Store) -> None:
+    await finish(store, await accept(store, request("first")), "one")
+    asked = await accept(store, request("q"))
+    await finish(store, asked, "two")
+    anew = request("", regenerate=True, request_id="r")
+    again = await accept(store, anew)
+    ((row, _),) = await store.adopt("a", restarted=True)
+    session = await store.claim(row.id, "a")
+    assert session is not None
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"]
+    failed = Failed(again.turn.id, ErrorInfo("llm_unavailable", "away", True))
+    partial = Reply(new_id(), "tw", [], None)
+    await store.end(row, failed, reply=partial)
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "tw"]
+    retried = await accept(store, anew)
+    assert retried.kind == "again"
+    await finish(store, retried, "new")
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "new"]
 
 
 async def test_pages_of_a_long_history(store: Store) -> None:

@@ -54,6 +54,7 @@ from app.services.store import Store
 from app.services.succession import Succession
 from app.services.tally import Tally
 from app.services.templates import Templates
+from app.services.tickets import Tickets
 from app.services.usage import UsageBook
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Container:
     kept: KeptResponses
     servers: Servers
     session_keys: SessionKeys
+    tickets: Tickets
     memory: Memory
     pins: Pins
     hints: HintFeed
@@ -192,9 +194,10 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             kept=KeptResponses(store, sessions, authorizer),
             servers=servers,
             session_keys=session_keys,
+            tickets=Tickets(settings, database),
             memory=memory,
             pins=Pins(settings, memory, sessions, authorizer, llm),
-            hints=HintFeed(store, sessions, projects, authorizer),
+            hints=HintFeed(store, sessions, projects),
             mqtt=mqtt,
             tally=tally,
             drain=drain,

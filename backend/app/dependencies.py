@@ -38,6 +38,7 @@ from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
 from app.services.store import Store
 from app.services.templates import Templates
+from app.services.tickets import Tickets
 from app.services.usage import UsageBook
 
 
@@ -161,6 +162,11 @@ async def _drain(request: Request) -> Drain:
     return drain
 
 
+async def _tickets(request: Request) -> Tickets:
+    tickets: Tickets = request.app.state.container.tickets
+    return tickets
+
+
 class MqttDoor(Protocol):
     """What HTTP may know of the MQTT door."""
 
@@ -214,6 +220,7 @@ EmbeddingsDep = Annotated[Embeddings, Depends(_embeddings)]
 KeptDep = Annotated[KeptResponses, Depends(_kept)]
 ServersDep = Annotated[Servers, Depends(_servers)]
 SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
+TicketsDep = Annotated[Tickets, Depends(_tickets)]
 StoreDep = Annotated[Store, Depends(_store)]
 MetricsDep = Annotated[Metrics, Depends(_metrics)]
 DrainDep = Annotated[Drain, Depends(_drain)]

@@ -156,7 +156,8 @@ class TurnRequest(msgspec.Struct, frozen=True):
     `detached` turns run on when their last follower leaves. `system_prompt`, or the template with its
     `variables`, and `project` (empty: the default one) count only when the session is new;
     `template_version` is the version that the prompt was rendered from. A state takes the place of one that
-    waits in the same session.
+    waits in the same session. With `regenerate` the last user message of the session is answered again, and
+    `message` is empty.
     """
 
     who: Identity
@@ -174,12 +175,15 @@ class TurnRequest(msgspec.Struct, frozen=True):
     detached: bool = True
     reply_to: ReplyTarget | None = None
     mark: Mark | None = None
+    regenerate: bool = False
 
     def fingerprint(self) -> str:
         """A hash of message and parameters: the same request id with another one is a conflict."""
         given: list[Any] = [self.message, self.options.given()]
         if self.kind == "state":
             given.append(self.kind)
+        if self.regenerate:
+            given.append("regenerate")
         return hashlib.sha256(msgspec.json.encode(given, order="deterministic")).hexdigest()
 
 

@@ -55,6 +55,7 @@ from app.routers import (
     sessions,
     stats,
     templates,
+    websocket,
 )
 
 log = get_logger(__name__)
@@ -123,7 +124,7 @@ def create_app(settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # Routes are looked for in this order, so the busiest come first.
-    busy = (llm, openai, openai_responses, auth, sessions, templates)
+    busy = (llm, websocket, openai, openai_responses, auth, sessions, templates)
     for part in (*busy, keys, stats, mqtt, admin, devices, servers, health, metrics):
         app.include_router(part.router)
     app.router.default = page.serve_page

@@ -40,6 +40,7 @@ ROUTES: dict[str, Route] = {
     "POST /api/auth/password-reset": Route(PUBLIC, {"link": "x", "new_password": "long enough"}),
     "GET /api/auth/me": Route(SIGNED_IN),
     "GET /api/auth/permissions": Route(SIGNED_IN),
+    "POST /api/auth/ws-ticket": Route(SIGNED_IN),
     "PUT /api/auth/password": Route(
         "account:write", {"current_password": "correct horse", "new_password": "correct horse"}
     ),
@@ -54,6 +55,7 @@ ROUTES: dict[str, Route] = {
     "GET /api/llm/chat/session/{session_id}/history": Route("sessions:read"),
     "DELETE /api/llm/chat/session/{session_id}": Route("chat:use"),
     "POST /api/llm/chat/session/{session_id}/stop": Route("chat:use"),
+    "POST /api/llm/chat/session/{session_id}/regenerate": Route("chat:use", {}),
     "GET /api/llm/health": Route(PUBLIC),
     "POST /v1/chat/completions": Route("chat:use", CHAT),
     "POST /v1/embeddings": Route("chat:use", {"input": "hi"}),

@@ -150,6 +150,15 @@ sign_ins = Table(
     Index(None, "user"),
 )
 
+tickets = Table(
+    "tickets",
+    metadata,
+    Column("secret_hash", String(64), primary_key=True),
+    Column("sealed", LargeBinary, nullable=False, comment="the token, encrypted"),
+    Column("expires_at", Float, nullable=False),
+    comment="Each opens one WebSocket.",
+)
+
 templates = Table(
     "templates",
     metadata,

@@ -6,14 +6,16 @@ from datetime import datetime
 from typing import Annotated, Literal, TypedDict
 
 from fastapi import APIRouter, Cookie, Form, Request, Response
+from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, EmailStr, Field, model_validator
 
 from app.access import PERMISSIONS, Identity, Limits
-from app.dependencies import AccountsDep, AdmissionDep, CurrentUser, SignInsDep
+from app.dependencies import AccountsDep, AdmissionDep, CurrentUser, SignInsDep, TicketsDep
 from app.errors import Unauthenticated
 from app.hardening import StrictRoute
 from app.routers.times import moment
 from app.services.sign_ins import SignIn, Tokens
+from app.services.tickets import GOOD_S
 
 router = APIRouter(prefix="/api/auth", tags=["auth"], route_class=StrictRoute)
 
@@ -56,6 +58,13 @@ class TokenForm(BaseModel):
         if missing:
             raise ValueError(f"grant_type {self.grant_type} needs {' and '.join(missing)}")
         return self
+
+
+class Ticket(BaseModel):
+    """Opens one WebSocket. `expires_in` in seconds."""
+
+    ticket: str
+    expires_in: int
 
 
 class PasswordChange(BaseModel):
@@ -233,6 +242,14 @@ async def change_password(
 async def reset_password(body: PasswordReset, request: Request, accounts: AccountsDep) -> None:
     """Sets a new password with the link that an admin has made; all sign-ins of the account end."""
     await accounts.reset_password(body.link, body.new_password, address=_caller(request)["address"])
+
+
+@router.post("/ws-ticket")
+async def ws_ticket(request: Request, _identity: CurrentUser, tickets: TicketsDep) -> Ticket:
+    """A ticket that opens one WebSocket (`?ticket=`), once, in the next seconds: for who cannot send a
+    header, and must not write a token into an address."""
+    _, token = get_authorization_scheme_param(request.headers.get("Authorization"))
+    return Ticket(ticket=await tickets.issue(token), expires_in=GOOD_S)
 
 
 @router.get("/permissions")

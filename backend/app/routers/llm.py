@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
@@ -16,7 +16,13 @@ from app.dependencies import CurrentUser, LLMDep, SessionsDep
 from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, TurnRequest
 from app.hardening import StrictRoute
 from app.options import Objects
-from app.routers.streaming import STREAM_RESPONSES, TurnStream, while_connected
+from app.routers.streaming import (
+    ANSWER_OR_STREAM_RESPONSES,
+    STREAM_RESPONSES,
+    TurnStream,
+    wants_stream,
+    while_connected,
+)
 from app.routers.times import moment
 from app.services.llm_client import Health
 from app.services.rows import MessageRow
@@ -37,7 +43,22 @@ class Chat(GenerationOptions):
     messages: Annotated[Objects, Field(min_length=1, description="Messages in OpenAI's form")]
 
 
-class SessionChat(GenerationOptions):
+class Asked(GenerationOptions):
+    """What goes with every turn that is asked for."""
+
+    request_id: Annotated[
+        Id | None, Field(description="Makes the request safe to repeat, and lets it outlive the connection")
+    ] = None
+    deadline_s: Annotated[
+        float | None, Field(gt=0, le=86400, description="Longest wait for a place at the LLM server, seconds")
+    ] = None
+
+
+class Regeneration(Asked):
+    """Another answer to the last message, perhaps with other options."""
+
+
+class SessionChat(Asked):
     """A message for a session. `system_prompt`, or `template_id` with its `variables`, and `project`
     count only when the session is new."""
 
@@ -51,12 +72,6 @@ class SessionChat(GenerationOptions):
     project: Annotated[
         str, Field(max_length=64, description="`prompt_portal`, or that of the API key, when left out")
     ] = ""
-    request_id: Annotated[
-        Id | None, Field(description="Makes the request safe to repeat, and lets it outlive the connection")
-    ] = None
-    deadline_s: Annotated[
-        float | None, Field(gt=0, le=86400, description="Longest wait for a place at the LLM server, seconds")
-    ] = None
 
 
 class UsageBody(BaseModel):
@@ -134,21 +149,44 @@ async def session_chat(body: SessionChat, request: Request, user: CurrentUser) -
     """Answers a message with the session's history, which remembers both. Makes the session if it
     is new."""
     turn = await _submit(request, user, body)
-    answer = await _answer(request, turn)
-    return _whole(
-        turn,
-        answer,
-        session_id=body.session_id,
-        turn_id=turn.id,
-        message_id=answer.message_id,
-        request_id=turn.row.request_id,
-    )
+    return _whole_in(body.session_id, turn, await _answer(request, turn))
 
 
 @router.post("/chat/session/stream", response_class=Response, responses=STREAM_RESPONSES)
 async def session_chat_stream(body: SessionChat, request: Request, user: CurrentUser) -> Response:
     """`/chat/session` as a stream of events."""
     return TurnStream(request, await _submit(request, user, body))
+
+
+@router.post(
+    "/chat/session/{session_id}/regenerate",
+    response_model=SessionAnswer,
+    responses=ANSWER_OR_STREAM_RESPONSES,
+)
+async def regenerate(
+    session_id: Annotated[str, Path(pattern=ID_PATTERN)],
+    request: Request,
+    user: CurrentUser,
+    body: Regeneration | None = None,
+) -> Response:
+    """Answers the last message again; the old answer stays as a sibling of the new one, out of the history.
+    As one answer, or as a stream of events where `Accept` asks for one."""
+    wanted = body or Regeneration()
+    turn = await _sessions(request).submit(
+        TurnRequest(
+            who=user,
+            session_id=session_id,
+            message="",
+            request_id=wanted.request_id,
+            options=wanted,
+            deadline=_deadline(wanted.deadline_s),
+            detached=wanted.request_id is not None,
+            regenerate=True,
+        )
+    )
+    if wants_stream(request):
+        return TurnStream(request, turn)
+    return _whole_in(session_id, turn, await _answer(request, turn))
 
 
 # --- chat without a session ----------------------------------------------------------------------
@@ -219,10 +257,18 @@ async def health(llm: LLMDep) -> Health:
 # --- between bodies and turns --------------------------------------------------------------------
 
 
-async def _submit(request: Request, user: Identity, body: SessionChat) -> Turn:
+def _sessions(request: Request) -> SessionManager:
     # Asked for as a dependency, it would cost as much as the whole sign-in does.
     sessions: SessionManager = request.app.state.container.sessions
-    return await sessions.submit(
+    return sessions
+
+
+def _deadline(seconds: float | None) -> float | None:
+    return None if seconds is None else time.time() + seconds
+
+
+async def _submit(request: Request, user: Identity, body: SessionChat) -> Turn:
+    return await _sessions(request).submit(
         TurnRequest(
             who=user,
             session_id=body.session_id,
@@ -233,7 +279,7 @@ async def _submit(request: Request, user: Identity, body: SessionChat) -> Turn:
             variables=body.variables,
             project=body.project,
             options=body,
-            deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
+            deadline=_deadline(body.deadline_s),
             detached=body.request_id is not None,
         )
     )
@@ -244,6 +290,18 @@ async def _answer(request: Request, turn: Turn) -> Final | Cancelled:
     if ending is None:
         raise ClientDisconnect  # nobody reads what would be answered
     return answer_of(ending)
+
+
+def _whole_in(session_id: str, turn: Turn, answer: Final | Cancelled) -> Response:
+    """A `SessionAnswer`."""
+    return _whole(
+        turn,
+        answer,
+        session_id=session_id,
+        turn_id=turn.id,
+        message_id=answer.message_id,
+        request_id=turn.row.request_id,
+    )
 
 
 def _whole(turn: Turn, answer: Final | Cancelled, **ids: str | None) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import aclosing, suppress
 from typing import Annotated, Any
@@ -10,8 +9,6 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query, WebSocket
 from pydantic import BaseModel, Field
-from starlette.responses import JSONResponse
-from starlette.websockets import WebSocketDisconnect
 
 from app.access import Identity
 from app.dependencies import (
@@ -23,15 +20,15 @@ from app.dependencies import (
     SettingsDep,
     TemplatesDep,
 )
-from app.errors import InvalidRequest, NotFound, PortalError, http_body
-from app.events import ID_PATTERN, GenerationOptions, ReplyTarget, TurnRequest, new_id
+from app.errors import InvalidRequest, NotFound
+from app.events import ID_PATTERN, GenerationOptions, ReplyTarget, TurnRequest
 from app.hardening import StrictRoute
 from app.options import Object
 from app.services.hint_feed import HintFeed, HintOf
 from app.services.session_manager import SessionManager
 from app.services.states import compact
 from app.services.templates import Templates
-from app.sockets import socket_user, subprotocol
+from app.sockets import open_socket
 
 router = APIRouter(prefix="/api/mqtt", tags=["mqtt"], route_class=StrictRoute)
 
@@ -190,33 +187,25 @@ async def status(_user: CurrentUser, mqtt: MqttDep) -> MqttStatus:
 async def follow_hints(socket: WebSocket, session_id: str) -> None:
     """Sends `connection_established`, then the hints of a session as they come: `{"type": "hint", …}`."""
     container = socket.app.state.container
-    try:
-        user = await socket_user(socket, container.accounts, container.settings.cors_origins)
-        await container.hints.may_read(user, session_id)
-    except PortalError as error:
-        await socket.send_denial_response(JSONResponse(http_body(error, new_id()), error.status))
-        return
-    await socket.accept(subprotocol(socket))
-    sending = asyncio.create_task(_send_hints(socket, user, session_id, container.hints), name="hints")
-    try:
+    opened = await open_socket(socket, lambda user: container.sessions.may_watch(user, session_id))
+    if opened is not None:
+        hints = _send_hints(socket, opened.user, session_id, container.hints)
+        await opened.serve(hints, _until_gone(socket))
+
+
+async def _until_gone(socket: WebSocket) -> None:
+    with suppress(KeyError):  # bytes have no meaning here
         while True:
             await socket.receive_text()
-    except (WebSocketDisconnect, KeyError):
-        pass
-    finally:
-        sending.cancel()
-        with suppress(asyncio.CancelledError):
-            await sending
 
 
 async def _send_hints(socket: WebSocket, user: Identity, session_id: str, feed: HintFeed) -> None:
     async with aclosing(feed.follow(user, session_id)) as hints:
         await anext(hints)  # what comes after this moment is new
-        with suppress(WebSocketDisconnect):
-            await socket.send_json({"type": "connection_established", "session_id": session_id})
-            async for found in hints:
-                if found is not None:
-                    await socket.send_json({"type": "hint", **_shown(session_id, found)})
+        await socket.send_json({"type": "connection_established", "session_id": session_id})
+        async for found in hints:
+            if found is not None:
+                await socket.send_json({"type": "hint", **_shown(session_id, found)})
 
 
 def _shown(session_id: str, found: HintOf) -> dict[str, Any]:

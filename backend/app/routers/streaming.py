@@ -49,6 +49,20 @@ STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+ANSWER_OR_STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole answer, or, as `Accept` wants it, the events of the turn.",
+        "content": STREAM_RESPONSES[200]["content"],
+    }
+}
+
+
+def wants_stream(request: Request) -> bool:
+    """Whether `Accept` names a form of streams."""
+    accepted = request.headers.get("accept", "")
+    return SSE in accepted or NDJSON in accepted
+
+
 class TurnStream(Response):
     """The events of a turn, as `Accept` wants them. Events that are there together leave together.
     It ends with the turn, or when the client goes."""

@@ -10,11 +10,11 @@ import msgspec
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, text, update
 
 from app.database import insert_new, insert_of
-from app.errors import Conflict, Overloaded, PortalError
-from app.events import Failed, Mark, SupersededBy, TurnRequest, decode_ending, encode, new_id
+from app.errors import Conflict, NotFound, Overloaded, PortalError
+from app.events import Failed, Kind, Mark, SupersededBy, TurnRequest, decode_ending, encode, new_id
 from app.models.tables import ACTIVE, messages, received, sessions, turns
 from app.prepared import Prepared
-from app.services.branches import drop_reply, move, parent_for
+from app.services.branches import drop_reply, last_question, move, parent_for
 from app.services.endings import Ended
 from app.services.outbox import Delivery, owe, owe_again, owed_for
 from app.services.rows import (
@@ -99,7 +99,10 @@ def accept(
         sent_again = _of_mark(connection, request, request.mark)
         if sent_again is not None:
             return sent_again
-    session, position = _session_for(connection, request)
+    found = _session_for(connection, request)
+    if isinstance(found, PortalError):
+        return found
+    session, position = found
     known = _find_request(connection, session, request, now)
     if isinstance(known, PortalError):
         return known
@@ -108,34 +111,115 @@ def accept(
         return Acceptance("known", known, session, delivery)
     if full is not None:
         return full
+    draft = _Draft(request, turn_id, instance, session, position, now)
+    make = _answer_again if request.regenerate else _take_in
+    return make(connection, draft, known)
+
+
+class _Draft(msgspec.Struct, frozen=True):
+    """What is known of a turn before it is made."""
+
+    request: TurnRequest
+    turn_id: str
+    instance: str
+    session: SessionRow
+    position: int
+    now: float
+
+    def turn(self, message_id: str, kind: Kind, state: str) -> TurnRow:
+        """The turn that answers a message."""
+        request, who = self.request, self.request.who
+        return TurnRow(
+            id=self.turn_id,
+            session=self.session.id,
+            position=self.position,
+            request_id=request.request_id or self.turn_id,
+            message_id=message_id,
+            kind=kind,
+            options=request.options.given(),
+            deadline=request.deadline,
+            detached=request.detached,
+            state=state,
+            attempt=1,
+            instance=self.instance,
+            door=who.door,
+            role=who.role_name,
+            api_key=who.key.id if who.key else None,
+            created_at=self.now,
+            ending=None,
+            trace=None,
+        )
+
+
+def _take_in(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
+    """Makes the turn of a new message, or lets one that had failed begin again at the end of the history."""
+    request, session, now = draft.request, draft.session, draft.now
     active = _ACTIVE.all(connection, {"of": session.id})
     old = [id for id, state, kind in active if request.kind == kind == "state" and state == "waiting"]
     if len(active) - len(old) > MAX_WAITING:
         return Overloaded(f"{MAX_WAITING} messages already wait in this session.", retry_after=5)
 
-    superseded = tuple(
-        _supersede(connection, turn, request.request_id or turn_id, session, now) for turn in old
-    )
+    by = request.request_id or draft.turn_id
+    superseded = tuple(_supersede(connection, turn, by, session, now) for turn in old)
     state = "waiting" if len(active) > len(old) else "running"
-    parent = parent_for(connection, session, request.kind) if state == "running" else None
+    leaf = session.leaf_id
     if known is None:
-        turn = _insert_turn(connection, request, turn_id, instance, session, position, state, parent, now)
+        turn = draft.turn(new_id(), request.kind, state)
+        parent = parent_for(connection, session, request.kind) if state == "running" else None
+        _insert_message(connection, turn, request.message, parent)
+        _insert_turn(connection, turn, request)
+        leaf = turn.message_id if state == "running" else leaf
     else:
         session = drop_reply(connection, session, known)
-        turn = _new_attempt(connection, known, request, instance, position, state)
-        if state == "running":
-            move(connection, session, turn)
-    leaf = turn.message_id if state == "running" else session.leaf_id
-    _MOVED.run(connection, {"moved": session.id, "leaf": leaf, "position": position + 1, "now": now})
+        # A clear since then has deleted the message, but not the memory of the request id.
+        message = {"id": known.message_id, "session": session.id, "turn_id": known.id, "role": "user"}
+        insert_new(connection, messages, {**message, "content": request.message, "created_at": now})
+        turn = _new_attempt(connection, known, draft, state)
+        leaf = move(connection, session, turn) if state == "running" else session.leaf_id
+    kind: Literal["new", "again"] = "new" if known is None else "again"
+    return _accepted(connection, draft, kind, turn, leaf, superseded)
+
+
+def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
+    """Makes the turn that answers the last message again. The history stays as it is until there is a new
+    answer, which is a sibling of the old one then."""
+    session = draft.session
+    if _ACTIVE.all(connection, {"of": session.id}):
+        return Conflict("The session is busy: wait until it has answered, or stop it, before you regenerate.")
+    last = last_question(connection, session)
+    if last is None:
+        return NotFound("There is no message that could be answered again.")
+    message_id, kind = last
+    if known is None:
+        turn = draft.turn(message_id, kind, "running")
+        _insert_turn(connection, turn, draft.request)
+        return _accepted(connection, draft, "new", turn, session.leaf_id)
+    if known.message_id != message_id:
+        return Conflict("The conversation has gone on since this request: send a new one.")
+    turn = _new_attempt(connection, known, draft, "running")
+    return _accepted(connection, draft, "again", turn, drop_reply(connection, session, known).leaf_id)
+
+
+def _accepted(
+    connection: Connection,
+    draft: _Draft,
+    kind: Literal["new", "again"],
+    turn: TurnRow,
+    leaf: str | None,
+    superseded: tuple[Ended, ...] = (),
+) -> Acceptance:
+    session, after = draft.session, draft.position + 1
+    _MOVED.run(connection, {"moved": session.id, "leaf": leaf, "position": after, "now": draft.now})
     session = msgspec.structs.replace(session, leaf_id=leaf)
-    delivery = owe(connection, turn.id, request.reply_to)
-    return Acceptance("new" if known is None else "again", turn, session, delivery, superseded)
+    return Acceptance(kind, turn, session, owe(connection, turn.id, draft.request.reply_to), superseded)
 
 
-def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionRow, int]:
+def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionRow, int] | NotFound:
     """The session, locked for this transaction and made if it is new, and its next position."""
     named = {"owner": request.who.owner, "name": request.session_id}
     row = _SESSION.first(connection, named)
+    if row is None and request.regenerate:
+        return NotFound("There is no such session.")
     if row is None:
         make_session(
             connection,
@@ -183,58 +267,25 @@ def _supersede(connection: Connection, turn_id: str, by: str, session: SessionRo
     return Ended(True, turn_id, ending, session.version, owed_for(connection, turn_id))
 
 
-def _insert_turn(
-    connection: Connection,
-    request: TurnRequest,
-    turn_id: str,
-    instance: str,
-    session: SessionRow,
-    position: int,
-    state: str,
-    parent: str | None,
-    now: float,
-) -> TurnRow:
-    turn = TurnRow(
-        id=turn_id,
-        session=session.id,
-        position=position,
-        request_id=request.request_id or turn_id,
-        message_id=new_id(),
-        kind=request.kind,
-        options=request.options.given(),
-        deadline=request.deadline,
-        detached=request.detached,
-        state=state,
-        attempt=1,
-        instance=instance,
-        door=request.who.door,
-        role=request.who.role_name,
-        api_key=request.who.key.id if request.who.key else None,
-        created_at=now,
-        ending=None,
-        trace=None,
-    )
-    message = {"id": turn.message_id, "session": session.id, "parent_id": parent, "turn_id": turn_id}
-    _MESSAGE.run(connection, {**message, "role": "user", "content": request.message, "created_at": now})
+def _insert_message(connection: Connection, turn: TurnRow, content: str, parent: str | None) -> None:
+    message = {"id": turn.message_id, "session": turn.session, "parent_id": parent, "turn_id": turn.id}
+    _MESSAGE.run(connection, {**message, "role": "user", "content": content, "created_at": turn.created_at})
+
+
+def _insert_turn(connection: Connection, turn: TurnRow, request: TurnRequest) -> None:
     _TURN.run(connection, {**msgspec.structs.asdict(turn), "fingerprint": request.fingerprint()})
     if request.mark is not None:
-        remember(connection, request.mark, turn_id, now)
-    return turn
+        remember(connection, request.mark, turn.id, turn.created_at)
 
 
-def _new_attempt(
-    connection: Connection, turn: TurnRow, request: TurnRequest, instance: str, position: int, state: str
-) -> TurnRow:
-    message = {"id": turn.message_id, "session": turn.session, "turn_id": turn.id, "role": "user"}
-    # A clear since then has deleted the message, but not the memory of the request id.
-    insert_new(connection, messages, {**message, "content": request.message, "created_at": time.time()})
+def _new_attempt(connection: Connection, turn: TurnRow, draft: _Draft, state: str) -> TurnRow:
     changes: dict[str, Any] = {
         "attempt": turn.attempt + 1,
-        "position": position,
-        "deadline": request.deadline,
-        "detached": request.detached,
+        "position": draft.position,
+        "deadline": draft.request.deadline,
+        "detached": draft.request.detached,
         "state": state,
-        "instance": instance,
+        "instance": draft.instance,
         "ending": None,
         "trace": None,
     }

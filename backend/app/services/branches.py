@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
+from app.events import Kind
 from app.models.tables import ACTIVE, messages, turns
 from app.prepared import Prepared
 from app.services.rows import SessionRow, TurnRow
@@ -17,6 +18,12 @@ _LAST = Prepared(
     .join(messages, messages.c.id == turns.c.message_id)
     .where(_leaf.c.id == bindparam("leaf"))
 )
+_AT = Prepared(
+    select(messages.c.role, messages.c.parent_id, turns.c.kind)
+    .join(turns, turns.c.id == messages.c.turn_id)
+    .where(messages.c.id == bindparam("message"))
+)
+_OWNER = Prepared(select(messages.c.turn_id).where(messages.c.id == bindparam("message")))
 _RUNNING = select(turns.c.message_id).where(
     turns.c.session == bindparam("session"), turns.c.state == "running", text(ACTIVE)
 )
@@ -33,10 +40,29 @@ def parent_for(connection: Connection, session: SessionRow, kind: str) -> str | 
     return session.leaf_id
 
 
-def move(connection: Connection, session: SessionRow, turn: TurnRow) -> None:
-    """Puts the user message of a turn at the end of the history, from wherever it was."""
+def last_question(connection: Connection, session: SessionRow) -> tuple[str, Kind] | None:
+    """The last user message of the history, and the kind of its turn."""
+    at = session.leaf_id
+    while at is not None:
+        role, parent, kind = _AT.one(connection, {"message": at})
+        if role == "user":
+            return at, kind
+        at = parent
+    return None
+
+
+def answers_again(connection: Connection, turn: TurnRow) -> bool:
+    """Whether a turn answers the message of another one: that one stays where it is."""
+    return _OWNER.first(connection, {"message": turn.message_id}) not in {None, (turn.id,)}
+
+
+def move(connection: Connection, session: SessionRow, turn: TurnRow) -> str | None:
+    """Puts the user message of a turn at the end of the history, from wherever it was. Returns the leaf that
+    the history has then."""
     if session.leaf_id == turn.message_id:
-        return
+        return session.leaf_id
+    if answers_again(connection, turn):
+        return session.leaf_id
     mine = messages.c.id == turn.message_id
     if turn.attempt > 1:
         # A failed message may have been answered over: those after it close the gap.
@@ -48,6 +74,7 @@ def move(connection: Connection, session: SessionRow, turn: TurnRow) -> None:
         )
     parent = parent_for(connection, session, turn.kind)
     connection.execute(update(messages).where(mine).values(parent_id=parent))
+    return turn.message_id
 
 
 def drop_reply(connection: Connection, session: SessionRow, turn: TurnRow) -> SessionRow:
@@ -69,9 +96,8 @@ def slip_in(connection: Connection, session: SessionRow, turn: TurnRow) -> str |
     """Keeps the message of a turn that never ran in the history: before the running turn's message,
     which must stay the leaf, or at the end. Returns the leaf."""
     running = connection.execute(_RUNNING, {"session": session.id}).scalar()
-    if running is None or running == turn.message_id:
-        move(connection, session, turn)
-        return turn.message_id
+    if running is None or running == turn.message_id or answers_again(connection, turn):
+        return move(connection, session, turn)
     before = select(messages.c.parent_id).where(messages.c.id == running).scalar_subquery()
     connection.execute(update(messages).where(messages.c.id == turn.message_id).values(parent_id=before))
     connection.execute(update(messages).where(messages.c.id == running).values(parent_id=turn.message_id))

@@ -101,9 +101,9 @@ def claim(connection: Connection, turn_id: str, instance: str) -> SessionRow | N
     )
     if not claimed.rowcount:
         return None
-    move(connection, session, row)
-    connection.execute(update(sessions).where(sessions.c.id == session.id).values(leaf_id=row.message_id))
-    return msgspec.structs.replace(session, leaf_id=row.message_id)
+    leaf = move(connection, session, row)
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(leaf_id=leaf))
+    return msgspec.structs.replace(session, leaf_id=leaf)
 
 
 def end(

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from app.access import Identity
 from app.errors import NotFound, StorageUnavailable
-from app.events import Final, check_id, decode_ending
-from app.services.authorizer import Authorizer
+from app.events import Final, decode_ending
 from app.services.hints import Hint, hint_of
 from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.store import Store
+from app.services.turns import Turn
 
 POLL_S = 1.0
 """How often hints are looked for that another process may have made."""
@@ -29,22 +29,27 @@ class HintOf:
     hint: Hint
 
 
+class _Bell(asyncio.Event):
+    """Is set at the end of every turn."""
+
+    def began(self, turn: Turn) -> None:
+        """See `Watcher`."""
+
+    def ended(self, turn: Turn) -> None:  # noqa: ARG002 - that one has is enough
+        """See `Watcher`."""
+        self.set()
+
+    def noticed(self, what: str, who: str) -> None:
+        """See `Watcher`."""
+
+
 class HintFeed:
     """Reads the answers to the states of sessions."""
 
-    def __init__(
-        self, store: Store, sessions: SessionManager, projects: Projects, authorizer: Authorizer
-    ) -> None:
+    def __init__(self, store: Store, sessions: SessionManager, projects: Projects) -> None:
         self._store = store
         self._sessions = sessions
         self._projects = projects
-        self._authorizer = authorizer
-
-    async def may_read(self, who: Identity, session_id: str) -> None:
-        """Returns when who asks may read the session, which need not be there yet. Raises `InvalidRequest`,
-        `Forbidden`."""
-        check_id("session_id", session_id)
-        await self._authorizer.check(who, "sessions:read")
 
     async def last(self, who: Identity, session_id: str) -> HintOf | None:
         """The answer to the session's newest state that has one. Raises `NotFound`."""
@@ -59,10 +64,10 @@ class HintFeed:
 
     async def follow(self, who: Identity, session_id: str) -> AsyncGenerator[HintOf | None, None]:
         """The newest hint that there is, or None; then those to come, from whichever process. Of those that
-        come faster than they are taken, the newest. Raises what `may_read` raises."""
-        await self.may_read(who, session_id)
-        bell = asyncio.Event()
-        with self._sessions.bell(who, session_id, bell):
+        come faster than they are taken, the newest. Raises what `SessionManager.may_watch` raises."""
+        await self._sessions.may_watch(who, session_id)
+        bell = _Bell()
+        with self._sessions.watch(who, session_id, bell):
             seen = await self._last_if_any(who, session_id)
             yield seen
             while True:

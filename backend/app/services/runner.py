@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -32,6 +31,7 @@ from app.services.prompting import Asked, Prompting
 from app.services.rows import SessionRow, TurnRow
 from app.services.store import StaleAttempt, Store
 from app.services.turns import Interruption, Turn, recall
+from app.services.watchers import Watchers
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Runner:
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._bells: dict[tuple[str, str], list[asyncio.Event]] = {}
+        self.watchers = Watchers()
         self.turns: dict[str, Turn] = {}
         self.on_delivery: Callable[[Delivery, Turn], None] = lambda _delivery, _turn: None
 
@@ -100,6 +100,8 @@ class Runner:
         self.turns[turn.id] = turn
         if not turn.row.detached:
             turn.on_abandoned = self._abandoned
+        for watcher in self.watchers.of(turn):
+            watcher.began(turn)
         if live.chore is not None:
             live.chore.cancel()
         live.waiting.append(turn)
@@ -342,25 +344,13 @@ class Runner:
             self._count(turn)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
-        for event in self._bells.get((turn.session.owner, turn.session.session_id), ()):
-            event.set()
+        for watcher in self.watchers.of(turn):
+            watcher.ended(turn)
         log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeats a transaction until the database takes it, or until this process ends."""
         return await insist(call, unless=lambda: self._closing)
-
-    @contextmanager
-    def bell(self, owner: str, session_id: str, event: asyncio.Event) -> Iterator[None]:
-        """Sets `event` whenever a turn of the session has ended here."""
-        bells = self._bells.setdefault((owner, session_id), [])
-        bells.append(event)
-        try:
-            yield
-        finally:
-            bells.remove(event)
-            if not bells:
-                self._bells.pop((owner, session_id), None)
 
     # --- turns of other instances ---
 

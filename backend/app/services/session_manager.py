@@ -38,6 +38,7 @@ from app.services.runner import Runner
 from app.services.store import EVERYBODY, Store
 from app.services.templates import Templates
 from app.services.turns import Turn, answer_of, unstored
+from app.services.watchers import Watcher
 
 DEFAULT_PROJECT = "prompt_portal"
 
@@ -103,13 +104,14 @@ class SessionManager:
         request id has already made, and even ended.
 
         Raises `InvalidRequest`, `Forbidden`, `RateLimited`, `BudgetExceeded`, `Conflict` (the request id
-        with another body) or `Overloaded`, also as `StorageUnavailable` when the database takes nothing;
+        with another body; a busy session, where the last message is to be answered again), `NotFound` (there
+        is no such message) or `Overloaded`, also as `StorageUnavailable` when the database takes nothing;
         then nothing was accepted.
         """
         check_id("session_id", request.session_id)
         if request.request_id is not None:
             check_id("request_id", request.request_id)
-        if not request.message.strip():
+        if not request.message.strip() and not request.regenerate:
             raise InvalidRequest("message: it is empty")
         if "\0" in request.message:
             raise InvalidRequest("message: it holds a NUL character")
@@ -223,7 +225,7 @@ class SessionManager:
             live = self._runner.turns.get(row.id) if row.is_active else None
             return live or self._runner.turn_elsewhere(row, acceptance.session)
         turn = Turn(row, acceptance.session)
-        turn.question = message
+        turn.question = message or None
         turn.ticket = ticket
         self._runner.enqueue(turn)
         return turn
@@ -429,9 +431,37 @@ class SessionManager:
             await self._store.end(row, Cancelled(row.id, "", None))
         return row.id
 
-    def bell(self, who: Identity, session_id: str, event: asyncio.Event) -> AbstractContextManager[None]:
-        """Sets `event` whenever a turn of the session has ended in this process."""
-        return self._runner.bell(who.owner, session_id, event)
+    async def may_watch(self, who: Identity, session_id: str) -> None:
+        """Returns when who asks may watch the session, which need not be there yet. Raises `InvalidRequest`,
+        `Forbidden`, `NotFound`."""
+        check_id("session_id", session_id)
+        await self._authorizer.check(who, "sessions:read")
+        if who.only_project is not None and await self.project_of(who, session_id) is not None:
+            await self.session(who, session_id)
+
+    def watch(self, who: Identity, session_id: str, watcher: Watcher) -> AbstractContextManager[None]:
+        """Tells `watcher` of the turns of a session that this process has."""
+        return self._runner.watchers.watch(who.owner, session_id, watcher)
+
+    def notice(self, who: Identity, session_id: str, by: Watcher, what: str) -> None:
+        """Tells the others who watch a session what who asks does there."""
+        self._runner.watchers.notice(who.owner, session_id, by, what)
+
+    def live_turns(self, who: Identity, session_id: str) -> list[Turn]:
+        """The turns of a session that wait or run in this process, in their order."""
+        mine = [
+            turn
+            for turn in self._runner.turns.values()
+            if turn.session.session_id == session_id and turn.session.owner == who.owner
+        ]
+        return sorted(mine, key=lambda turn: turn.row.position)
+
+    async def question_of(self, turn: Turn) -> tuple[str, float]:
+        """The user message of a turn, empty when it was cleared, and when it came (Unix time)."""
+        if turn.question is None:
+            found = await self._store.content_of(turn.row.message_id)
+            return found or ("", turn.row.created_at)
+        return turn.question, turn.asked_at
 
     async def session(self, who: Identity, session_id: str) -> SessionRow:
         """The session that who asks calls so. Raises `NotFound`, also for another owner's."""

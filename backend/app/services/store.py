@@ -303,6 +303,12 @@ class Store:
         row = await self._database.read(lambda c: c.execute(statement).first())
         return None if row is None else (row[0],)
 
+    async def content_of(self, message_id: str) -> tuple[str, float] | None:
+        """The text of a message, and when it was made; None when there is no such message any more."""
+        statement = select(messages.c.content, messages.c.created_at).where(messages.c.id == message_id)
+        row = await self._database.read(lambda c: c.execute(statement).first())
+        return None if row is None else (row.content, row.created_at)
+
     async def database_id(self) -> str:
         """Names this database; made with it."""
         return str(await self._database.read(lambda c: c.execute(select(identity)).scalar_one()))

@@ -82,6 +82,7 @@ class Turn:
         self.interruptible = False
         self.expiry: asyncio.TimerHandle | None = None
         self.question: str | None = None
+        self.asked_at = row.created_at
         self.prompt: Sequence[Mapping[str, Any]] = ()
         self.pieces = self.chars = 0
         self.meter = Meter()

@@ -706,6 +706,27 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/auth/ws-ticket": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Ws Ticket
+         * @description A ticket that opens one WebSocket (`?ticket=`), once, in the next seconds: for who cannot send a
+         *     header, and must not write a token into an address.
+         */
+        post: operations["ws_ticket"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/keys": {
         parameters: {
             query?: never;
@@ -825,6 +846,27 @@ export interface paths {
         get: operations["history"];
         put?: never;
         post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/llm/chat/session/{session_id}/regenerate": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Regenerate
+         * @description Answers the last message again; the old answer stays as a sibling of the new one, out of the history.
+         *     As one answer, or as a stream of events where `Accept` asks for one.
+         */
+        post: operations["regenerate"];
         delete?: never;
         options?: never;
         head?: never;
@@ -3075,6 +3117,98 @@ export interface components {
             status: "ok" | "down" | "draining";
         };
         /**
+         * Regeneration
+         * @description Another answer to the last message, perhaps with other options.
+         */
+        Regeneration: {
+            /**
+             * Deadline S
+             * @description Longest wait for a place at the LLM server, seconds
+             */
+            deadline_s?: number | null;
+            /**
+             * Extra
+             * @description What only some servers take, as they call it: top_k, min_p, grammar, …
+             */
+            extra?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Frequency Penalty
+             * @description Above 0: what came often comes less
+             */
+            frequency_penalty?: number | null;
+            /**
+             * Logit Bias
+             * @description By the number of a token: -100 (never) to 100 (only this)
+             */
+            logit_bias?: {
+                [key: string]: number;
+            } | null;
+            /**
+             * Max Tokens
+             * @description Longest reply, in tokens
+             */
+            max_tokens?: number | null;
+            /**
+             * Model
+             * @description A model of the LLM server
+             */
+            model?: string | null;
+            /**
+             * Parallel Tool Calls
+             * @description Whether a reply may have several tool calls
+             */
+            parallel_tool_calls?: boolean | null;
+            /**
+             * Presence Penalty
+             * @description Above 0: what came once comes less
+             */
+            presence_penalty?: number | null;
+            /**
+             * Reasoning Effort
+             * @description How much a model thinks; goes before LLM_SKIP_THINKING, which still hides it
+             */
+            reasoning_effort?: ("none" | "minimal" | "low" | "medium" | "high" | "xhigh") | null;
+            /**
+             * Request Id
+             * @description Makes the request safe to repeat, and lets it outlive the connection
+             */
+            request_id?: string | null;
+            /** @description OpenAI's response_format */
+            response_format?: components["schemas"]["ResponseFormat"] | null;
+            /**
+             * Seed
+             * @description For a repeatable reply
+             */
+            seed?: number | null;
+            /**
+             * Stop
+             * @description Texts that end the reply, at most four
+             */
+            stop?: string | string[] | null;
+            /**
+             * Temperature
+             * @description 0 is greedy
+             */
+            temperature?: number | null;
+            /**
+             * Tool Choice
+             * @description OpenAI's tool_choice
+             */
+            tool_choice?: ("auto" | "none" | "required") | components["schemas"]["NamedChoice"] | null;
+            /**
+             * Tools
+             * @description Tools in OpenAI's form
+             */
+            tools?: components["schemas"]["FunctionTool"][] | null;
+            /**
+             * Top P
+             * @description Nucleus sampling
+             */
+            top_p?: number | null;
+        };
+        /**
          * Registration
          * @description A new account.
          */
@@ -3750,6 +3884,16 @@ export interface components {
             type: "thinking";
         };
         /**
+         * Ticket
+         * @description Opens one WebSocket. `expires_in` in seconds.
+         */
+        Ticket: {
+            /** Expires In */
+            expires_in: number;
+            /** Ticket */
+            ticket: string;
+        };
+        /**
          * Token
          * @description A piece of the reply.
          */
@@ -4061,6 +4205,7 @@ export type PromptDetails = components['schemas']['PromptDetails'];
 export type PublishedState = components['schemas']['PublishedState'];
 export type Queued = components['schemas']['Queued'];
 export type Ready = components['schemas']['Ready'];
+export type Regeneration = components['schemas']['Regeneration'];
 export type Registration = components['schemas']['Registration'];
 export type RenderBody = components['schemas']['RenderBody'];
 export type Rendered = components['schemas']['Rendered'];
@@ -4092,6 +4237,7 @@ export type TemplatePage = components['schemas']['TemplatePage'];
 export type TemplateSave = components['schemas']['TemplateSave'];
 export type TemplateVersions = components['schemas']['TemplateVersions'];
 export type Thinking = components['schemas']['Thinking'];
+export type Ticket = components['schemas']['Ticket'];
 export type Token = components['schemas']['Token'];
 export type TokenForm = components['schemas']['TokenForm'];
 export type TurnEvent = components['schemas']['TurnEvent'];
@@ -5338,6 +5484,35 @@ export interface operations {
             };
         };
     };
+    ws_ticket: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Ticket"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
     list_keys: {
         parameters: {
             query?: never;
@@ -5549,6 +5724,47 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["HistoryAnswer"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    regenerate: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: {
+            content: {
+                "application/json": components["schemas"]["Regeneration"] | null;
+            };
+        };
+        responses: {
+            /** @description The whole answer, or, as `Accept` wants it, the events of the turn. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["SessionAnswer"];
+                    "application/x-ndjson": components["schemas"]["TurnEvent"];
+                    "text/event-stream": {
+                        data: string;
+                        event: string;
+                        id: string;
+                    };
                 };
             };
             /** @description An error */
