@@ -17,7 +17,7 @@ def upgrade() -> None:
             "sealed",
             sa.LargeBinary(),
             nullable=False,
-            comment="the token, encrypted with the server's secret",
+            comment="the token, encrypted",
         ),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("secret_hash", name=op.f("pk_tickets")),
