@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ class Script:
     before_headers: float = 0.0
     before_warming: float = 0.0
     """The same, where one token is asked for: the prompt is only to be read."""
+    gate: threading.Event | None = None
+    """Nothing is answered before it is set."""
     before_first: float = 0.0
     between: float = 0.0
     cut_after: int | None = None
@@ -146,6 +149,8 @@ class FakeLLM:
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         script = self.script
         await asyncio.sleep(script.before_warming if body.get("max_tokens") == 1 else script.before_headers)
+        while script.gate is not None and not script.gate.is_set():
+            await asyncio.sleep(0.01)
         if script.wire is not None:
             return await _broken(request, script)
         script = _for(script, body["messages"])

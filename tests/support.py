@@ -85,7 +85,7 @@ def free_port() -> int:
     raise AssertionError("all ports are used up")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "the condition") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 40.0, what: str = "the condition") -> Any:
     """The first true value of `condition()`; fails when there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -138,7 +138,7 @@ class Process:
             self._popen.send_signal(signal.SIGTERM)
         return self._popen.wait(seconds)
 
-    def ready(self, port: int, seconds: float = 30.0) -> None:
+    def ready(self, port: int, seconds: float = 60.0) -> None:
         """Waits until it listens."""
 
         def listening() -> bool:
@@ -402,14 +402,14 @@ class GameClient:
         with self._change:
             return [payload for name, payload, _ in self.received if name == topic]
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
         """The first true value of `condition()`, looked at whenever a message comes."""
         with self._change:
             found = self._change.wait_for(condition, seconds)
         assert found, f"it did not come within {seconds} s; received: {self.received[-20:]}"
         return found
 
-    def reply(self, topic: str, number: int = 1, seconds: float = 30.0) -> bytes:
+    def reply(self, topic: str, number: int = 1, seconds: float = 60.0) -> bytes:
         """The `number`th message on a topic."""
         self.wait_for(lambda: len(self.messages_unlocked(topic)) >= number, seconds)
         return self.messages(topic)[number - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,12 +122,15 @@ def test_a_bad_state_is_named_in_json(game: GameClient, session: str, payload: A
 
 
 def test_of_many_states_the_newest_is_answered(game: GameClient, llm: FakeLLM, session: str) -> None:
-    llm.script = Script(pieces=text("one"), before_first=1.0)
+    gate = threading.Event()
+    llm.script = Script(pieces=text("one"), gate=gate)
     game.publish(f"maze/state/{session}", {"step": 0, "requestId": "s0"})
     wait_until(lambda: llm.running == 1, what="the first generation")
     llm.script = Script(pieces=text("newest"))
     for step in range(1, 51):
         game.publish(f"maze/state/{session}", {"step": step, "requestId": f"s{step}"})
+    game.wait_for(lambda: len(game.messages_unlocked(f"maze/hint/{session}")) == 49)
+    gate.set()
     game.wait_for(lambda: len(game.messages_unlocked(f"maze/hint/{session}")) == 51)
     told = {answer["requestId"]: answer for answer in game.json_replies(f"maze/hint/{session}")}
     assert told["s0"]["hint"] == "one"
@@ -142,13 +146,16 @@ def test_of_many_states_the_newest_is_answered(game: GameClient, llm: FakeLLM, s
 
 
 def test_messages_are_not_superseded_by_states(game: GameClient, llm: FakeLLM, session: str) -> None:
-    llm.script = Script(echo=True, before_first=0.5)
+    gate = threading.Event()
+    llm.script = Script(echo=True, gate=gate)
     game.publish(f"maze/user_input/{session}", {"message": "one", "requestId": "m1"})
     wait_until(lambda: llm.running == 1, what="the first generation")
     llm.script = Script(echo=True)
     game.publish(f"maze/state/{session}", {"step": 1, "requestId": "s1"})
     game.publish(f"maze/user_input/{session}", {"message": "two", "requestId": "m2"})
     game.publish(f"maze/state/{session}", {"step": 2, "requestId": "s2"})
+    game.reply(f"maze/hint/{session}")
+    gate.set()
     game.wait_for(lambda: len(game.messages_unlocked(f"maze/assistant_response/{session}")) == 2)
     game.wait_for(lambda: len(game.messages_unlocked(f"maze/hint/{session}")) == 2)
     assert game.messages(f"maze/assistant_response/{session}") == [b"echo: one", b"echo: two"]

@@ -16,7 +16,7 @@ from tests.support import GuardedMosquitto, LlamaServer, Portal, program
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
-PATIENCE_MS = 10_000
+PATIENCE_MS = 20_000
 """How long things on the page may take to come about, on a machine that is busy with other tests too."""
 
 expect.set_options(timeout=PATIENCE_MS)
