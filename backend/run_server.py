@@ -60,7 +60,7 @@ def main() -> int:
         return _complain("The settings are wrong:", *_problems(error))
     except InvalidRequest as error:
         return _complain("A file of the settings is wrong:", f"  {error.message}")
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     if not settings.secret_key.get_secret_value():
         if not is_loopback(arguments.host):
             return _complain(

@@ -255,6 +255,9 @@ class Settings(BaseSettings):
         "longer.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much to log.")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="How: lines for people, or a JSON object a line for programs."
+    )
 
     _base: Path = PrivateAttr(default=BACKEND_DIR)
     _env_file: Path | None = PrivateAttr(default=None)

@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import InvalidRequest, PayloadTooLarge, PortalError
+from app.events import is_id, new_id
+from app.logs import bind
 
 LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away. A connection that is closed with bytes
@@ -230,8 +232,17 @@ def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given = value.decode("latin-1")
+            return given if is_id(given) else new_id()
+    return new_id()
+
+
 class SecurityHeaders:
-    """ASGI: puts the headers on answers, errors too. Chunks pass as they are."""
+    """ASGI: puts the headers on answers, errors too, with the request's id: the client's `X-Request-ID`, or a
+    new one. The log of what is done for the request has it too. Chunks pass as they are."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -241,10 +252,15 @@ class SecurityHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request (ASGI)."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["request_id"] = _request_id(scope)
+        bind(request_id=request_id)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        wanted = list(self._always)
+        wanted = [*self._always, (b"x-request-id", request_id.encode())]
         if scope["path"].startswith(("/api/", "/v1/")):
             wanted += self._of_api
         if scope["scheme"] == "https":

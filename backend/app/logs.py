@@ -5,9 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
-from typing import Any, TextIO, cast
+from contextvars import Context, copy_context
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO, cast
 
+import msgspec
 import structlog
+from structlog.typing import EventDict
+
+Form = Literal["console", "json"]
+
+PLAIN = "%(levelname)-8s %(name)s: %(message)s"
+"""How the logs of libraries look to people."""
 
 
 def get_logger(name: str) -> Any:
@@ -21,23 +30,56 @@ def quiet_unless_configured() -> None:
         configure_logging("warning")
 
 
-def configure_logging(level: str) -> None:
-    """Sends all logs to standard error, coloured when that is a terminal; those of libraries only
-    from warnings on."""
+def configure_logging(level: str, form: Form = "console") -> None:
+    """Sends all logs to standard error; those of libraries only from warnings on. `console` is for people,
+    coloured on a terminal; `json` is one object a line."""
     number = getattr(logging, level.upper())
-    logging.basicConfig(format="%(levelname)-8s %(name)s: %(message)s", level=logging.WARNING, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if form == "json" else logging.Formatter(PLAIN))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            _as_json if form == "json" else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
+
+
+def bind(**ids: str) -> None:
+    """From here on, all logs of this task, and of those that it starts, carry `ids`."""
+    structlog.contextvars.bind_contextvars(**ids)
+
+
+def context_with(**ids: str) -> Context:
+    """The context of the caller, in which logs carry `ids` too: for a task that others may start later."""
+    context = copy_context()
+    context.run(bind, **ids)
+    return context
+
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+def _as_json(_logger: Any, _method: str, event: EventDict) -> str:
+    return _encode(event).decode()
+
+
+class _JsonLines(logging.Formatter):
+    """What libraries log, in the same form."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat().replace("+00:00", "Z")
+        found = {"event": record.getMessage(), "level": record.levelname.lower(), "timestamp": moment}
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return _encode({**found, "logger": record.name}).decode()
 
 
 class _Lossy:

@@ -34,7 +34,7 @@ from app.errors import (
     openai_status,
     quota_headers,
 )
-from app.events import TurnEvent, is_id, new_id
+from app.events import TurnEvent
 from app.hardening import BoundedBodies, SecurityHeaders
 from app.logs import get_logger
 from app.mqtt import asyncapi
@@ -161,11 +161,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def render(request: Request, error: PortalError) -> JSONResponse:
-    """The answer for an error, below `/v1` in OpenAI's form. `request_id` is the client's `X-Request-ID`, or
-    a new one; the log has it too."""
-    given = request.headers.get("x-request-id", "")
-    request_id = given if is_id(given) else new_id()
-    headers = {"X-Request-ID": request_id, **quota_headers(error.quotas)}
+    """The answer for an error, below `/v1` in OpenAI's form."""
+    request_id = request.scope["request_id"]
+    headers = dict(quota_headers(error.quotas))
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     elif error.status in {429, 503}:
@@ -176,9 +174,7 @@ def render(request: Request, error: PortalError) -> JSONResponse:
     if container is not None:
         container.tally.refuse("http", error.code)
     level = log.warning if error.status >= 500 else log.info
-    level(
-        "request refused", code=error.code, status=error.status, request_id=request_id, path=request.url.path
-    )
+    level("request refused", code=error.code, status=error.status, path=request.url.path)
     if not _is_openai(request):
         return JSONResponse(http_body(error, request_id), error.status, headers)
     headers["X-Should-Retry"] = str(may_try_again(error)).lower()

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(*_problems(error, options))
     except (_Wrong, InvalidRequest) as error:
         return _complain(str(error))
-    configure_logging(deployment.settings.log_level)
+    configure_logging(deployment.settings.log_level, deployment.settings.log_format)
     # paho's sockets are watched by the event loop, which Windows' default loop cannot do.
     factory = asyncio.SelectorEventLoop if sys.platform == "win32" else None
     try:

@@ -22,7 +22,7 @@ from app.config import Settings
 from app.database import insist
 from app.errors import Internal, PortalError, StorageUnavailable
 from app.events import ReplyTarget, new_id
-from app.logs import get_logger
+from app.logs import bind, get_logger
 from app.mqtt import answers, home_assistant
 from app.mqtt.connection import Broker, Incoming, MqttConnection, Outgoing, PublishRefused
 from app.mqtt.contract import Command, Refusal, read
@@ -313,6 +313,7 @@ class ProjectDoor:
                 del self._last_in[lane]
 
     async def _carry_out(self, command: Command) -> None:
+        bind(project=self._project, **({"request_id": command.request_id} if command.request_id else {}))
         try:
             answer = await self._parts.requests.carry_out(command)
         except PortalError as error:

@@ -19,7 +19,8 @@ from sqlalchemy import Connection
 from app.database import insist
 from app.errors import Internal, PortalError, StorageUnavailable
 from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions
-from app.logs import get_logger
+from app.logs import context_with, get_logger
+from app.services import turn_log
 from app.services.accounting import Accounting
 from app.services.endings import Ended, Reply
 from app.services.generating import Generating
@@ -98,6 +99,7 @@ class Runner:
         """Lets an accepted turn run when it is its session's next."""
         live = self._sessions.setdefault(turn.session.id, LiveSession(turn.session))
         self.turns[turn.id] = turn
+        turn.context = context_with(turn=turn.id)
         if not turn.row.detached:
             turn.on_abandoned = self._abandoned
         for watcher in self.watchers.of(turn):
@@ -115,7 +117,9 @@ class Runner:
         """Runs a turn without a session, of which nothing is stored."""
         self.turns[turn.id] = turn
         turn.on_abandoned = self._abandoned
-        turn.task = asyncio.create_task(self._work_unstored(turn, messages, options), name=f"chat {turn.id}")
+        turn.context = context_with(turn=turn.id)
+        working = self._work_unstored(turn, messages, options)
+        turn.task = asyncio.create_task(working, name=f"chat {turn.id}", context=turn.context)
 
     def interrupt(self, turn: Turn, why: Interruption) -> None:
         """Cuts a turn off: its generation if it runs, its wait if it waits."""
@@ -156,7 +160,8 @@ class Runner:
         if live.waiting:
             turn = live.running = live.waiting.pop(0)
             _cancel_expiry(turn)  # the deadline is now that of the wait for a place
-            turn.task = asyncio.create_task(self._work(live, turn), name=f"turn {turn.id}")
+            working = self._work(live, turn)
+            turn.task = asyncio.create_task(working, name=f"turn {turn.id}", context=turn.context)
             return
         self._sessions.move_to_end(live.row.id)
         while len(self._sessions) > IDLE_SESSIONS:
@@ -295,7 +300,9 @@ class Runner:
             log.exception("a turn failed", turn=turn.id)
         finally:
             self.turns.pop(turn.id, None)
-            turn.end(ending or Failed(turn.id, Internal("The portal failed at this turn.").info))
+            ending = ending or Failed(turn.id, Internal("The portal failed at this turn.").info)
+            turn_log.ended(turn, ending)
+            turn.end(ending)
             self._count(turn)
 
     # --- ending ---
@@ -339,6 +346,8 @@ class Runner:
     def settle(self, turn: Turn, ended: Ended) -> None:
         """The ending of a turn is stored: tells its followers, and the outbox."""
         self.turns.pop(turn.id, None)
+        if turn.ending is None:
+            turn_log.ended(turn, ended.ending)
         turn.end(ended.ending)
         if turn.task is None:  # else its task counts it, when the generation is closed
             self._count(turn)
@@ -346,7 +355,6 @@ class Runner:
             self.on_delivery(delivery, turn)
         for watcher in self.watchers.of(turn):
             watcher.ended(turn)
-        log.info("turn ended", turn=turn.id, ending=type(ended.ending).__name__)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeats a transaction until the database takes it, or until this process ends."""

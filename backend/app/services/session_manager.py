@@ -21,6 +21,7 @@ from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, check_id
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.options import chosen_tool, names_of
+from app.services import turn_log
 from app.services.acceptance import Acceptance
 from app.services.admission import Admission, Ticket
 from app.services.authorizer import Authorizer
@@ -186,7 +187,9 @@ class SessionManager:
             await self._admission.give_back(ticket)
         for ended in acceptance.superseded:
             self._cut_off_turn(ended)
-        turn = self._taken_in(acceptance, request.message, ticket)
+        turn = self._taken_in(
+            acceptance, request.message, ticket, self._llm.known_model(request.options.model)
+        )
         if acceptance.delivery is not None and not acceptance.turn.is_active:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
@@ -219,7 +222,7 @@ class SessionManager:
         prompt = version.render(request.variables)
         return replace(request, system_prompt=prompt, template_version=version.id)
 
-    def _taken_in(self, acceptance: Acceptance, message: str, ticket: Ticket) -> Turn:
+    def _taken_in(self, acceptance: Acceptance, message: str, ticket: Ticket, model: str) -> Turn:
         row = acceptance.turn
         if acceptance.kind == "known":
             live = self._runner.turns.get(row.id) if row.is_active else None
@@ -227,6 +230,7 @@ class SessionManager:
         turn = Turn(row, acceptance.session)
         turn.question = message or None
         turn.ticket = ticket
+        turn_log.accepted(turn, model)
         self._runner.enqueue(turn)
         return turn
 
@@ -257,10 +261,11 @@ class SessionManager:
             messages = [redacted_message(message) for message in messages]
         messages = with_system(messages, before=who.role.system_prompt)
         self._llm.places_of(options.model).check()
-        turn_id = new_id()
-        ticket = await self._admission.admit(who, request, turn_id, self._llm.known_model(options.model))
+        turn_id, model = new_id(), self._llm.known_model(options.model)
+        ticket = await self._admission.admit(who, request, turn_id, model)
         turn = unstored(turn_id, who, request.project, text)
         turn.ticket = ticket
+        turn_log.accepted(turn, model)
         self._runner.run_unstored(turn, messages, request.options)
         return turn
 

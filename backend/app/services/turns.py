@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from typing import Any, Literal
 
 import msgspec
@@ -90,6 +91,8 @@ class Turn:
         self.ticket = NO_TICKET
         self.is_counted = False
         self.followers = 0
+        self.context: Context | None = None
+        """That of its acceptance: whichever task starts it, it runs in this one."""
         self.on_abandoned: Callable[[Turn], None] | None = None
         self._events: list[Numbered] = []
         self._trace: list[Any] = []
