@@ -15,6 +15,14 @@ from aiohttp import web
 
 from app.loop import BackgroundLoop
 
+USAGE = {
+    "prompt_tokens": 20,
+    "completion_tokens": 9,
+    "prompt_tokens_details": {"cached_tokens": 15},
+    "completion_tokens_details": {"reasoning_tokens": 4},
+}
+"""A usage with all that OpenAI tells."""
+
 
 @dataclass
 class Script:
@@ -36,6 +44,8 @@ class Script:
         default_factory=lambda: {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
     )
     reason: str = "stop"
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """What is answered to who offers tools."""
     echo: bool = False
     random: bool = False
     lengths: tuple[int, int] = (20, 20)
@@ -153,7 +163,7 @@ class FakeLLM:
             await asyncio.sleep(0.01)
         if script.wire is not None:
             return await _broken(request, script)
-        script = _for(script, body["messages"])
+        script = _for(script, body)
         if script.status != 200:
             error = {"message": script.error} if isinstance(script.error, str) else script.error
             return web.json_response({"error": error}, status=script.status, headers=script.headers)
@@ -183,8 +193,11 @@ class FakeLLM:
         return response
 
 
-def _for(script: Script, messages: list[dict[str, Any]]) -> Script:
-    """The script, with what it says of these messages."""
+def _for(script: Script, body: dict[str, Any]) -> Script:
+    """The script, with what it says of this request."""
+    messages = body["messages"]
+    if script.calls and "tools" in body:
+        return replace(script, pieces=script.calls, reason="tool_calls")
     if script.room is not None and size_of(messages) > script.room:
         return replace(script, status=400, error=script.overflow)
     if script.notes and "keep the notes" in messages[0]["content"]:

@@ -349,9 +349,16 @@ def test_a_silent_stream_is_kept_open_by_comments(fake_thread: FakeLLM, tmp_path
     portal = Portal(tmp_path, LLM_SERVER_URL=fake_thread.url)
     portal.start()
     path, body = "/api/llm/chat/session/stream", {"session_id": "s", "message": "hello"}
+    like_openai = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
     try:
-        with portal.client() as client, client.stream("POST", path, json=body) as answer:
+        with (
+            portal.client() as client,
+            client.stream("POST", path, json=body) as answer,
+            client.stream("POST", "/v1/chat/completions", json=like_openai) as other,
+        ):
+            told = list(other.iter_lines())
             lines = [line for line in answer.iter_lines() if line.startswith((":", "event"))]
     finally:
         portal.stop()
     assert lines[:3] == ["event: accepted", ": still here", "event: token"]
+    assert (told[0], told[-2], other.status_code) == (": still here", "data: [DONE]", 200)

@@ -14,7 +14,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from app.events import new_id
-from tests.fake_llm import FakeLLM, Script, text
+from tests.fake_llm import USAGE, FakeLLM, Script, text
 from tests.support import MakePortal, Portal, ask, token_of
 
 pytestmark = pytest.mark.slow
@@ -38,12 +38,6 @@ CALLS = [
     {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
     {"tool_calls": [{"index": 1, "id": "call_b", "function": {"name": "go", "arguments": "{}"}}]},
 ]
-USAGE = {
-    "prompt_tokens": 20,
-    "completion_tokens": 9,
-    "prompt_tokens_details": {"cached_tokens": 15},
-    "completion_tokens_details": {"reasoning_tokens": 4},
-}
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +327,7 @@ def test_nobody_and_nothing(sdk: OpenAI, door: Portal) -> None:
     assert (caught.value.code, caught.value.type) == ("invalid_api_key", "authentication_error")
     with pytest.raises(openai.NotFoundError) as missing:
         sdk.chat.completions.create(model="gpt-9", messages=HELLO)
-    assert missing.value.param == "model"
+    assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     assert "fake-1" in missing.value.message
     with pytest.raises(openai.NotFoundError):
         sdk.files.list()

@@ -188,7 +188,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             book=book,
             alerts=alerts,
             llm=llm,
-            embeddings=Embeddings(llm, authorizer, admission, accounting),
+            embeddings=Embeddings(llm, authorizer, admission, accounting, drain),
             templates=templates,
             sessions=sessions,
             kept=KeptResponses(store, sessions, authorizer),

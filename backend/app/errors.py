@@ -264,12 +264,14 @@ def openai_body(error: PortalError) -> dict[str, Any]:
     """The body of an error as OpenAI's clients read it. `code` is the contract's, but where OpenAI has one
     that clients act on."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    code = _OPENAI_CODES.get(error.code, error.code)
+    code, field = _OPENAI_CODES.get(error.code, error.code), _field_of(error)
+    if (error.status, field) == (404, "model"):
+        code = "model_not_found"
     return {
         "error": {
             "message": error.message,
             "type": code if code == "insufficient_quota" else _OPENAI_TYPES.get(error.status, kind),
-            "param": _field_of(error),
+            "param": field,
             "code": code,
         }
     }

@@ -156,7 +156,7 @@ NOBODYS = {
 """A value for each parameter of a path, with which nothing is found."""
 
 
-OPENAI_CODES = {"unauthenticated": "invalid_api_key"}
+OPENAI_CODES = {"unauthenticated": "invalid_api_key", "not_found": "model_not_found"}
 """Codes that are others below `/v1`."""
 
 

@@ -239,7 +239,7 @@ async def chat_completions(
     if session_id is None:
         turn = await sessions.chat(user, messages, options)
     else:
-        prompt, message = new_message(messages, NOT_IN_SESSION)
+        prompt, message = new_message(messages, "messages", NOT_IN_SESSION)
         asked = TurnRequest(user, session_id, message, system_prompt=prompt, options=options)
         turn = await submit(sessions, asked, idempotency_key)
     model = llm.known_model(body.model)

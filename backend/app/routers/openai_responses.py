@@ -119,7 +119,7 @@ async def create_response(
     messages = input_messages(body.input, body.instructions)
     session = await _session(kept, user, body, session_id)
     if _is_kept(body, session, messages):
-        prompt, message = new_message(messages, NOT_STORED)
+        prompt, message = new_message(messages, "input", NOT_STORED)
         asked = TurnRequest(user, session or new_id(), message, system_prompt=prompt, options=options)
         turn = await submit(sessions, asked, idempotency_key)
     else:

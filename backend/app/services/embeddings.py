@@ -12,6 +12,7 @@ from app.events import Failed, Final, GenerationOptions, TurnRequest, Usage, new
 from app.services.accounting import Accounting
 from app.services.admission import Admission
 from app.services.authorizer import Authorizer
+from app.services.drain import Drain
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Embedded
 from app.services.redaction import redact
@@ -23,12 +24,18 @@ class Embeddings:
     """Asks LLM servers for embeddings."""
 
     def __init__(
-        self, llm: LLMClient, authorizer: Authorizer, admission: Admission, accounting: Accounting
+        self,
+        llm: LLMClient,
+        authorizer: Authorizer,
+        admission: Admission,
+        accounting: Accounting,
+        drain: Drain,
     ) -> None:
         self._llm = llm
         self._authorizer = authorizer
         self._admission = admission
         self._accounting = accounting
+        self._drain = drain
 
     async def embed(
         self, who: Identity, texts: list[str], model: str | None, asked: Mapping[str, Any]
@@ -44,6 +51,7 @@ class Embeddings:
         options = GenerationOptions(model=model, max_tokens=1)
         request = TurnRequest(who, "", "\n".join(texts), project=project, options=options)
         turn = unstored(new_id(), who, project, request.message)
+        self._drain.check()
         known = self._llm.known_model(model)
         turn.ticket = await self._admission.admit(who, request, turn.id, known)
         try:

@@ -19,7 +19,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 NOT_IN_SESSION = "a session takes a new message of the user; leave X-Session-Id out"
 NOT_STORED = "what is stored takes a new message of the user; send store: false"
-"""What to do about results of tools, which a session keeps no calls for."""
+"""What to do about what no session can take: results of tools, whose calls it does not keep, and pictures."""
 
 
 # --- chat messages -------------------------------------------------------------------------------
@@ -65,14 +65,14 @@ def _joined(parts: Sequence[Given]) -> str | list[Given]:
     return list(parts)
 
 
-def new_message(messages: Sequence[Given], otherwise: str) -> tuple[str | None, str]:
+def new_message(messages: Sequence[Given], field: str, otherwise: str) -> tuple[str | None, str]:
     """The system prompt for a new session, if these chat messages begin with one, and the new message of the
-    user: their last. Raises `InvalidRequest`, which says what to do `otherwise`."""
+    user: their last. Raises `InvalidRequest`, which names the `field` and says what to do `otherwise`."""
     last = messages[-1]
     if last["role"] != "user":
-        raise InvalidRequest(f"messages: the last one must be the user's: {otherwise}")
+        raise InvalidRequest(f"{field}: the last message must be the user's: {otherwise}")
     if not isinstance(last["content"], str):
-        raise InvalidRequest(f"messages: sessions keep text only: {otherwise}")
+        raise InvalidRequest(f"{field}: sessions keep text only: {otherwise}")
     prompt = []
     for message in messages:
         if message["role"] != "system" or not isinstance(message["content"], str):
