@@ -393,6 +393,26 @@ async def test_pins_are_found_on_the_path_before_the_window(store: Store, memory
     assert await memory.pinned(session, parent[0]) == []
 
 
+async def test_an_exchange_has_the_answer_that_was_made_again(store: Store, memory: Memory) -> None:
+    asked = await accept(store, request("q"))
+    await finish(store, asked, "one")
+    again = await accept(store, request("", regenerate=True))
+    await finish(store, again, "two")
+    session = await store.session("user:1", "s")
+    assert session is not None
+    assert session.leaf_id is not None
+    question, answer = await store.messages(session.leaf_id)
+    old = await memory.exchange(session.id, question.id)
+    assert [row.content for row in old] == ["q", "two"], "the newest"
+    assert [row.content for row in await memory.exchange(session.id, answer.id)] == ["q", "two"]
+    await memory.pin(session.id, answer.id, pinned=True)
+    await finish(store, await accept(store, request("next")), "three")
+    session = await store.session("user:1", "s")
+    assert session is not None
+    pinned = await memory.pinned(session.id, session.leaf_id or "")
+    assert [row.content for row in pinned] == ["q", "two"]
+
+
 async def test_a_summary_is_kept_only_for_the_version_that_it_is_of(store: Store, memory: Memory) -> None:
     accepted = await accept(store, request())
     await finish(store, accepted)

@@ -21,23 +21,28 @@ _PINNED = text("""
     SELECT m.id, m.parent_id, m.turn_id, m.role, m.content, m.tool_calls, m.usage, m.created_at,
            t.state, t.kind, m.pinned
     FROM path JOIN messages m ON m.id = path.id JOIN turns t ON t.id = m.turn_id
-    WHERE m.turn_id IN (SELECT turn_id FROM messages WHERE session = :session AND pinned)
+    WHERE t.message_id IN (
+        SELECT answered.message_id FROM messages p JOIN turns answered ON answered.id = p.turn_id
+        WHERE p.session = :session AND p.pinned
+    )
     ORDER BY path.depth DESC
 """).columns(*MESSAGE_COLUMNS)
 _ANY_PINNED = (
     select(literal(1)).where(messages.c.session == bindparam("session"), text("messages.pinned")).limit(1)
 )
 _SUMMARY = select(summaries.c.content, summaries.c.until).where(summaries.c.session == bindparam("session"))
-_OF_TURN = (
+_OF_QUESTION = (
     select(*MESSAGE_COLUMNS)
     .join(turns, turns.c.id == messages.c.turn_id)
     .where(
-        messages.c.turn_id
-        == select(messages.c.turn_id)
+        turns.c.message_id
+        == select(turns.c.message_id)
+        .join(messages, messages.c.turn_id == turns.c.id)
         .where(messages.c.id == bindparam("message"), messages.c.session == bindparam("session"))
         .scalar_subquery()
     )
 )
+"""A question, and all answers to it: an exchange is told by the message that its turns answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +76,14 @@ class Memory:
         return await self._database.read(lambda c: _pinned(c, session, leaf))
 
     async def exchange(self, session: str, message_id: str) -> list[MessageRow]:
-        """All messages of the turn that a message of the session belongs to, each after the one that it
-        follows; none when there is no such message."""
+        """The question that a message of the session is, or answers, and its answer: that one, or the newest;
+        each message after the one that it follows; none when there is no such message."""
         named = {"session": session, "message": message_id}
-        rows = await self._database.read(lambda c: c.execute(_OF_TURN, named).all())
-        return _in_order([message_of(row) for row in rows])
+        rows = await self._database.read(lambda c: c.execute(_OF_QUESTION, named).all())
+        found = [message_of(row) for row in rows]
+        answers = {row.id: row.turn_id for row in found if row.role != "user"}
+        answer = answers.get(message_id) or max(answers.values(), default="")
+        return _in_order([row for row in found if row.role == "user" or row.turn_id == answer])
 
     async def pin(self, session: str, message_id: str, *, pinned: bool) -> bool:
         """Pins a message, or no longer; False when it is gone. What is sent changes with it, so the

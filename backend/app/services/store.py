@@ -290,6 +290,7 @@ class Store:
             select(*MESSAGE_COLUMNS)
             .join(turns, turns.c.message_id == messages.c.id)
             .where(turns.c.session == session, turns.c.state == "waiting", text(ACTIVE))
+            .where(messages.c.turn_id == turns.c.id)  # and not one that is answered again, where it stands
             .order_by(turns.c.position)
         )
         rows = await self._database.read(lambda c: c.execute(statement).all())
