@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import httpx
@@ -11,7 +13,7 @@ from prometheus_client.samples import Sample
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
-from tests.support import GameClient, MakePortal, Mosquitto, Portal, ask, owner_of, wait_until
+from tests.support import ROOT, GameClient, MakePortal, Mosquitto, Portal, ask, owner_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -187,3 +189,29 @@ def test_who_may_read_them(fake_portal: Portal, admin: httpx.Client, client: htt
     ) as prometheus:
         assert scrape(prometheus)
         assert prometheus.get("/api/sessions").status_code == 403, "the key is good for nothing else"
+
+
+def metrics_in(text: str) -> set[str]:
+    """The metrics that an expression, or a page of the docs, names."""
+    return set(re.findall(r"\b(?:portal|process)_[a-z_]+[a-z]\b", text))
+
+
+def test_the_dashboard_and_the_docs_name_only_what_there_is(
+    admin: httpx.Client, client: httpx.Client, llm: FakeLLM
+) -> None:
+    assert ask(client).status_code == 200
+    assert client.get("/metrics").status_code == 403
+    there = {sample.name for sample in scrape(admin)}
+    dashboard = json.loads((ROOT / "docs/operations/grafana-dashboard.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    shown = metrics_in(" ".join(target["expr"] for panel in panels for target in panel["targets"]))
+    assert shown <= there
+    page = (ROOT / "docs/operations.md").read_text()
+    alerts = page[page.index("### Alerts worth having") : page.index("## When something is wrong")]
+    assert metrics_in(alerts) <= there
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in there if name.startswith("portal_")}
+    table = page[page.index("| metric | labels |") : page.index("### Alerts worth having")]
+    assert metrics_in(table) - {"portal_key"} == families, "the docs tell of each"
+    assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in shown} >= families
+    places = [panel["gridPos"] for panel in panels]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
