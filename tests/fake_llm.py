@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -98,7 +99,15 @@ class FakeLLM:
     """How many were sent, of all replies."""
     dropped: int = 0
     models_status: int = 200
+    props_status: int = 200
     before_models: float = 0.0
+    listed: list[dict[str, Any]] | None = None
+    """What it says of its models, in place of the one `model`."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What else it answers, by path, or where a model is posted by path and model: what servers tell of
+    themselves, each kind in its own way."""
+    asked: Counter[str] = field(default_factory=Counter)
+    """How often, by path, what servers tell of themselves."""
     url: str = ""
     change: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -114,11 +123,21 @@ class FakeLLM:
     async def models(self, request: web.Request) -> web.Response:
         meta = {} if self.context is None else {"meta": {"n_ctx": self.context}}
         model = {"id": self.model, "object": "model", "owned_by": self.owner, **meta}
+        self.asked[request.path] += 1
         await asyncio.sleep(self.before_models)
-        return web.json_response({"object": "list", "data": [model]}, status=self.models_status)
+        listed = [model] if self.listed is None else self.listed
+        return web.json_response({"object": "list", "data": listed}, status=self.models_status)
 
     async def props(self, request: web.Request) -> web.Response:
-        return web.json_response({"chat_template": "tools", "total_slots": self.slots})
+        self.asked[request.path] += 1
+        body = {"chat_template": "tools", "total_slots": self.slots}
+        return web.json_response(self.told.get("/props", body), status=self.props_status)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        self.asked[request.path] += 1
+        model = (await request.json()).get("model") if request.method == "POST" else ""
+        told = self.told.get(f"{request.path} {model}".strip())
+        return web.json_response(told, status=404 if told is None else 200)
 
     async def token(self, request: web.Request) -> web.Response:
         self.token_requests.append(dict(await request.post()))
@@ -240,6 +259,7 @@ async def serve(fake: FakeLLM, port: int = 0) -> AsyncIterator[FakeLLM]:
     app.router.add_post("/{base:.*}/chat/completions", fake.completions)
     app.router.add_post("/v1/embeddings", fake.embeddings)
     app.router.add_post("/v1/chat/completions/input_tokens", fake.count)
+    app.router.add_route("*", "/{path:.*}", fake.tell)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
@@ -257,10 +277,18 @@ class FakeThread:
     def __init__(self) -> None:
         self._background = BackgroundLoop()
         self._stack = AsyncExitStack()
-        self.fake: FakeLLM = self._run(self._open())
+        self.fake: FakeLLM = self._run(self._open(FakeLLM(), 0))
 
-    async def _open(self) -> FakeLLM:
-        return await self._stack.enter_async_context(serve(FakeLLM()))
+    async def _open(self, fake: FakeLLM, port: int) -> FakeLLM:
+        return await self._stack.enter_async_context(serve(fake, port))
+
+    def stop(self) -> None:
+        """Closes the port and all connections, as a server that dies."""
+        self._run(self._stack.aclose())
+
+    def start(self) -> None:
+        """Listens again, at the same port."""
+        self._run(self._open(self.fake, int(self.fake.url.rsplit(":", 1)[-1])))
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._background.loop).result(20)

@@ -119,7 +119,7 @@ async def test_a_stopped_answer_is_not_kept(fake: FakeLLM, portal: Container) ->
 async def test_another_version_of_the_model_is_asked(fake: FakeLLM, portal: Container) -> None:
     first = await ask(portal, "one")
     fake.context = 4096  # of the same name, and yet another one
-    await portal.llm._router.route(None).pool._probes[0]._ask()
+    await portal.llm.router.route(None).pool._probes[0]._ask()
     assert final(await ask(portal, "two")).response != final(first).response
 
 

@@ -32,6 +32,7 @@ PERMISSIONS = {
     "servers:read": "See the LLM servers and how they are",
     "servers:write": "Take LLM servers out of service and back",
     "metrics:read": "Read what the portal measures of itself, as Prometheus does",
+    "models:write": "Choose the default model for all, and have the LLM servers asked anew what they serve",
     "audit:read": "Read, export and verify the audit log",
 }
 """Everything that there is to be allowed, with what it means."""

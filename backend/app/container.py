@@ -39,6 +39,8 @@ from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
 from app.services.metrics import Metrics, ProjectFigures, Watched
+from app.services.model_defaults import ModelDefaults
+from app.services.model_list import ModelList
 from app.services.outbox import Outbox
 from app.services.people import People
 from app.services.pins import Pins
@@ -90,6 +92,7 @@ class Container:
     sessions: SessionManager
     kept: KeptResponses
     servers: Servers
+    models: ModelList
     session_keys: SessionKeys
     tickets: Tickets
     memory: Memory
@@ -137,7 +140,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 
         catalog = Catalog(settings.path(settings.models_file))
         llm = await stack.enter_async_context(_llm(settings, catalog))
-        servers = await stack.enter_async_context(_servers(llm, database, authorizer))
+        servers, models = await stack.enter_async_context(_served(llm, database, authorizer))
         session_keys = SessionKeys(settings, database, store, authorizer, llm)
 
         book = UsageBook(database)
@@ -148,7 +151,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         templates = Templates(database, authorizer)
         runner = Runner(
             store,
-            Prompting(settings, store, memory, llm, policies, projects),
+            Prompting(settings, store, memory, llm, policies, projects, models.defaults),
             Generating(llm, policies, session_keys),
             accounting,
             IdleWork(settings, llm, store, memory, accounting, drain),
@@ -158,7 +161,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             _succession(Succession(store, leases, runner, admission, policies, drain))
         )
         sessions = SessionManager(
-            store, runner, llm, templates, authorizer, policies, projects, admission, drain
+            store, runner, llm, templates, authorizer, policies, projects, admission, drain, models.defaults
         )
         await sessions.open()
         stack.push_async_callback(sessions.close)
@@ -193,6 +196,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             sessions=sessions,
             kept=KeptResponses(store, sessions, authorizer),
             servers=servers,
+            models=models,
             session_keys=session_keys,
             tickets=Tickets(settings, database),
             memory=memory,
@@ -280,11 +284,20 @@ async def _llm(settings: Settings, catalog: Catalog) -> AsyncIterator[LLMClient]
 
 
 @asynccontextmanager
-async def _servers(llm: LLMClient, database: Database, authorizer: Authorizer) -> AsyncIterator[Servers]:
+async def _served(
+    llm: LLMClient, database: Database, authorizer: Authorizer
+) -> AsyncIterator[tuple[Servers, ModelList]]:
+    """The LLM servers, and the models, as people see them and choose among them."""
     servers = Servers(llm, database, authorizer)
+    models = ModelList(database, authorizer, llm, ModelDefaults(database, authorizer, llm))
     await servers.refresh()
-    async with _background(servers.watch(), "llm servers"):
-        yield servers
+    await models.open()
+    async with (
+        _background(servers.watch(), "llm servers"),
+        _background(models.watch(), "models"),
+        _background(models.defaults.watch(), "default models"),
+    ):
+        yield servers, models
 
 
 @asynccontextmanager

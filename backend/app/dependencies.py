@@ -28,6 +28,8 @@ from app.services.links import Links
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
 from app.services.metrics import Metrics
+from app.services.model_defaults import ModelDefaults
+from app.services.model_list import ModelList
 from app.services.people import People
 from app.services.pins import Pins
 from app.services.policies import Policies
@@ -147,6 +149,16 @@ async def _servers(request: Request) -> Servers:
     return servers
 
 
+async def _defaults(request: Request) -> ModelDefaults:
+    defaults: ModelDefaults = request.app.state.container.models.defaults
+    return defaults
+
+
+async def _models(request: Request) -> ModelList:
+    models: ModelList = request.app.state.container.models
+    return models
+
+
 async def _session_keys(request: Request) -> SessionKeys:
     keys: SessionKeys = request.app.state.container.session_keys
     return keys
@@ -219,6 +231,8 @@ LLMDep = Annotated[LLMClient, Depends(_llm)]
 EmbeddingsDep = Annotated[Embeddings, Depends(_embeddings)]
 KeptDep = Annotated[KeptResponses, Depends(_kept)]
 ServersDep = Annotated[Servers, Depends(_servers)]
+DefaultsDep = Annotated[ModelDefaults, Depends(_defaults)]
+ModelsDep = Annotated[ModelList, Depends(_models)]
 SessionKeysDep = Annotated[SessionKeys, Depends(_session_keys)]
 TicketsDep = Annotated[Tickets, Depends(_tickets)]
 StoreDep = Annotated[Store, Depends(_store)]

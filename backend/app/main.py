@@ -47,6 +47,7 @@ from app.routers import (
     keys,
     llm,
     metrics,
+    models,
     mqtt,
     openai,
     openai_responses,
@@ -125,7 +126,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     # Routes are looked for in this order, so the busiest come first.
     busy = (llm, websocket, openai, openai_responses, auth, sessions, templates)
-    for part in (*busy, keys, stats, mqtt, admin, devices, servers, health, metrics):
+    for part in (*busy, keys, stats, mqtt, admin, devices, servers, models, health, metrics):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)

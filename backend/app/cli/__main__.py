@@ -12,7 +12,7 @@ import msgspec
 import typer
 from rich.table import Table
 
-from app.cli import devices, install, page, people, servers, up
+from app.cli import devices, install, models, page, people, servers, up
 from app.cli.broker import Certificate
 from app.cli.checks import run_benchmarks, run_checks
 from app.cli.console import Failure, Step, console, done, failures_shown
@@ -39,6 +39,7 @@ audit_app = typer.Typer(help="The audit log.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
 app.add_typer(devices.app, name="devices")
 app.add_typer(servers.app, name="servers")
+app.add_typer(models.app, name="models")
 
 Port = Annotated[int, typer.Option("--port", help="Port of the portal", min=1, max=65535)]
 LlmPort = Annotated[

@@ -368,6 +368,23 @@ drained_servers = Table(
     comment="LLM servers that get no new requests, by the admin's word.",
 )
 
+default_models = Table(
+    "default_models",
+    metadata,
+    Column("subject", String(200), primary_key=True, comment="all, or an owner"),
+    Column("model", String(256), nullable=False),
+    Column("chosen_at", Float, nullable=False),
+    comment="The models that answer where a request names none.",
+)
+
+model_syncs = Table(
+    "model_syncs",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False),
+    comment="One row: when somebody wanted all LLM servers to be asked anew, by every process.",
+)
+
 audit = Table(
     "audit",
     metadata,

@@ -65,13 +65,13 @@ class LLMClient:
     def __init__(self, settings: Settings, catalog: Catalog | None = None) -> None:
         """Raises `InvalidRequest` when `models.toml` names secrets that are not there."""
         self._settings = settings
-        self._catalog = catalog or Catalog(settings.path(settings.models_file))
+        self.catalog = catalog or Catalog(settings.path(settings.models_file))
         self.queue = Queue(settings.llm_max_queue)
         self.pools = {DEFAULT: Pool(settings, default_upstream(settings), settings.llm_servers, self.queue)}
-        for name, provider in self._catalog.providers.items():
-            upstream = upstream_of(settings, name, provider, self._catalog.file)
+        for name, provider in self.catalog.providers.items():
+            upstream = upstream_of(settings, name, provider, self.catalog.file)
             self.pools[name] = Pool(settings, upstream, provider.urls, self.queue)
-        self._router = Router(settings, self._catalog, self.pools)
+        self.router = Router(settings, self.catalog, self.pools)
         self.own_key_providers = sorted(name for name, pool in self.pools.items() if pool.upstream.own_keys)
         """Those that take keys that sessions bring."""
         self._cache = ExactCache(settings) if settings.llm_cache_mb else None
@@ -96,7 +96,7 @@ class LLMClient:
 
     def places_of(self, wanted: str | None) -> Places:
         """The places at the servers of a model."""
-        return self._router.route(wanted).pool.places
+        return self.router.route(wanted).pool.places
 
     @property
     def servers(self) -> list[LLMServer]:
@@ -161,7 +161,7 @@ class LLMClient:
         (`LLM_CACHE_MB`), one to the same question of the same owner is given again, at once.
         """
         meter = meter or Meter()
-        journey = Journey(self._router, options.model, allowed, session, meter, own_key)
+        journey = Journey(self.router, options.model, allowed, session, meter, own_key)
         updates = self._updates(journey, partial(self._reply, journey, messages, options), deadline, owner)
         if self._cache is None or own_key is not None:
             return updates
@@ -213,7 +213,7 @@ class LLMClient:
     ) -> Completion | None:
         """The whole reply, made at the session's server while that has a place which no turn wants; None when
         there is none, or not for long enough. Raises what `generate` raises."""
-        route = self._router.route(options.model)
+        route = self.router.route(options.model)
         server = route.pool.home_of(session)
         if server is None or not server.spare_time.is_there:
             return None
@@ -224,7 +224,7 @@ class LLMClient:
     ) -> Usage | None:
         """Lets the session's server read a prompt in its spare time, so that those which begin the same are
         answered sooner: only where the prefix cache is one's own. Returns what it has read, or None."""
-        route = self._router.route(options.model)
+        route = self.router.route(options.model)
         server = route.pool.home_of(session)
         found = None if server is None else route.found(server)
         if server is None or found is None or found.server not in OWN_CACHE or not server.upstream.is_asked:
@@ -275,7 +275,7 @@ class LLMClient:
     ) -> Embedded:
         """The embeddings of `texts`. It waits for a place, and goes to another server, as `stream` does.
         Raises what `generate` raises: `InvalidRequest` where the server makes none."""
-        journey = Journey(self._router, model, (), None, meter or Meter(), None)
+        journey = Journey(self.router, model, (), None, meter or Meter(), None)
 
         async def made(_clock: Clock) -> AsyncGenerator[Embedded, None]:
             server, found = journey.arrive()
@@ -289,7 +289,7 @@ class LLMClient:
 
     def max_tokens_of(self, options: GenerationOptions) -> int:
         """How long a reply may get that is asked for with these options, in tokens."""
-        default = self._router.route(options.model).entry.options.max_tokens
+        default = self.router.route(options.model).entry.options.max_tokens
         return options.max_tokens or default or self._settings.llm_max_tokens
 
     async def count_tokens(self, messages: Sequence[Message], model: str | None = None) -> int | None:
@@ -304,7 +304,7 @@ class LLMClient:
     async def count(self, messages: Sequence[Message], reply: str, wanted: str | None) -> Usage | None:
         """What a generation that the server did not report has used, counted with its tokenizer; None where
         it has none, or does not answer at once."""
-        if not self._router.route(wanted).pool.is_open():
+        if not self.router.route(wanted).pool.is_open():
             return None
         try:
             async with asyncio.timeout(COUNT_AT_ONCE_S):
@@ -318,7 +318,7 @@ class LLMClient:
     async def _one(self, wanted: str | None) -> tuple[LLMServer, ModelInfo]:
         """A server that has a model, to be asked something small, and the model there. Raises why there is
         none."""
-        route = self._router.route(wanted)
+        route = self.router.route(wanted)
         server = await route.pool.one()
         model = route.found(server)
         if model is None:
@@ -346,7 +346,7 @@ class LLMClient:
     @property
     def last_health(self) -> Health:
         """How the servers were when they were last asked."""
-        settings, route = self._settings, self._router.route(None)
+        settings, route = self._settings, self.router.route(None)
         status = route.pool.status
         full = self.queue.waiting >= max(1, self.queue.most)
         if status == "ok" and (full or any(pool.status != "ok" for pool in self.pools.values())):
@@ -362,7 +362,7 @@ class LLMClient:
 
     def context_of(self, model: str | None) -> int | None:
         """The context length of a model, in tokens, where the server or `models.toml` tells."""
-        route = self._router.route(model)
+        route = self.router.route(model)
         found = route.found()
         return None if found is None else route.pool.context_of(found)
 
@@ -376,11 +376,11 @@ class LLMClient:
     async def model_name(self, wanted: str | None) -> str:
         """The name of the model that answers when `wanted` is asked for. Raises `InvalidRequest` for one
         that is not served, `LLMUnavailable` while nobody knows."""
-        route = self._router.route(wanted)
+        route = self.router.route(wanted)
         found = route.found()
         if found is None:
             await route.pool.look()
-            route = self._router.route(wanted)
+            route = self.router.route(wanted)
             found = route.found()
         if found is None:
             raise route.pool.not_served()
@@ -388,36 +388,36 @@ class LLMClient:
 
     def known_model(self, wanted: str | None) -> str:
         """The same as far as it is known without asking; else what is wanted, or nothing."""
-        route = self._router.route(wanted)
+        route = self.router.route(wanted)
         found = route.found()
         return (wanted or "") if found is None else route.name_of(found)
 
     def is_known(self, model: str) -> bool:
         """Whether a model of this name is configured, or known to be served."""
-        if self._catalog.has(model) or model == self._catalog.canonical(self._settings.llm_model):
+        if self.catalog.has(model) or model == self.catalog.canonical(self._settings.llm_model):
             return True
         return any(found.name == model for pool in self.pools.values() for found in pool.models)
 
     @property
     def can_answer(self) -> bool:
         """Whether the default model can be asked now, by whichever server."""
-        pool = self._router.route(None).pool
+        pool = self.router.route(None).pool
         return pool.is_open() and self.queue.waiting < max(1, self.queue.most)
 
     async def offered(self, allowed: tuple[str, ...]) -> list[Offer]:
         """The models that may be asked for where those in `allowed` are: what the servers serve now, and the
         names and aliases of `models.toml`. Raises nothing."""
-        await self._router.route(None).pool.look()
-        return self._router.offered(allowed)
+        await self.router.route(None).pool.look()
+        return self.router.offered(allowed)
 
     async def _current_models(self) -> list[ModelInfo]:
-        pool = self._router.route(None).pool
+        pool = self.router.route(None).pool
         await pool.look()
         await pool.ready()
         return pool.models
 
     async def _health(self) -> Health:
-        await self._router.route(None).pool.look()
+        await self.router.route(None).pool.look()
         return self.last_health
 
 

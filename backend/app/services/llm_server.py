@@ -74,15 +74,23 @@ class NotOffered(LLMError):
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model that the server serves. `id` is the server's name for it, `context` its length in
-    tokens where the server tells; `knows_tools` is False where its chat template is known to leave tools
-    out. `version` differs where the model or the server is known to be another one; empty where nothing is
+    tokens where the server tells; `tools`, `vision`, `thinking` and `loaded` are None where it does not.
+    `version` differs where the model or the server is known to be another one; empty where nothing is
     known of that."""
 
     id: str
     server: str
     context: int | None
-    knows_tools: bool = True
     version: str = ""
+    tools: bool | None = None
+    vision: bool | None = None
+    thinking: bool | None = None
+    loaded: bool | None = None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it may be sent tools: it is not known to leave them out, or to refuse them."""
+        return self.tools is not False
 
     @property
     def name(self) -> str:
@@ -329,11 +337,11 @@ class LLMServer:
         cannot tell (only llama.cpp and vLLM can)."""
         try:
             if model.server == "llamacpp":
-                answer = await self._ask(f"{self.base}/chat/completions/input_tokens", {"messages": messages})
+                answer = await self.ask(f"{self.base}/chat/completions/input_tokens", {"messages": messages})
                 return int(answer["input_tokens"])
             if model.server == "vllm":
                 question = {"model": model.id, "messages": messages}
-                return int((await self._ask(f"{self.root}/tokenize", question))["count"])
+                return int((await self.ask(f"{self.root}/tokenize", question))["count"])
         except (PortalError, KeyError, TypeError, ValueError) as error:
             log.debug("tokens could not be counted", reason=type(error).__name__)
         return None
@@ -342,15 +350,16 @@ class LLMServer:
         """The tokens of a text that stands in no prompt; None where the server cannot tell."""
         try:
             if model.server == "llamacpp":
-                return len((await self._ask(f"{self.root}/tokenize", {"content": text}))["tokens"])
+                return len((await self.ask(f"{self.root}/tokenize", {"content": text}))["tokens"])
             if model.server == "vllm":
                 question = {"model": model.id, "prompt": text, "add_special_tokens": False}
-                return int((await self._ask(f"{self.root}/tokenize", question))["count"])
+                return int((await self.ask(f"{self.root}/tokenize", question))["count"])
         except (PortalError, KeyError, TypeError, ValueError) as error:
             log.debug("tokens could not be counted", reason=type(error).__name__)
         return None
 
-    async def _ask(self, url: str, body: dict[str, Any]) -> Any:
+    async def ask(self, url: str, body: Mapping[str, Any]) -> Any:
+        """What the server answers to a small question that is posted. Raises a `PortalError`."""
         data = encode_body(body)
         try:
             async with asyncio.timeout(COUNT_TIMEOUT_S):

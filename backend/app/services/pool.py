@@ -66,6 +66,10 @@ class Pool:
             async with asyncio.timeout(LOOK_S if self.is_open() else None):
                 await asyncio.gather(*(probe.if_stale() for probe in self._probes))
 
+    async def ask_anew(self) -> None:
+        """Asks each server for everything that it tells. Raises nothing."""
+        await asyncio.gather(*(probe.anew() for probe in self._probes))
+
     # --- choosing a server ---
 
     def is_open(self, barred: Collection[Load] = ()) -> bool:
@@ -125,10 +129,7 @@ class Pool:
     def status(self) -> Status:
         """How it is: `ok` while all servers are that are in service; `degraded` when some are not, or when
         all may soon be."""
-        states = {server.state.state for server in self.servers}
-        if states <= {"ok", "draining", "drained"} and "ok" in states:
-            return "ok"
-        return "down" if states <= {"down", "broken"} and not self.is_open() else "degraded"
+        return status_of(self.servers)
 
     @property
     def latency_ms(self) -> int | None:
@@ -147,6 +148,16 @@ class Pool:
             for model in server.models:
                 found.setdefault(model.name, model)
         return list(found.values())
+
+    def having(self, wanted: str | None) -> list[LLMServer]:
+        """The servers that have a model, or the default one, as far as they tell: what a server of
+        `models.toml` that names none has is taken from there."""
+        is_trusted = self.upstream.name != DEFAULT
+        return [
+            server
+            for server in self.servers
+            if (wanted is None or _named(server.models, wanted) if server.models else is_trusted)
+        ]
 
     def find(self, server: LLMServer | None, wanted: str | None, entry: Model) -> ModelInfo | None:
         """The model `wanted`, or the default one, as `server` serves it, or some server of the pool; None
@@ -179,6 +190,15 @@ class Pool:
         return InvalidRequest(
             f"model: the LLM server does not serve this one; try one of {', '.join(names[:10])}"
         )
+
+
+def status_of(servers: Collection[LLMServer]) -> Status:
+    """How some servers are together."""
+    states = {server.state.state for server in servers}
+    if states <= {"ok", "draining", "drained"} and "ok" in states:
+        return "ok"
+    is_open = any(server.state.load.limit for server in servers)
+    return "down" if states <= {"down", "broken"} and not is_open else "degraded"
 
 
 def _named(models: list[ModelInfo], wanted: str | None) -> ModelInfo | None:

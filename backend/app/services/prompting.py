@@ -15,6 +15,7 @@ from app.logs import get_logger
 from app.services.history import CountTokens, History, Room
 from app.services.llm_client import LLMClient
 from app.services.memory import Memory
+from app.services.model_defaults import ModelDefaults
 from app.services.policies import Policies
 from app.services.projects import Projects
 from app.services.prompts import Prompt, estimate_tokens
@@ -56,6 +57,7 @@ class Prompting:
         llm: LLMClient,
         policies: Policies,
         projects: Projects,
+        defaults: ModelDefaults,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -63,13 +65,15 @@ class Prompting:
         self._llm = llm
         self._policies = policies
         self._projects = projects
+        self._defaults = defaults
 
     def role_of(self, turn: Turn) -> Role:
         """The role of who asked."""
         return self._policies.role(turn.row.role)
 
     def options(self, turn: Turn) -> GenerationOptions:
-        """What was asked for, above what the project has; a state is answered with the project's tools."""
+        """What was asked for, above what the project has, of the model that is asked now; a state is answered
+        with the project's tools."""
         project = self._projects.project(turn.session.project)
         given: dict[str, Any] = {
             name: value
@@ -78,7 +82,12 @@ class Prompting:
         }
         if turn.row.kind == "state" and (tools := project.tools_for(self.role_of(turn).tools)):
             given["tools"] = tools
-        return GenerationOptions.of({**given, **turn.row.options})
+        options = {**given, **turn.row.options}
+        wanted = turn.row.options.get("model")
+        model = self._defaults.model(turn.session.owner, self.role_of(turn), wanted)
+        if model != wanted:
+            options["model"] = model
+        return GenerationOptions.of(options)
 
     def system_prompt(self, session: SessionRow, turn: Turn) -> str:
         """What the role and the session begin with."""

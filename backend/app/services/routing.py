@@ -17,6 +17,9 @@ from app.services.replies import Fault
 from app.services.server_state import Refused
 from app.services.slots import Slots
 
+UNNAMED = frozenset({None, "", DEFAULT})
+"""What a request says that leaves the choice of the model to the portal."""
+
 
 @dataclass(frozen=True, slots=True)
 class OwnKey:
@@ -68,12 +71,25 @@ class Router:
         self._default_name = catalog.canonical(settings.llm_model)
         self._served_first = Route("", pools[DEFAULT], None, PLAIN)
         self._seen: list[ModelInfo] | None = None
+        self.preferred: str | None = None
+        """The model that an admin has made the default one, in place of that of `LLM_MODEL`."""
 
     def route(self, wanted: str | None) -> Route:
-        """The way to a model; nothing, or `default`, is the one of `LLM_MODEL`."""
-        if wanted in {None, "", DEFAULT}:
-            return self._default()
-        return self._to(self._catalog.canonical(wanted or ""))
+        """The way to a model; nothing, or `default`, is the default one."""
+        if wanted not in UNNAMED:
+            return self._to(self._catalog.canonical(wanted or ""))
+        if self.preferred is not None:
+            route = self._to(self.preferred)
+            if self.is_served(route):
+                return route
+        return self.of_settings()
+
+    def is_served(self, route: Route) -> bool:
+        """Whether the model can be asked now, as far as is known, or has fallbacks for when it cannot."""
+        servers = route.pool.having(route.id)
+        return bool(servers) and (
+            bool(route.entry.fallbacks) or any(server.state.load.limit for server in servers)
+        )
 
     def offered(self, allowed: tuple[str, ...]) -> list[Offer]:
         """The models that are known to be there, by each of their names, where they are `allowed`."""
@@ -96,12 +112,13 @@ class Router:
         """Where to go when no server of the route can answer: to models that are `allowed`, where there is a
         key to show."""
         for name in route.entry.fallbacks:
-            found = self.route(name)
+            found = self.of_settings() if name == DEFAULT else self.route(name)
             model = found.found()
             if model is not None and matches(found.name_of(model), allowed) and not found.lacks_key(own_key):
                 yield found
 
-    def _default(self) -> Route:
+    def of_settings(self) -> Route:
+        """The way to the model of `LLM_MODEL`."""
         if self._default_name != DEFAULT:
             route = self._to(self._default_name)
             if route.name:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -59,6 +60,7 @@ class ServerState:
         self._closed_by: PortalError | None = None
         self._closed_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self.since, self._last = time.time(), self.state
 
     def close(self) -> None:
         """Forgets what was to happen later."""
@@ -161,5 +163,8 @@ class ServerState:
         if self.drained or self.problem is not None or self._closed_by is not None:
             limit = 0
         more, self.load.limit = limit > self.load.limit, limit
+        state = self.state
+        if state != self._last:
+            self.since, self._last = time.time(), state
         if more:
             self.on_offer(self.load)

@@ -29,6 +29,7 @@ from app.services.drain import Drain, Draining
 from app.services.endings import Ended
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
+from app.services.model_defaults import ModelDefaults
 from app.services.outbox import Delivery
 from app.services.policies import Policies
 from app.services.projects import Projects
@@ -70,6 +71,7 @@ class SessionManager:
         projects: Projects,
         admission: Admission,
         drain: Drain,
+        defaults: ModelDefaults,
     ) -> None:
         self._store = store
         self._runner = runner
@@ -80,6 +82,7 @@ class SessionManager:
         self._policies = policies
         self._admission = admission
         self._drain = drain
+        self._defaults = defaults
         self._accepting: set[asyncio.Task[Turn]] = set()
 
     def on_delivery(self, listener: Callable[[Delivery, Turn], None]) -> None:
@@ -146,7 +149,7 @@ class SessionManager:
         if options.tool_choice is not None and options.tools is None:
             self._check_choice(request)
         if who.role.models != ANY:
-            await self._authorizer.check_model(who, await self._llm.model_name(options.model))
+            await self._authorizer.check_model(who, await self._llm.model_name(self._model(request)))
         default = partial(self._default_length, request)
         longest = self._admission.longest_reply(who, options.max_tokens, default)
         if longest != options.max_tokens:
@@ -158,7 +161,16 @@ class SessionManager:
     def _default_length(self, request: TurnRequest) -> int:
         """How long a reply may get where the request does not say it, in tokens."""
         of_project = self._projects.project(request.project).max_tokens if request.session_id else None
-        return of_project or self._llm.max_tokens_of(request.options)
+        return of_project or self._llm.max_tokens_of(self._with_model(request))
+
+    def _model(self, request: TurnRequest) -> str | None:
+        """The model that the request is for: it stays as it came, for whoever sends it again."""
+        return self._defaults.model(request.who.owner, request.who.role, request.options.model)
+
+    def _with_model(self, request: TurnRequest) -> GenerationOptions:
+        model = self._model(request)
+        same = model == request.options.model
+        return request.options if same else request.options.model_copy(update={"model": model})
 
     def _check_choice(self, request: TurnRequest) -> None:
         """Raises `InvalidRequest` when there is no tool to choose: of a state, those of its project count."""
@@ -178,7 +190,7 @@ class SessionManager:
                 request,
                 turn_id=turn_id,
                 instance=self._runner.instance,
-                full=self._llm.places_of(request.options.model).full,
+                full=self._llm.places_of(self._model(request)).full,
             )
         except BaseException:
             await self._admission.give_back(ticket)
@@ -197,7 +209,7 @@ class SessionManager:
     async def _admit(self, request: TurnRequest, turn_id: str) -> Ticket:
         """The ticket of a new turn. What was accepted before takes none: whoever repeats a request, to
         have its answer, is not refused it."""
-        model = self._llm.known_model(request.options.model)
+        model = self._llm.known_model(self._model(request))
         try:
             self._drain.check()
             return await self._admission.admit(request.who, request, turn_id, model)
@@ -260,13 +272,14 @@ class SessionManager:
         if who.role.redaction:
             messages = [redacted_message(message) for message in messages]
         messages = with_system(messages, before=who.role.system_prompt)
+        options = self._with_model(request)
         self._llm.places_of(options.model).check()
         turn_id, model = new_id(), self._llm.known_model(options.model)
         ticket = await self._admission.admit(who, request, turn_id, model)
         turn = unstored(turn_id, who, request.project, text)
         turn.ticket = ticket
         turn_log.accepted(turn, model)
-        self._runner.run_unstored(turn, messages, request.options)
+        self._runner.run_unstored(turn, messages, options)
         return turn
 
     def process_message(self, session_id: str, system_prompt: str, user_message: str, **options: Any) -> str:

@@ -236,6 +236,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/admin/models/default": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        /**
+         * Choose Model For All
+         * @description Chooses it for all who have chosen none; without a choice it is the model of LLM_MODEL.
+         */
+        put: operations["choose_model_for_all"];
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/admin/roles": {
         parameters: {
             query?: never;
@@ -967,6 +987,66 @@ export interface paths {
         get: operations["follow_turn"];
         put?: never;
         post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/models": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Models
+         * @description The models that may be asked for, and how each is.
+         */
+        get: operations["list_models"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/models/default": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        /**
+         * Choose Model
+         * @description Chooses the model that answers the asker where a request names none.
+         */
+        put: operations["choose_model"];
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/models/sync": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Sync Models
+         * @description Asks all LLM servers anew what they serve, at most every two seconds.
+         */
+        post: operations["sync_models"];
         delete?: never;
         options?: never;
         head?: never;
@@ -1719,6 +1799,21 @@ export interface components {
             usage?: components["schemas"]["Usage"] | null;
         };
         /**
+         * Capabilities
+         * @description What a model takes and does, as its server tells; null where it does not.
+         */
+        Capabilities: {
+            /** Thinking */
+            thinking: boolean | null;
+            /**
+             * Tools
+             * @description Without them, `LLM_TOOL_MODE` auto makes up for it
+             */
+            tools: boolean | null;
+            /** Vision */
+            vision: boolean | null;
+        };
+        /**
          * Chat
          * @description Messages for the model, which remembers none of them.
          */
@@ -1951,6 +2046,14 @@ export interface components {
             top_p?: number | null;
         };
         /**
+         * ChosenModel
+         * @description A model's name or alias; null for no choice of one's own.
+         */
+        ChosenModel: {
+            /** Model */
+            model: string | null;
+        };
+        /**
          * CompletionChoice
          * @description The one choice that there is.
          */
@@ -2040,6 +2143,24 @@ export interface components {
             reasoning_tokens: number;
             /** Turns */
             turns: number;
+        };
+        /**
+         * Default
+         * @description The `model` that answers where a request names none.
+         */
+        Default: {
+            /**
+             * Chosen
+             * @description What was chosen; null where nothing was
+             */
+            chosen: string | null;
+            /** Model */
+            model: string | null;
+            /**
+             * Note
+             * @description Why it is not the one that was chosen
+             */
+            note: string | null;
         };
         /**
          * Deleted
@@ -2664,6 +2785,48 @@ export interface components {
             secret: string;
         };
         /**
+         * Model
+         * @description A model that may be asked for by `name`, or by an alias.
+         */
+        Model: {
+            /** Aliases */
+            aliases: string[];
+            capabilities: components["schemas"]["Capabilities"];
+            /** Context Length */
+            context_length: number | null;
+            /**
+             * Fallbacks
+             * @description What answers where no server of it can
+             */
+            fallbacks: string[];
+            health: components["schemas"]["ModelHealth"];
+            /** Is Default */
+            is_default: boolean;
+            /** Is Default For All */
+            is_default_for_all: boolean;
+            /**
+             * Loaded
+             * @description Whether some server has it in its memory
+             */
+            loaded: boolean | null;
+            /** Name */
+            name: string;
+            /**
+             * Options
+             * @description Where a request does not say otherwise
+             */
+            options: {
+                [key: string]: unknown;
+            };
+            /** @description A million tokens, and a second */
+            price: components["schemas"]["Price"] | null;
+            /**
+             * Provider
+             * @description `default` for the servers of LLM_SERVER_URL
+             */
+            provider: string;
+        };
+        /**
          * ModelBody
          * @description A model. When it was made is not known: `created` is 0.
          */
@@ -2685,6 +2848,49 @@ export interface components {
             owned_by: string;
         };
         /**
+         * ModelChange
+         * @description What became of a model; `what` names what is another.
+         */
+        ModelChange: {
+            /**
+             * Change
+             * @enum {string}
+             */
+            change: "added" | "removed" | "changed";
+            /** Model */
+            model: string;
+            /** What */
+            what: string[];
+        };
+        /**
+         * ModelHealth
+         * @description How the servers of a model are.
+         */
+        ModelHealth: {
+            /**
+             * Latency Ms
+             * @description Of the last answer to a question about itself
+             */
+            latency_ms: number | null;
+            /**
+             * Queue
+             * @description Requests that wait for them, or others of the provider
+             */
+            queue: number;
+            /**
+             * Servers
+             * @description How many have the model
+             */
+            servers: number;
+            /** Since */
+            since: string | null;
+            /**
+             * Status
+             * @enum {string}
+             */
+            status: "ok" | "degraded" | "down";
+        };
+        /**
          * ModelList
          * @description The models that I may ask for.
          */
@@ -2697,6 +2903,18 @@ export interface components {
              * @constant
              */
             object?: "list";
+        };
+        /**
+         * Models
+         * @description The models that the asker's role may use.
+         */
+        Models: {
+            /** @description For the asker */
+            default: components["schemas"]["Default"];
+            /** @description For those who have chosen none */
+            default_for_all: components["schemas"]["Default"];
+            /** Models */
+            models: components["schemas"]["Model"][];
         };
         /**
          * MqttStatus
@@ -3044,6 +3262,29 @@ export interface components {
             variables?: {
                 [key: string]: unknown;
             };
+        };
+        /**
+         * Price
+         * @description The price of one model, a million tokens and a second.
+         */
+        Price: {
+            /** Cached */
+            cached?: number | null;
+            /**
+             * Gpu Second
+             * @default 0
+             */
+            gpu_second?: number;
+            /**
+             * Input
+             * @default 0
+             */
+            input?: number;
+            /**
+             * Output
+             * @default 0
+             */
+            output?: number;
         };
         /**
          * ProjectStatus
@@ -3792,6 +4033,20 @@ export interface components {
             type: "superseded";
         };
         /**
+         * SyncedModels
+         * @description The models after all servers were asked anew, and what that has changed.
+         */
+        SyncedModels: {
+            /** Changes */
+            changes: components["schemas"]["ModelChange"][];
+            /** @description For the asker */
+            default: components["schemas"]["Default"];
+            /** @description For those who have chosen none */
+            default_for_all: components["schemas"]["Default"];
+            /** Models */
+            models: components["schemas"]["Model"][];
+        };
+        /**
          * Template
          * @description A version of a template. `id` names the template, `version_id` this version of it.
          */
@@ -4136,16 +4391,19 @@ export type AuditPage = components['schemas']['AuditPage'];
 export type AuditVerdict = components['schemas']['AuditVerdict'];
 export type BudgetBody = components['schemas']['BudgetBody'];
 export type Cancelled = components['schemas']['Cancelled'];
+export type Capabilities = components['schemas']['Capabilities'];
 export type Chat = components['schemas']['Chat'];
 export type ChatAnswer = components['schemas']['ChatAnswer'];
 export type ChatCompletion = components['schemas']['ChatCompletion'];
 export type ChatRequest = components['schemas']['ChatRequest'];
+export type ChosenModel = components['schemas']['ChosenModel'];
 export type CompletionChoice = components['schemas']['CompletionChoice'];
 export type CompletionDetails = components['schemas']['CompletionDetails'];
 export type CompletionMessage = components['schemas']['CompletionMessage'];
 export type CompletionUsage = components['schemas']['CompletionUsage'];
 export type Conversation = components['schemas']['Conversation'];
 export type DayUsage = components['schemas']['DayUsage'];
+export type Default = components['schemas']['Default'];
 export type Deleted = components['schemas']['Deleted'];
 export type Device = components['schemas']['Device'];
 export type DeviceList = components['schemas']['DeviceList'];
@@ -4177,8 +4435,12 @@ export type LimitsList = components['schemas']['LimitsList'];
 export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
 export type MadeKey = components['schemas']['MadeKey'];
+export type Model = components['schemas']['Model'];
 export type ModelBody = components['schemas']['ModelBody'];
+export type ModelChange = components['schemas']['ModelChange'];
+export type ModelHealth = components['schemas']['ModelHealth'];
 export type ModelList = components['schemas']['ModelList'];
+export type Models = components['schemas']['Models'];
 export type MqttStatus = components['schemas']['MqttStatus'];
 export type NamedChoice = components['schemas']['NamedChoice'];
 export type NamedFunction = components['schemas']['NamedFunction'];
@@ -4200,6 +4462,7 @@ export type Permissions = components['schemas']['Permissions'];
 export type PinBody = components['schemas']['PinBody'];
 export type Preview = components['schemas']['Preview'];
 export type PreviewBody = components['schemas']['PreviewBody'];
+export type Price = components['schemas']['Price'];
 export type ProjectStatus = components['schemas']['ProjectStatus'];
 export type PromptDetails = components['schemas']['PromptDetails'];
 export type PublishedState = components['schemas']['PublishedState'];
@@ -4231,6 +4494,7 @@ export type Stopped = components['schemas']['Stopped'];
 export type StreamOptions = components['schemas']['StreamOptions'];
 export type SubjectLimits = components['schemas']['SubjectLimits'];
 export type SupersededBy = components['schemas']['SupersededBy'];
+export type SyncedModels = components['schemas']['SyncedModels'];
 export type Template = components['schemas']['Template'];
 export type TemplateBody = components['schemas']['TemplateBody'];
 export type TemplatePage = components['schemas']['TemplatePage'];
@@ -4692,6 +4956,39 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    choose_model_for_all: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ChosenModel"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Default"];
+                };
             };
             /** @description An error */
             default: {
@@ -5943,6 +6240,97 @@ export interface operations {
                         event: string;
                         id: string;
                     };
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    list_models: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Models"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    choose_model: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ChosenModel"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Default"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    sync_models: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["SyncedModels"];
                 };
             };
             /** @description An error */
