@@ -36,6 +36,7 @@ lock:  ## pin what pyproject.toml allows
 	$(BIN)/uv pip compile --universal --no-header pyproject.toml -o backend/requirements.txt
 	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra llm pyproject.toml -o backend/requirements-llm.txt
 	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra node pyproject.toml -o backend/requirements-node.txt
-	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra dev --extra llm pyproject.toml -o backend/requirements-dev.txt
+	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra otel pyproject.toml -o backend/requirements-otel.txt
+	$(BIN)/uv pip compile --universal --no-header -c backend/requirements.txt --extra dev --extra llm --extra otel pyproject.toml -o backend/requirements-dev.txt
 	$(BIN)/uv pip compile --universal --no-header --python-version 3.11 tests/clients/requirements.in -o tests/clients/requirements.txt
 	npm --prefix tests/clients install --package-lock-only

@@ -13,10 +13,11 @@ import socket
 import textwrap
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
@@ -258,6 +259,15 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="How: lines for people, or a JSON object a line for programs."
     )
+    otel_exporter_otlp_endpoint: str = Field(
+        "",
+        description="Where traces of turns are sent (OTLP over HTTP), such as http://localhost:4318. Needs "
+        "`pip install -r requirements-otel.txt`. Empty: none are made.",
+    )
+    otel_exporter_otlp_headers: SecretStr = Field(
+        SecretStr(""), description="Headers to send with them: name=value, separated by commas."
+    )
+    otel_service_name: str = Field("prompt-portal", description="What this service is called in traces.")
 
     _base: Path = PrivateAttr(default=BACKEND_DIR)
     _env_file: Path | None = PrivateAttr(default=None)
@@ -346,6 +356,22 @@ class Settings(BaseSettings):
             raise ValueError("give a URL such as https://example.org/hook, or nothing")
         return value
 
+    @field_validator("otel_exporter_otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        if not value:
+            return value
+        if find_spec("opentelemetry") is None or find_spec("opentelemetry.sdk") is None:
+            raise ValueError("traces need more packages: pip install -r requirements-otel.txt")
+        return http_url(value)
+
+    @field_validator("otel_exporter_otlp_headers")
+    @classmethod
+    def _pairs(cls, value: SecretStr) -> SecretStr:
+        if not all("=" in pair for pair in value.get_secret_value().split(",") if pair):
+            raise ValueError("give name=value, separated by commas")
+        return value
+
     @field_validator("secret_key_previous")
     @classmethod
     def _all_strong(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
@@ -382,6 +408,15 @@ class Settings(BaseSettings):
     def llm_servers(self) -> tuple[str, ...]:
         """Where the servers of `LLM_SERVER_URL` are, without `/v1`."""
         return tuple(self.llm_server_url.split(","))
+
+    @property
+    def otel_headers(self) -> dict[str, str]:
+        """What `OTEL_EXPORTER_OTLP_HEADERS` says."""
+        pairs = self.otel_exporter_otlp_headers.get_secret_value().split(",")
+        return {
+            name.strip().lower(): unquote(value.strip())
+            for name, _, value in (pair.partition("=") for pair in pairs if pair)
+        }
 
     def variable(self, name: str) -> str:
         """A variable that a file of the admin's names, from the environment first, then from the .env file;

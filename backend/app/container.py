@@ -57,6 +57,7 @@ from app.services.succession import Succession
 from app.services.tally import Tally
 from app.services.templates import Templates
 from app.services.tickets import Tickets
+from app.services.tracing import Tracing
 from app.services.usage import UsageBook
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             accounting,
             IdleWork(settings, llm, store, memory, accounting, drain),
             settings.instance or f"python-{new_id()}",
+            await stack.enter_async_context(_tracing(settings)),
         )
         succession = await stack.enter_async_context(
             _succession(Succession(store, leases, runner, admission, policies, drain))
@@ -242,6 +244,18 @@ async def _alerts(settings: Settings, database: Database, authorizer: Authorizer
         if webhook is not None:
             await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
         yield Alerts(database, authorizer, settings.alert_percent, webhook)
+
+
+@asynccontextmanager
+async def _tracing(settings: Settings) -> AsyncIterator[Tracing | None]:
+    if not settings.otel_exporter_otlp_endpoint:
+        yield None
+        return
+    tracing = Tracing(settings)
+    try:
+        yield tracing
+    finally:
+        await tracing.close()
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import InvalidRequest, PayloadTooLarge, PortalError
 from app.events import is_id, new_id
 from app.logs import bind
+from app.trace_parent import note_trace
 
 LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away. A connection that is closed with bytes
@@ -233,11 +234,16 @@ def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            given = value.decode("latin-1")
-            return given if is_id(given) else new_id()
-    return new_id()
+    """The id of a request; the trace that it belongs to is noted."""
+    given = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _IDS}
+    if not given:
+        return new_id()
+    note_trace(given.get(b"traceparent"), given.get(b"tracestate"))
+    request_id = given.get(b"x-request-id", "")
+    return request_id if is_id(request_id) else new_id()
+
+
+_IDS = frozenset({b"x-request-id", b"traceparent", b"tracestate"})
 
 
 class SecurityHeaders:

@@ -40,6 +40,7 @@ from app.services.store import Store
 from app.services.succession import Succession
 from app.services.tally import Tally
 from app.services.turns import Position, Turn, recall
+from app.trace_parent import note_trace
 
 LEASE_S = 10.0
 RENEW_S = 3.0
@@ -293,6 +294,7 @@ class ProjectDoor:
     async def _take(self, message: Incoming) -> None:
         if message.retain:
             return  # it was meant for whoever listened then
+        note_trace(message.user.get("traceparent"), message.user.get("tracestate"))
         command = read(self._project, message)
         if isinstance(command, Refusal):
             await self._parts.requests.refused(command)

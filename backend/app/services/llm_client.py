@@ -206,7 +206,7 @@ class LLMClient:
         if journey.slot is not None:
             body["id_slot"] = journey.slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
-        return server.generate(model, body, reader, clock, journey.key())
+        return server.generate(model, body, reader, clock, journey.key(), journey.headers)
 
     async def in_spare_time(
         self, session: str, messages: Sequence[Message], options: GenerationOptions, meter: Meter

@@ -38,6 +38,7 @@ from app.services.server_state import NEVER_ASKED, Loading, Refused, ServerState
 from app.services.slots import Slots
 from app.services.spare_time import SpareTime
 from app.services.streaming_http import Answer, BrokenAnswer, NoAnswer, NoConnection, StreamingHttp
+from app.trace_parent import NONE
 
 log = get_logger(__name__)
 
@@ -165,12 +166,18 @@ class LLMServer:
     # --- generating ---
 
     async def generate(
-        self, model: ModelInfo, body: Mapping[str, Any], reader: ReplyReader, clock: Clock, key: str | None
+        self,
+        model: ModelInfo,
+        body: Mapping[str, Any],
+        reader: ReplyReader,
+        clock: Clock,
+        key: str | None,
+        more: Mapping[str, str] = NONE,
     ) -> AsyncGenerator[Piece | Done, None]:
-        """Posts a chat completion, with another `key` than the provider's where one is given, and yields the
-        reply as `reader` reads it, within the limits of `clock`. Closing the generator closes the request to
-        the server."""
-        answer = await self._post(model, encode_body(body), clock, key)
+        """Posts a chat completion, with another `key` than the provider's where one is given and with `more`
+        headers, and yields the reply as `reader` reads it, within the limits of `clock`. Closing the
+        generator closes the request to the server."""
+        answer = await self._post(model, encode_body(body), clock, key, more)
         try:
             if answer.status != 200:
                 refusal = await self._refusal(answer, model.name, key)
@@ -193,12 +200,16 @@ class LLMServer:
         finally:
             await answer.leave(is_read=reader.complete)
 
-    async def _post(self, model: ModelInfo, body: bytes, clock: Clock, key: str | None) -> Answer:
+    async def _post(
+        self, model: ModelInfo, body: bytes, clock: Clock, key: str | None, more: Mapping[str, str]
+    ) -> Answer:
         kind = self.upstream.kind
         url = dialects.chat_url(kind, self.url, model.id, self.upstream.api_version)
         try:
             until = clock.next_limit()
             headers = await self._headers_with(key, until)
+            if more:
+                headers = {**headers, **more}
             return await self._http.request("POST", url, headers, body, until=until)
         except TimeoutError:
             raise LLMTimeout(clock.complaint()) from None

@@ -16,6 +16,8 @@ from app.services.pool import Pool
 from app.services.replies import Fault
 from app.services.server_state import Refused
 from app.services.slots import Slots
+from app.services.tracing import current_spans
+from app.trace_parent import NONE
 
 UNNAMED = frozenset({None, "", DEFAULT})
 """What a request says that leaves the choice of the model to the portal."""
@@ -168,6 +170,7 @@ class Journey:
         self._failed: set[Load] = set()
         self._doubtful: list[LLMServer] = []
         self._error: PortalError | None = None
+        self._spans = current_spans()
 
     # --- one stage of the way ---
 
@@ -190,6 +193,8 @@ class Journey:
     def ask(self, owner: str) -> Place:
         """A place on this stage. Raises `Overloaded`. Whoever asked must `leave`."""
         pool = self.route.pool
+        if self._spans is not None:
+            self._spans.waits(pool.upstream.name)
         lacking = pool.lacking(self.route.id)
         barred = {*self._failed, *lacking} if lacking else self._failed
         self._place = pool.ask(owner, self._session, barred, again=self._error is not None)
@@ -204,6 +209,8 @@ class Journey:
         if model is None:
             raise self.route.pool.not_served()
         self._meter.model = self.route.name_of(model)
+        if self._spans is not None:
+            self._spans.asks(server, self._meter.model)
         server.spare_time.make_way()
         self._slots = server.slots
         self._slot = server.slots.take(self._session)
@@ -227,6 +234,11 @@ class Journey:
         if self.server is not None:
             self.server.state.answered()
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the server is told beside what is asked of it."""
+        return NONE if self._spans is None else self._spans.headers
+
     def key(self) -> str | None:
         """The session's own key, where it is for the provider of this stage. Raises `InvalidRequest` when one
         is needed that the session does not have."""
@@ -249,6 +261,8 @@ class Journey:
             self._slots.give_back(self._slot)
         if self._place is not None:
             self._meter.gpu_seconds += self._place.leave()
+        if self._spans is not None:
+            self._spans.leaves()
         self.server = self._place = self._slots = self._slot = None
 
     # --- going on ---
@@ -257,6 +271,8 @@ class Journey:
         """This stage has failed. Returns when there is another way to go, and raises `error` when there is
         none."""
         server = self.server
+        if self._spans is not None:
+            self._spans.failed(error.code)
         if isinstance(error, Expired) and clock is not None and clock.is_over:
             raise LLMTimeout(clock.complaint())
         if server is None or clock is None or not error.retryable:

@@ -31,6 +31,7 @@ from app.services.outbox import Delivery
 from app.services.prompting import Asked, Prompting
 from app.services.rows import SessionRow, TurnRow
 from app.services.store import StaleAttempt, Store
+from app.services.tracing import Tracing
 from app.services.turns import Interruption, Turn, recall
 from app.services.watchers import Watchers
 
@@ -67,12 +68,14 @@ class Runner:
         accounting: Accounting,
         idle_work: IdleWork,
         instance: str,
+        tracing: Tracing | None = None,
     ) -> None:
         self._store = store
         self._prompting = prompting
         self._generating = generating
         self._accounting = accounting
         self._idle_work = idle_work
+        self._tracing = tracing
         self.instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
         self._side_tasks: set[asyncio.Task[None]] = set()
@@ -98,8 +101,7 @@ class Runner:
     def enqueue(self, turn: Turn) -> None:
         """Lets an accepted turn run when it is its session's next."""
         live = self._sessions.setdefault(turn.session.id, LiveSession(turn.session))
-        self.turns[turn.id] = turn
-        turn.context = context_with(turn=turn.id)
+        self._begin(turn)
         if not turn.row.detached:
             turn.on_abandoned = self._abandoned
         for watcher in self.watchers.of(turn):
@@ -115,11 +117,16 @@ class Runner:
 
     def run_unstored(self, turn: Turn, messages: Sequence[Message], options: GenerationOptions) -> None:
         """Runs a turn without a session, of which nothing is stored."""
-        self.turns[turn.id] = turn
+        self._begin(turn)
         turn.on_abandoned = self._abandoned
-        turn.context = context_with(turn=turn.id)
         working = self._work_unstored(turn, messages, options)
         turn.task = asyncio.create_task(working, name=f"chat {turn.id}", context=turn.context)
+
+    def _begin(self, turn: Turn) -> None:
+        self.turns[turn.id] = turn
+        turn.context = context_with(turn=turn.id)
+        if self._tracing is not None and turn.spans is None:
+            self._tracing.begin(turn)
 
     def interrupt(self, turn: Turn, why: Interruption) -> None:
         """Cuts a turn off: its generation if it runs, its wait if it waits."""

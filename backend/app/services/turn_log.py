@@ -1,5 +1,5 @@
-"""What the log tells of turns: one line when a turn is accepted, and one when it has ended, with ids and
-names and never what was said."""
+"""What the log, and traces, tell of turns: one line when a turn is accepted, and one when it has ended, with
+ids and names and never what was said."""
 
 from __future__ import annotations
 
@@ -30,3 +30,5 @@ def ended(turn: Turn, ending: Ending) -> None:
         ms=round((time.monotonic() - turn.began) * 1000),
         **more,
     )
+    if turn.spans is not None:
+        turn.spans.end(ending, turn.usage, turn.meter.model)

@@ -36,6 +36,7 @@ from app.events import (
 from app.services.admission import NO_TICKET
 from app.services.places import Meter
 from app.services.rows import SessionRow, TurnRow
+from app.services.tracing import TurnSpans
 
 Interruption = Literal["stop", "expired", "ended", "shutdown"]
 """Why a turn's generation is cut off."""
@@ -93,6 +94,7 @@ class Turn:
         self.followers = 0
         self.context: Context | None = None
         """That of its acceptance: whichever task starts it, it runs in this one."""
+        self.spans: TurnSpans | None = None
         self.on_abandoned: Callable[[Turn], None] | None = None
         self._events: list[Numbered] = []
         self._trace: list[Any] = []
@@ -153,7 +155,7 @@ class Turn:
     def restart(self, row: TurnRow) -> None:
         """A new attempt begins, with nothing of what was before."""
         self.row = row
-        self.interruption = None
+        self.interruption = self.spans = None
         self.first_token_at = None
         self.response, self._trace, self._events = [], [], []
         self.meter, self.usage, self.is_counted = Meter(), None, False
