@@ -27,7 +27,8 @@ def normal(name: str) -> str:
 
 def test_every_import_is_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {normal(name) for name in [*project["dependencies"], *project["optional-dependencies"]["llm"]]}
+    extras = project["optional-dependencies"]
+    declared = {normal(name) for name in [*project["dependencies"], *extras["llm"], *extras["otel"]]}
     brought_by_fastapi = {"starlette", "pydantic", "pydantic-core"}
     distributions = packages_distributions()
     foreign = set(imported()) - set(sys.stdlib_module_names) - {"app"}
