@@ -157,7 +157,8 @@ class TurnRequest(msgspec.Struct, frozen=True):
     `variables`, and `project` (empty: the default one) count only when the session is new;
     `template_version` is the version that the prompt was rendered from. A state takes the place of one that
     waits in the same session. With `regenerate` the last user message of the session is answered again, and
-    `message` is empty.
+    `message` is empty; with `edits` the message takes the place of that one, and the history goes on from
+    there.
     """
 
     who: Identity
@@ -176,6 +177,12 @@ class TurnRequest(msgspec.Struct, frozen=True):
     reply_to: ReplyTarget | None = None
     mark: Mark | None = None
     regenerate: bool = False
+    edits: str | None = None
+
+    @property
+    def needs_session(self) -> bool:
+        """Whether it is about what was said before."""
+        return self.regenerate or self.edits is not None
 
     def fingerprint(self) -> str:
         """A hash of message and parameters: the same request id with another one is a conflict."""
@@ -184,6 +191,8 @@ class TurnRequest(msgspec.Struct, frozen=True):
             given.append(self.kind)
         if self.regenerate:
             given.append("regenerate")
+        if self.edits is not None:
+            given.append(["edits", self.edits])
         return hashlib.sha256(msgspec.json.encode(given, order="deterministic")).hexdigest()
 
 

@@ -66,6 +66,8 @@ ROUTES: dict[str, Route] = {
     "DELETE /v1/responses/{response_id}": Route("sessions:write"),
     "GET /api/sessions": Route("sessions:read"),
     "GET /api/sessions/{session_id}": Route("sessions:read"),
+    "GET /api/sessions/{session_id}/branches": Route("sessions:read"),
+    "POST /api/sessions/{session_id}/messages/{message_id}/choose": Route("sessions:write"),
     "PATCH /api/sessions/{session_id}": Route("sessions:write", {"title": "T"}),
     "DELETE /api/sessions/{session_id}": Route("sessions:write"),
     "POST /api/sessions/{session_id}/restore": Route("sessions:write"),

@@ -69,6 +69,10 @@ class SessionChat(Asked):
         str | None, Field(description="A template of mine; its newest version is used")
     ] = None
     variables: Annotated[dict[str, Any], Field(default_factory=dict, description="What the template needs")]
+    edits: Annotated[
+        Id | None,
+        Field(description="A message of mine: this one takes its place, and the history goes on from there"),
+    ] = None
     project: Annotated[
         str, Field(max_length=64, description="`prompt_portal`, or that of the API key, when left out")
     ] = ""
@@ -278,6 +282,7 @@ async def _submit(request: Request, user: Identity, body: SessionChat) -> Turn:
             template_id=body.template_id,
             variables=body.variables,
             project=body.project,
+            edits=body.edits,
             options=body,
             deadline=_deadline(body.deadline_s),
             detached=body.request_id is not None,

@@ -180,6 +180,33 @@ async def unpin_message(session_id: str, message_id: str, user: CurrentUser, pin
     await pins.unpin(user, session_id, message_id)
 
 
+class Chosen(BaseModel):
+    """The newest message of the history now."""
+
+    leaf_id: str
+
+
+class Branches(BaseModel):
+    """The places of a session where there is more than one message: the ids in each, the oldest first."""
+
+    branches: list[list[str]]
+
+
+@router.post("/{session_id}/messages/{message_id}/choose")
+async def choose_message(
+    session_id: str, message_id: str, user: CurrentUser, sessions: SessionsDep
+) -> Chosen:
+    """Lets the history go through this message, and on to the newest one behind it: that is what is shown,
+    and what the model sees. A busy session is a `conflict`."""
+    return Chosen(leaf_id=await sessions.choose(user, session_id, message_id))
+
+
+@router.get("/{session_id}/branches")
+async def get_branches(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Branches:
+    """Where messages were answered again, or edited."""
+    return Branches(branches=await sessions.branches(user, session_id))
+
+
 async def _one(row: SessionRow, templates: Templates, memory: Memory) -> Session:
     (session,) = await _shown([row], templates, memory)
     return session

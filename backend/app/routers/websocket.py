@@ -161,6 +161,7 @@ class ChatSocket:
             template_id=body.template_id,
             variables=body.variables,
             project=body.project,
+            edits=body.edits,
         )
 
     async def _regenerate(self, body: Regeneration) -> None:

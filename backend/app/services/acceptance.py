@@ -33,6 +33,8 @@ MAX_WAITING = 16
 TITLE_CHARS = 80
 """A new session is called after the beginning of its first message."""
 
+BUSY = "The session is busy: wait until it has answered, or stop it, before you change what was said."
+
 RETRY_WINDOW_S = 24 * 3600
 """How long a request id is remembered, and a message of a broker that has none."""
 
@@ -63,6 +65,13 @@ _OF_MARK = Prepared(
 )
 _ACTIVE = Prepared(
     select(turns.c.id, turns.c.state, turns.c.kind).where(turns.c.session == bindparam("of"), text(ACTIVE))
+)
+_PLACE = Prepared(
+    select(messages.c.parent_id).where(
+        messages.c.id == bindparam("message"),
+        messages.c.session == bindparam("of"),
+        messages.c.role == "user",
+    )
 )
 _TURN, _MESSAGE = Prepared(insert(turns)), Prepared(insert(messages))
 _MOVED = Prepared(
@@ -112,7 +121,7 @@ def accept(
     if full is not None:
         return full
     draft = _Draft(request, turn_id, instance, session, position, now)
-    make = _answer_again if request.regenerate else _take_in
+    make = _edit if request.edits else _answer_again if request.regenerate else _take_in
     return make(connection, draft, known)
 
 
@@ -184,8 +193,8 @@ def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) 
     """Makes the turn that answers the last message again. The history stays as it is until there is a new
     answer, which is a sibling of the old one then."""
     session = draft.session
-    if _ACTIVE.all(connection, {"of": session.id}):
-        return Conflict("The session is busy: wait until it has answered, or stop it, before you regenerate.")
+    if _ACTIVE.first(connection, {"of": session.id}) is not None:
+        return Conflict(BUSY)
     last = last_question(connection, session)
     if last is None:
         return NotFound("There is no message that could be answered again.")
@@ -198,6 +207,25 @@ def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) 
         return Conflict("The conversation has gone on since this request: send a new one.")
     turn = _new_attempt(connection, known, draft, "running")
     return _accepted(connection, draft, "again", turn, drop_reply(connection, session, known).leaf_id)
+
+
+def _edit(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
+    """Makes the turn of a message that takes the place of another one: its sibling, on a path of its own."""
+    session = draft.session
+    if _ACTIVE.first(connection, {"of": session.id}) is not None:
+        return Conflict(BUSY)
+    edited = draft.request.edits if known is None else known.message_id
+    place = _PLACE.first(connection, {"message": edited, "of": session.id})
+    if place is None:
+        return NotFound("edits: there is no such message of yours in this session")
+    if known is not None:
+        turn = _new_attempt(connection, known, draft, "running")
+        drop_reply(connection, session, known)
+        return _accepted(connection, draft, "again", turn, turn.message_id)
+    turn = draft.turn(new_id(), "message", "running")
+    _insert_message(connection, turn, draft.request.message, place[0])
+    _insert_turn(connection, turn, draft.request)
+    return _accepted(connection, draft, "new", turn, turn.message_id)
 
 
 def _accepted(
@@ -218,7 +246,7 @@ def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionR
     """The session, locked for this transaction and made if it is new, and its next position."""
     named = {"owner": request.who.owner, "name": request.session_id}
     row = _SESSION.first(connection, named)
-    if row is None and request.regenerate:
+    if row is None and request.needs_session:
         return NotFound("There is no such session.")
     if row is None:
         make_session(

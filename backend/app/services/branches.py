@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
+from app.errors import Conflict, NotFound, PortalError
 from app.events import Kind
-from app.models.tables import ACTIVE, messages, turns
+from app.models.tables import ACTIVE, messages, sessions, turns
 from app.prepared import Prepared
 from app.services.rows import SessionRow, TurnRow
 
@@ -24,6 +25,13 @@ _AT = Prepared(
     .where(messages.c.id == bindparam("message"))
 )
 _OWNER = Prepared(select(messages.c.turn_id).where(messages.c.id == bindparam("message")))
+_TREE = (
+    select(messages.c.id, messages.c.parent_id)
+    .join(turns, turns.c.id == messages.c.turn_id)
+    .where(messages.c.session == bindparam("session"), turns.c.state != "waiting")
+    .order_by(messages.c.created_at, messages.c.id)
+)
+_BUSY = select(turns.c.id).where(turns.c.session == bindparam("session"), text(ACTIVE)).limit(1)
 _RUNNING = select(turns.c.message_id).where(
     turns.c.session == bindparam("session"), turns.c.state == "running", text(ACTIVE)
 )
@@ -49,6 +57,31 @@ def last_question(connection: Connection, session: SessionRow) -> tuple[str, Kin
             return at, kind
         at = parent
     return None
+
+
+def choose(connection: Connection, session: SessionRow, message_id: str) -> str | PortalError:
+    """Lets the history go through a message, and on to the newest one behind it, which is returned. It begins
+    anew with what is sent to the model."""
+    if connection.execute(_BUSY, {"session": session.id}).first() is not None:
+        return Conflict("The session is busy: wait until it has answered, or stop it.")
+    rows = connection.execute(_TREE, {"session": session.id}).all()
+    if message_id not in {row.id for row in rows}:
+        return NotFound("There is no such message in this session.")
+    newest = {row.parent_id: row.id for row in rows}
+    leaf = message_id
+    while leaf in newest:
+        leaf = newest[leaf]
+    changes = {"leaf_id": leaf, "window_start": None, "version": session.version + 1}
+    connection.execute(update(sessions).where(sessions.c.id == session.id).values(changes))
+    return leaf
+
+
+def branches(connection: Connection, session: SessionRow) -> list[list[str]]:
+    """The places in the tree of messages where there is more than one: their ids, the oldest first."""
+    places: dict[str | None, list[str]] = {}
+    for row in connection.execute(_TREE, {"session": session.id}):
+        places.setdefault(row.parent_id, []).append(row.id)
+    return [place for place in places.values() if len(place) > 1]
 
 
 def answers_again(connection: Connection, turn: TurnRow) -> bool:

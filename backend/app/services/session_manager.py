@@ -199,9 +199,7 @@ class SessionManager:
             await self._admission.give_back(ticket)
         for ended in acceptance.superseded:
             self._cut_off_turn(ended)
-        turn = self._taken_in(
-            acceptance, request.message, ticket, self._llm.known_model(request.options.model)
-        )
+        turn = self._taken_in(acceptance, request, ticket)
         if acceptance.delivery is not None and not acceptance.turn.is_active:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
@@ -234,15 +232,16 @@ class SessionManager:
         prompt = version.render(request.variables)
         return replace(request, system_prompt=prompt, template_version=version.id)
 
-    def _taken_in(self, acceptance: Acceptance, message: str, ticket: Ticket, model: str) -> Turn:
+    def _taken_in(self, acceptance: Acceptance, request: TurnRequest, ticket: Ticket) -> Turn:
         row = acceptance.turn
         if acceptance.kind == "known":
             live = self._runner.turns.get(row.id) if row.is_active else None
             return live or self._runner.turn_elsewhere(row, acceptance.session)
         turn = Turn(row, acceptance.session)
-        turn.question = message or None
+        # What is answered again, or stands elsewhere than at the end, is read with its own history.
+        turn.question = None if request.needs_session else request.message
         turn.ticket = ticket
-        turn_log.accepted(turn, model)
+        turn_log.accepted(turn, self._llm.known_model(request.options.model))
         self._runner.enqueue(turn)
         return turn
 
@@ -408,6 +407,18 @@ class SessionManager:
         if turn is not None:
             self._runner.interrupt(turn, "ended")
             self._runner.settle(turn, ended)
+
+    async def choose(self, who: Identity, session_id: str, message_id: str) -> str:
+        """Lets the history of a session go through a message, and on to the newest one behind it, whose id
+        is returned. Raises `NotFound`, `Conflict` while a turn of the session is active."""
+        session = await self._session(who, "sessions:write", session_id)
+        _, leaf = await self._store.choose(who.owner, session_id, message_id)
+        self._runner.forget_history(session.id)
+        return leaf
+
+    async def branches(self, who: Identity, session_id: str) -> list[list[str]]:
+        """The places of a session where there is more than one message. Raises `NotFound`."""
+        return await self._store.branches(await self.session(who, session_id))
 
     async def restore(self, who: Identity, session_id: str) -> SessionRow:
         """Brings back a deleted session. Raises `NotFound`, or `Conflict` when its id is in use again."""

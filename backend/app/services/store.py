@@ -18,7 +18,7 @@ from app.database import Database
 from app.errors import Conflict, NotFound, Overloaded, PortalError
 from app.events import Ending, Mark, TurnRequest
 from app.models.tables import ACTIVE, LIVE, identity, leases, messages, session_keys, sessions, turns
-from app.services import acceptance, endings
+from app.services import acceptance, branches, endings
 from app.services.acceptance import Acceptance, was_taken
 from app.services.endings import Ended, Reply
 from app.services.rows import (
@@ -130,6 +130,23 @@ class Store:
             return session.id, [] if taken else endings.clear(connection, session, partial)
 
         return _raised(await self._database.write(operation))
+
+    async def choose(self, owner: str, session_id: str, message_id: str) -> tuple[str, str]:
+        """Lets the history of a session go through a message. Returns the session's row id, and the newest
+        message of that path. Raises `NotFound`, and `Conflict` while a turn of the session is active."""
+
+        def operation(connection: Connection) -> tuple[str, str] | PortalError:
+            session = endings.locked_by_name(connection, owner, session_id)
+            if isinstance(session, NotFound):
+                return session
+            leaf = branches.choose(connection, session, message_id)
+            return leaf if isinstance(leaf, PortalError) else (session.id, leaf)
+
+        return _raised(await self._database.write(operation))
+
+    async def branches(self, session: SessionRow) -> list[list[str]]:
+        """The places of a session where there is more than one message: their ids, the oldest first."""
+        return await self._database.read(lambda c: branches.branches(c, session))
 
     async def set_prompt(
         self,

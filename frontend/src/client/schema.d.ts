@@ -1181,6 +1181,26 @@ export interface paths {
         patch: operations["change_session"];
         trace?: never;
     };
+    "/api/sessions/{session_id}/branches": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Get Branches
+         * @description Where messages were answered again, or edited.
+         */
+        get: operations["get_branches"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/sessions/{session_id}/key": {
         parameters: {
             query?: never;
@@ -1204,6 +1224,27 @@ export interface paths {
          * @description Takes a session's key away.
          */
         delete: operations["delete_key"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/sessions/{session_id}/messages/{message_id}/choose": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Choose Message
+         * @description Lets the history go through this message, and on to the newest one behind it: that is what is shown,
+         *     and what the model sees. A busy session is a `conflict`.
+         */
+        post: operations["choose_message"];
+        delete?: never;
         options?: never;
         head?: never;
         patch?: never;
@@ -1774,6 +1815,14 @@ export interface components {
             whole: boolean;
         };
         /**
+         * Branches
+         * @description The places of a session where there is more than one message: the ids in each, the oldest first.
+         */
+        Branches: {
+            /** Branches */
+            branches: string[][];
+        };
+        /**
          * BudgetBody
          * @description A budget that holds for me, and what of it is spent.
          */
@@ -2044,6 +2093,14 @@ export interface components {
              * @description Nucleus sampling
              */
             top_p?: number | null;
+        };
+        /**
+         * Chosen
+         * @description The newest message of the history now.
+         */
+        Chosen: {
+            /** Leaf Id */
+            leaf_id: string;
         };
         /**
          * ChosenModel
@@ -3801,6 +3858,11 @@ export interface components {
              */
             deadline_s?: number | null;
             /**
+             * Edits
+             * @description A message of mine: this one takes its place, and the history goes on from there
+             */
+            edits?: string | null;
+            /**
              * Extra
              * @description What only some servers take, as they call it: top_k, min_p, grammar, …
              */
@@ -4389,6 +4451,7 @@ export type AlertList = components['schemas']['AlertList'];
 export type AuditEntry = components['schemas']['AuditEntry'];
 export type AuditPage = components['schemas']['AuditPage'];
 export type AuditVerdict = components['schemas']['AuditVerdict'];
+export type Branches = components['schemas']['Branches'];
 export type BudgetBody = components['schemas']['BudgetBody'];
 export type Cancelled = components['schemas']['Cancelled'];
 export type Capabilities = components['schemas']['Capabilities'];
@@ -4396,6 +4459,7 @@ export type Chat = components['schemas']['Chat'];
 export type ChatAnswer = components['schemas']['ChatAnswer'];
 export type ChatCompletion = components['schemas']['ChatCompletion'];
 export type ChatRequest = components['schemas']['ChatRequest'];
+export type Chosen = components['schemas']['Chosen'];
 export type ChosenModel = components['schemas']['ChosenModel'];
 export type CompletionChoice = components['schemas']['CompletionChoice'];
 export type CompletionDetails = components['schemas']['CompletionDetails'];
@@ -6599,6 +6663,37 @@ export interface operations {
             };
         };
     };
+    get_branches: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Branches"];
+                };
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
     get_key: {
         parameters: {
             query?: never;
@@ -6682,6 +6777,38 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            /** @description An error */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    choose_message: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                message_id: string;
+                session_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Chosen"];
+                };
             };
             /** @description An error */
             default: {
