@@ -241,7 +241,7 @@ class SessionManager:
         # What is answered again, or stands elsewhere than at the end, is read with its own history.
         turn.question = None if request.needs_session else request.message
         turn.ticket = ticket
-        turn_log.accepted(turn, self._llm.known_model(request.options.model))
+        turn_log.accepted(turn, self._llm.known_model(self._model(request)))
         self._runner.enqueue(turn)
         return turn
 
