@@ -279,8 +279,10 @@ def test_ones_own_default_answers_where_no_model_is_named(
     assert says(ada) == says(ada, model="default") == "from cloud"
     assert says(ada, model="big") == "from vllm", "what a turn names goes before"
     assert says(ada, again, request_id="r1") == "from llamacpp", "the same request has the same answer"
-    plain = ada.post("/api/llm/chat", json={"messages": [{"role": "user", "content": "hi"}]})
-    assert plain.json()["response"] == "from cloud"
+    messages = [{"role": "user", "content": "hi"}]
+    assert ada.post("/api/llm/chat", json={"messages": messages}).json()["response"] == "from cloud"
+    assert ada.post("/v1/chat/completions", json={"messages": messages}).json()["model"] == "clever"
+    assert ada.post("/v1/responses", json={"input": "hi"}).json()["model"] == "clever"
 
     session = new_id()
     game = GameClient(mosquitto.port, f"driving/assistant_response/{session}")

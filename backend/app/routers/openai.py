@@ -242,7 +242,7 @@ async def chat_completions(
         prompt, message = new_message(messages, "messages", NOT_IN_SESSION)
         asked = TurnRequest(user, session_id, message, system_prompt=prompt, options=options)
         turn = await submit(sessions, asked, idempotency_key)
-    model = llm.known_model(body.model)
+    model = llm.known_model(sessions.model_for(user, body.model))
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage is True
         chunks = ChatChunks(turn, model, include_usage=include_usage)

@@ -124,7 +124,7 @@ async def create_response(
         turn = await submit(sessions, asked, idempotency_key)
     else:
         turn = await sessions.chat(user, messages, options)
-    model = llm.known_model(body.model)
+    model = llm.known_model(sessions.model_for(user, body.model))
     frame = Frame(turn, options.given(), model, body.instructions, body.previous_response_id)
     if body.stream:
         return FormedStream(request, turn, ResponseEvents(frame), headers_of(turn))
@@ -138,13 +138,15 @@ async def get_response(
     request: Request,
     user: CurrentUser,
     kept: KeptDep,
+    sessions: SessionsDep,
     llm: LLMDep,
     stream: Annotated[bool, Query(description="As events, from the first one")] = False,
 ) -> Response:
     """A response that is kept, as it is now."""
     turn = await kept.find(user, response_id)
     options = turn.row.options
-    frame = Frame(turn, options, llm.known_model(options.get("model")), turn.session.system_prompt or None)
+    model = llm.known_model(sessions.model_for(user, options.get("model")))
+    frame = Frame(turn, options, model, turn.session.system_prompt or None)
     if stream:
         return FormedStream(request, turn, ResponseEvents(frame), headers_of(turn))
     return json_response(frame.now(), headers_of(turn))

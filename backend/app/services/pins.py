@@ -58,7 +58,7 @@ class Pins:
             raise Conflict("Of the states of a game only the newest is sent; they cannot be pinned.")
         if not list(exchanges_in(exchange)):
             raise Conflict("This message has no answer, so it is not sent to the model and cannot be pinned.")
-        pinned = await self._with(session, exchange)
+        pinned = await self._with(who, session, exchange)
         if pinned.tokens > pinned.most:
             raise InvalidRequest(
                 f"message_id: with it {pinned.tokens} tokens would be pinned; at most {pinned.most} may be. "
@@ -78,7 +78,7 @@ class Pins:
         await self._authorizer.check(who, "sessions:write")
         return await self._sessions.session(who, session_id)
 
-    async def _with(self, session: SessionRow, exchange: list[MessageRow]) -> Pinned:
+    async def _with(self, who: Identity, session: SessionRow, exchange: list[MessageRow]) -> Pinned:
         """What would be pinned with this exchange."""
         rows = await self._memory.pinned(session.id, session.leaf_id or "")
         if exchange[0].turn_id not in {row.turn_id for row in rows}:
@@ -86,6 +86,7 @@ class Pins:
         exchanges = [sent for _, _, sent in exchanges_in(rows)]
         json, count = b",".join(sent.json for sent in exchanges), sum(sent.count for sent in exchanges)
         prompt = Prompt(b"", json, count)
-        counted = await self._llm.count_tokens(prompt)
-        room = room_for(self._settings, self._llm, GenerationOptions())
+        model = self._sessions.model_for(who)
+        counted = await self._llm.count_tokens(prompt, model)
+        room = room_for(self._settings, self._llm, GenerationOptions(model=model))
         return Pinned(prompt.estimate if counted is None else counted, room.budget // MOST_OF_BUDGET)

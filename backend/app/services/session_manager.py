@@ -165,7 +165,11 @@ class SessionManager:
 
     def _model(self, request: TurnRequest) -> str | None:
         """The model that the request is for: it stays as it came, for whoever sends it again."""
-        return self._defaults.model(request.who.owner, request.who.role, request.options.model)
+        return self.model_for(request.who, request.options.model)
+
+    def model_for(self, who: Identity, wanted: str | None = None) -> str | None:
+        """The model to ask for when somebody wants this one, or none; None for the default for all."""
+        return self._defaults.model(who.owner, who.role, wanted)
 
     def _with_model(self, request: TurnRequest) -> GenerationOptions:
         model = self._model(request)
