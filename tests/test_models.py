@@ -387,6 +387,8 @@ def test_a_sync_tells_what_has_changed_and_asks_rarely(root: httpx.Client, fakes
             return bool(seen)
 
         wait_until(is_told, what="the change")
+        for _ in range(10):
+            assert root.post("/api/models/sync").status_code == 200
         elapsed = time.monotonic() - began
         assert seen == [{"model": "little", "change": "changed", "what": ["capabilities"]}]
         assert listed(root)["little"]["capabilities"]["vision"] is True
