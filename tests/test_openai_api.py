@@ -359,7 +359,7 @@ def test_limits_are_told(door: Portal) -> None:
 
 def test_models_by_each_of_their_names(sdk: OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["big", "fake-1", "gpt-4o", "secret", "smart"]
-    assert sdk.models.retrieve("smart").owned_by == "test"
+    assert sdk.models.retrieve("smart").owned_by == "default"
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("gone")
 

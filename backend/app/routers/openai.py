@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -10,16 +10,17 @@ from fastapi import APIRouter, Header, Request, Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from starlette.requests import ClientDisconnect
 
-from app.dependencies import CurrentUser, EmbeddingsDep, LLMDep, SessionsDep
+from app.access import Identity
+from app.dependencies import CurrentUser, EmbeddingsDep, LLMDep, ModelsDep, SessionsDep
 from app.errors import InvalidRequest, NotFound
 from app.events import Cancelled, Final, GenerationOptions, TurnRequest
 from app.hardening import StrictRoute
 from app.options import Objects
 from app.routers.streaming import SSE, FormedStream, while_connected
 from app.services.llm_client import LLMClient
+from app.services.model_list import ModelList
 from app.services.openai_chat import ChatChunks, chat_completion
 from app.services.openai_messages import NOT_IN_SESSION, chat_messages, new_message
-from app.services.routing import Offer
 from app.services.session_manager import SessionManager
 from app.services.turns import Turn, answer_of
 
@@ -203,7 +204,7 @@ class EmbeddingList(BaseModel):
     usage: EmbeddingUsage
 
 
-class ModelBody(BaseModel):
+class OpenAIModel(BaseModel):
     """A model. When it was made is not known: `created` is 0."""
 
     id: str
@@ -212,11 +213,11 @@ class ModelBody(BaseModel):
     owned_by: str
 
 
-class ModelList(BaseModel):
+class OpenAIModelList(BaseModel):
     """The models that I may ask for."""
 
     object: Literal["list"] = "list"
-    data: list[ModelBody]
+    data: list[OpenAIModel]
 
 
 # --- routes --------------------------------------------------------------------------------------
@@ -268,22 +269,25 @@ async def embeddings(
 
 
 @router.get("/models")
-async def models(user: CurrentUser, llm: LLMDep) -> ModelList:
+async def openai_models(user: CurrentUser, models: ModelsDep) -> OpenAIModelList:
     """The models that I may ask for, by each of their names."""
-    return ModelList(data=[_model(offer) for offer in await llm.offered(user.role.models)])
+    return OpenAIModelList(data=list(_models(models, user)))
 
 
 @router.get("/models/{model:path}")
-async def model(model: str, user: CurrentUser, llm: LLMDep) -> ModelBody:
+async def openai_model(model: str, user: CurrentUser, models: ModelsDep) -> OpenAIModel:
     """One of these models."""
-    found = [offer for offer in await llm.offered(user.role.models) if offer.name == model]
-    if not found:
-        raise NotFound("model: there is no such model for you")
-    return _model(found[0])
+    for found in _models(models, user):
+        if found.id == model:
+            return found
+    raise NotFound("model: there is no such model for you")
 
 
-def _model(offer: Offer) -> ModelBody:
-    return ModelBody(id=offer.name, owned_by=offer.owner or "unknown")
+def _models(models: ModelList, user: Identity) -> Iterator[OpenAIModel]:
+    served = [model for model in models.all(user).models if model.health.servers]
+    owners = {name: model.provider for model in served for name in (model.name, *model.aliases)}
+    for name in sorted(owners):
+        yield OpenAIModel(id=name, owned_by=owners[name])
 
 
 # --- what both APIs do ---------------------------------------------------------------------------

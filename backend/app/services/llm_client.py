@@ -26,7 +26,7 @@ from app.services.llm_server import Clock, Embedded, LLMServer, Message, ModelIn
 from app.services.places import Meter, NoServer, Places, Queue
 from app.services.pool import Pool, Status, default_upstream, upstream_of
 from app.services.replies import Completion, Done, InQueue, Piece, ReplyReader, Update
-from app.services.routing import Journey, Offer, OwnKey, Route, Router
+from app.services.routing import Journey, OwnKey, Route, Router
 from app.services.streaming_http import StreamingHttp
 
 if TYPE_CHECKING:
@@ -403,12 +403,6 @@ class LLMClient:
         """Whether the default model can be asked now, by whichever server."""
         pool = self.router.route(None).pool
         return pool.is_open() and self.queue.waiting < max(1, self.queue.most)
-
-    async def offered(self, allowed: tuple[str, ...]) -> list[Offer]:
-        """The models that may be asked for where those in `allowed` are: what the servers serve now, and the
-        names and aliases of `models.toml`. Raises nothing."""
-        await self.router.route(None).pool.look()
-        return self.router.offered(allowed)
 
     async def _current_models(self) -> list[ModelInfo]:
         pool = self.router.route(None).pool

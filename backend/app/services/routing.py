@@ -56,14 +56,6 @@ class Route:
         return self.name or model.name
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A name that a model may be asked for by, and who serves it."""
-
-    name: str
-    owner: str
-
-
 class Router:
     """Finds the way to a model by its name."""
 
@@ -92,23 +84,6 @@ class Router:
         return bool(servers) and (
             bool(route.entry.fallbacks) or any(server.state.load.limit for server in servers)
         )
-
-    def offered(self, allowed: tuple[str, ...]) -> list[Offer]:
-        """The models that are known to be there, by each of their names, where they are `allowed`."""
-        names = {model.name for model in self._pools[DEFAULT].models}
-        for name, entry in self._catalog.models.items():
-            if self._catalog.has(name):
-                names |= {name, *entry.aliases}
-        offers = (self._offer(name, allowed) for name in sorted(names))
-        return [offer for offer in offers if offer is not None]
-
-    def _offer(self, name: str, allowed: tuple[str, ...]) -> Offer | None:
-        route = self.route(name)
-        found = route.found()
-        if found is None or not matches(route.name_of(found), allowed):
-            return None
-        provider = route.pool.upstream.name
-        return Offer(name, found.server if provider == DEFAULT else provider)
 
     def fallbacks(self, route: Route, allowed: tuple[str, ...], own_key: OwnKey | None) -> Iterator[Route]:
         """Where to go when no server of the route can answer: to models that are `allowed`, where there is a

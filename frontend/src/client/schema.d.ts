@@ -1577,10 +1577,10 @@ export interface paths {
             cookie?: never;
         };
         /**
-         * Models
+         * Openai Models
          * @description The models that I may ask for, by each of their names.
          */
-        get: operations["models"];
+        get: operations["openai_models"];
         put?: never;
         post?: never;
         delete?: never;
@@ -1597,10 +1597,10 @@ export interface paths {
             cookie?: never;
         };
         /**
-         * Model
+         * Openai Model
          * @description One of these models.
          */
-        get: operations["model"];
+        get: operations["openai_model"];
         put?: never;
         post?: never;
         delete?: never;
@@ -2884,27 +2884,6 @@ export interface components {
             provider: string;
         };
         /**
-         * ModelBody
-         * @description A model. When it was made is not known: `created` is 0.
-         */
-        ModelBody: {
-            /**
-             * Created
-             * @default 0
-             */
-            created?: number;
-            /** Id */
-            id: string;
-            /**
-             * Object
-             * @default model
-             * @constant
-             */
-            object?: "model";
-            /** Owned By */
-            owned_by: string;
-        };
-        /**
          * ModelChange
          * @description What became of a model; `what` names what is another.
          */
@@ -2946,20 +2925,6 @@ export interface components {
              * @enum {string}
              */
             status: "ok" | "degraded" | "down";
-        };
-        /**
-         * ModelList
-         * @description The models that I may ask for.
-         */
-        ModelList: {
-            /** Data */
-            data: components["schemas"]["ModelBody"][];
-            /**
-             * Object
-             * @default list
-             * @constant
-             */
-            object?: "list";
         };
         /**
          * Models
@@ -3212,6 +3177,41 @@ export interface components {
          */
         OpenAIErrorBody: {
             error: components["schemas"]["OpenAIError"];
+        };
+        /**
+         * OpenAIModel
+         * @description A model. When it was made is not known: `created` is 0.
+         */
+        OpenAIModel: {
+            /**
+             * Created
+             * @default 0
+             */
+            created?: number;
+            /** Id */
+            id: string;
+            /**
+             * Object
+             * @default model
+             * @constant
+             */
+            object?: "model";
+            /** Owned By */
+            owned_by: string;
+        };
+        /**
+         * OpenAIModelList
+         * @description The models that I may ask for.
+         */
+        OpenAIModelList: {
+            /** Data */
+            data: components["schemas"]["OpenAIModel"][];
+            /**
+             * Object
+             * @default list
+             * @constant
+             */
+            object?: "list";
         };
         /**
          * OwnKeyBody
@@ -4500,10 +4500,8 @@ export type Live = components['schemas']['Live'];
 export type Login = components['schemas']['Login'];
 export type MadeKey = components['schemas']['MadeKey'];
 export type Model = components['schemas']['Model'];
-export type ModelBody = components['schemas']['ModelBody'];
 export type ModelChange = components['schemas']['ModelChange'];
 export type ModelHealth = components['schemas']['ModelHealth'];
-export type ModelList = components['schemas']['ModelList'];
 export type Models = components['schemas']['Models'];
 export type MqttStatus = components['schemas']['MqttStatus'];
 export type NamedChoice = components['schemas']['NamedChoice'];
@@ -4518,6 +4516,8 @@ export type OAuth2Token = components['schemas']['OAuth2Token'];
 export type OneUseLink = components['schemas']['OneUseLink'];
 export type OpenAiError = components['schemas']['OpenAIError'];
 export type OpenAiErrorBody = components['schemas']['OpenAIErrorBody'];
+export type OpenAiModel = components['schemas']['OpenAIModel'];
+export type OpenAiModelList = components['schemas']['OpenAIModelList'];
 export type OwnKeyBody = components['schemas']['OwnKeyBody'];
 export type PasswordChange = components['schemas']['PasswordChange'];
 export type PasswordReset = components['schemas']['PasswordReset'];
@@ -7438,7 +7438,7 @@ export interface operations {
             };
         };
     };
-    models: {
+    openai_models: {
         parameters: {
             query?: never;
             header?: never;
@@ -7453,7 +7453,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["ModelList"];
+                    "application/json": components["schemas"]["OpenAIModelList"];
                 };
             };
             /** @description An error */
@@ -7467,7 +7467,7 @@ export interface operations {
             };
         };
     };
-    model: {
+    openai_model: {
         parameters: {
             query?: never;
             header?: never;
@@ -7484,7 +7484,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["ModelBody"];
+                    "application/json": components["schemas"]["OpenAIModel"];
                 };
             };
             /** @description An error */
