@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError
 
 from app.distribution import Distribution
@@ -126,11 +126,7 @@ def _insert_new(table: Table, _columns: tuple[str, ...]) -> Prepared:
 
 def insert_of(dialect: str, table: Table) -> Any:
     """An INSERT of `postgresql` or `sqlite`, for what standard SQL cannot say: ON CONFLICT."""
-    if dialect == "postgresql":
-        from sqlalchemy.dialects import postgresql  # two megabytes that SQLite has no use for
-
-        return postgresql.insert(table)
-    return sqlite.insert(table)
+    return (postgresql if dialect == "postgresql" else sqlite).insert(table)
 
 
 def create_portal_engine(url: str) -> Engine:
