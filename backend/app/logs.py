@@ -10,8 +10,14 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, cast
 
 import msgspec
-import structlog
-from structlog.typing import EventDict
+
+# structlog loads rich where it finds it, to draw tracebacks, which ours are not: three megabytes at rest.
+_rich = sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+import structlog  # noqa: E402
+from structlog.typing import EventDict  # noqa: E402
+
+if _rich is None:
+    del sys.modules["rich"]
 
 Form = Literal["console", "json"]
 
