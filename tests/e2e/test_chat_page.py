@@ -7,7 +7,19 @@ import httpx
 import pytest
 from playwright.sync_api import APIResponse, Page, Route, expect
 
-from tests.e2e.support import CHAT_URL, PASSWORD, answered, answers, ask, begun, go, sign_up, write_template
+from tests.e2e.support import (
+    CHAT_URL,
+    PASSWORD,
+    answered,
+    answers,
+    ask,
+    begun,
+    go,
+    scrolls_sideways,
+    serious_findings,
+    sign_up,
+    write_template,
+)
 from tests.fake_llm import FakeLLM, Script, text
 from tests.proxy import Proxy
 from tests.support import LlamaServer, Portal, wait_until
@@ -243,3 +255,33 @@ class TestWithAnLLMThatDoesAsItIsTold:
         expect(answers(ada)).to_contain_text("Hello there")
         expect(ada.get_by_role("textbox", name="Message")).to_be_visible()
         expect(ada.get_by_role("main").get_by_role("alert")).to_have_count(0)
+
+
+class TestTwoModels:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def portal(cls, module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
+        directory = tmp_path_factory.mktemp("two-models")
+        second = '[models.second]\nprovider = "other"\nid = "fake-1"\n'
+        (directory / "models.toml").write_text(f'[providers.other]\nurl = "{module_fake.url}"\n{second}')
+        running = Portal(directory, LLM_SERVER_URL=module_fake.url)
+        yield running.start()
+        running.stop()
+
+    def test_the_model_that_answers_is_chosen(self, ada: Page, portal: Portal) -> None:
+        ask(ada, "Hello")
+        answered(ada)
+        choice = ada.get_by_role("combobox", name="Model")
+        expect(choice).to_have_value("fake-1")
+        choice.click()
+        ada.get_by_role("option", name="second").click()
+        expect(choice).to_have_value("second")
+        assert serious_findings(ada) == []
+        assert not scrolls_sideways(ada)
+        ada.reload()
+        expect(choice).to_have_value("second")
+        ask(ada, "Hello again")
+        answered(ada, 2)
+        with portal.client("root", role="admin") as root:
+            used = root.get("/api/admin/usage", params={"by": "model"}).json()["lines"]
+        assert {line["model"] for line in used} >= {"fake-1", "second"}

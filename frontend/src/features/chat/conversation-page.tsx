@@ -14,6 +14,7 @@ import { useClearSession, useHistory, useSession } from "../../queries/sessions"
 import { Composer } from "./composer";
 import classes from "./conversation.module.css";
 import { Answer, LiveAnswer, Question, Stopped, SystemPrompt } from "./message";
+import { ModelChoice } from "./model-choice";
 import { useSessionActions } from "./session-actions";
 import { useLiveTurns } from "./use-live-turns";
 import { useStickToEnd } from "./use-stick-to-end";
@@ -175,24 +176,27 @@ function Header({ session }: { session: Session }) {
           </Badge>
         )}
       </Group>
-      <Menu position="bottom-end" shadow="md">
-        <Menu.Target>
-          <ActionIcon variant="subtle" color="gray" aria-label="What to do with this chat">
-            <IconDots size={18} />
-          </ActionIcon>
-        </Menu.Target>
-        <Menu.Dropdown>
-          <Menu.Item leftSection={<IconPencil size={16} aria-hidden />} onClick={actions.rename}>
-            Rename
-          </Menu.Item>
-          <Menu.Item leftSection={<IconEraser size={16} aria-hidden />} onClick={confirmClear}>
-            Clear
-          </Menu.Item>
-          <Menu.Item leftSection={<IconTrash size={16} aria-hidden />} onClick={actions.remove}>
-            Delete
-          </Menu.Item>
-        </Menu.Dropdown>
-      </Menu>
+      <Group gap="xs" wrap="nowrap">
+        <ModelChoice />
+        <Menu position="bottom-end" shadow="md">
+          <Menu.Target>
+            <ActionIcon variant="subtle" color="gray" aria-label="What to do with this chat">
+              <IconDots size={18} />
+            </ActionIcon>
+          </Menu.Target>
+          <Menu.Dropdown>
+            <Menu.Item leftSection={<IconPencil size={16} aria-hidden />} onClick={actions.rename}>
+              Rename
+            </Menu.Item>
+            <Menu.Item leftSection={<IconEraser size={16} aria-hidden />} onClick={confirmClear}>
+              Clear
+            </Menu.Item>
+            <Menu.Item leftSection={<IconTrash size={16} aria-hidden />} onClick={actions.remove}>
+              Delete
+            </Menu.Item>
+          </Menu.Dropdown>
+        </Menu>
+      </Group>
     </Group>
   );
 }
