@@ -177,6 +177,16 @@ def test_health_and_status_tell_of_the_pool(
         game.close()
 
 
+def test_failures_are_counted_in_a_row(make_portal: MakePortal, fake_thread: FakeLLM, tmp_path: Path) -> None:
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url).start()
+    with portal.client("root", role="admin") as admin:
+        for cut_after, failures in ((1, 1), (1, 2), (None, 0), (1, 1)):
+            fake_thread.script = Script(cut_after=cut_after)
+            assert chat(admin, "s").status_code == (200 if cut_after is None else 502)
+            assert servers(admin)["default-1"]["failures"] == failures
+    portal.stop()
+
+
 def test_all_servers_down_is_down(make_portal: MakePortal, tmp_path: Path) -> None:
     urls = ",".join(f"http://127.0.0.1:{free_port()}" for _ in range(2))
     portal = make_portal(tmp_path, LLM_SERVER_URL=urls).start(ready=False)

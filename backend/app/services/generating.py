@@ -111,13 +111,13 @@ class Generating:
             own_key=own_key,
             allowed=self._policies.role(turn.row.role).models,
         )
-        most = RUNAWAY_FACTOR * self._llm.max_tokens_of(options)
+        most, done = RUNAWAY_FACTOR * self._llm.max_tokens_of(options), None
         async with aclosing(updates):
             async for update in updates:
                 if isinstance(update, InQueue):
                     turn.queued(update.position, update.eta_s)
                 elif isinstance(update, Done):
-                    return update
+                    done = update  # the updates go on to their end, which counts for the server
                 elif update.kind == "text":
                     turn.token(update.content)
                 else:
@@ -125,7 +125,8 @@ class Generating:
                 if turn.pieces > most or turn.chars > most * LONGEST_TOKEN_CHARS:
                     log.warning("a runaway generation is cut off", turn=turn.id, pieces=turn.pieces)
                     return Done("length", None, [])
-        raise AssertionError("a generation ended without saying so")
+        assert done is not None, "a generation says how it ended"
+        return done
 
 
 def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:
