@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel, Field
-from starlette.requests import ClientDisconnect
 
 from app.access import Identity
 from app.dependencies import CurrentUser, LLMDep, SessionsDep
@@ -20,14 +18,15 @@ from app.routers.streaming import (
     ANSWER_OR_STREAM_RESPONSES,
     STREAM_RESPONSES,
     TurnStream,
+    json_response,
     wants_stream,
-    while_connected,
+    whole_answer,
 )
-from app.routers.times import moment
+from app.routers.times import deadline_in, moment
 from app.services.llm_client import Health
 from app.services.rows import MessageRow
 from app.services.session_manager import HistoryPage, SessionManager
-from app.services.turns import Turn, answer_of, parse_position
+from app.services.turns import Turn, parse_position
 
 router = APIRouter(prefix="/api/llm", tags=["chat"], route_class=StrictRoute)
 
@@ -53,6 +52,21 @@ class Asked(GenerationOptions):
         float | None, Field(gt=0, le=86400, description="Longest wait for a place at the LLM server, seconds")
     ] = None
 
+    def request(
+        self, who: Identity, session_id: str, message: str = "", *, outlives: bool = False, **rest: Any
+    ) -> TurnRequest:
+        """The request for a turn. Its turn outlives the connection by its id, or as the door has it."""
+        return TurnRequest(
+            who=who,
+            session_id=session_id,
+            message=message,
+            request_id=self.request_id,
+            options=self,
+            deadline=deadline_in(self.deadline_s),
+            detached=outlives or self.request_id is not None,
+            **rest,
+        )
+
 
 class Regeneration(Asked):
     """Another answer to the last message, perhaps with other options."""
@@ -76,6 +90,20 @@ class SessionChat(Asked):
     project: Annotated[
         str, Field(max_length=64, description="`prompt_portal`, or that of the API key, when left out")
     ] = ""
+
+    def said_in(self, session_id: str, who: Identity, *, outlives: bool = False) -> TurnRequest:
+        """The request to say this in a session."""
+        return self.request(
+            who,
+            session_id,
+            self.message,
+            outlives=outlives,
+            system_prompt=self.system_prompt,
+            template_id=self.template_id,
+            variables=self.variables,
+            project=self.project,
+            edits=self.edits,
+        )
 
 
 class UsageBody(BaseModel):
@@ -153,7 +181,7 @@ async def session_chat(body: SessionChat, request: Request, user: CurrentUser) -
     """Answers a message with the session's history, which remembers both. Makes the session if it
     is new."""
     turn = await _submit(request, user, body)
-    return _whole_in(body.session_id, turn, await _answer(request, turn))
+    return _whole_in(turn, await whole_answer(request, turn))
 
 
 @router.post("/chat/session/stream", response_class=Response, responses=STREAM_RESPONSES)
@@ -175,22 +203,11 @@ async def regenerate(
 ) -> Response:
     """Answers the last message again; the old answer stays as a sibling of the new one, out of the history.
     As one answer, or as a stream of events where `Accept` asks for one."""
-    wanted = body or Regeneration()
-    turn = await _sessions(request).submit(
-        TurnRequest(
-            who=user,
-            session_id=session_id,
-            message="",
-            request_id=wanted.request_id,
-            options=wanted,
-            deadline=_deadline(wanted.deadline_s),
-            detached=wanted.request_id is not None,
-            regenerate=True,
-        )
-    )
+    asked = (body or Regeneration()).request(user, session_id, regenerate=True)
+    turn = await _sessions(request).submit(asked)
     if wants_stream(request):
         return TurnStream(request, turn)
-    return _whole_in(session_id, turn, await _answer(request, turn))
+    return _whole_in(turn, await whole_answer(request, turn))
 
 
 # --- chat without a session ----------------------------------------------------------------------
@@ -200,7 +217,7 @@ async def regenerate(
 async def chat(body: Chat, request: Request, user: CurrentUser, sessions: SessionsDep) -> Response:
     """Answers messages; nothing of it is kept."""
     turn = await sessions.chat(user, body.messages, body)
-    answer = await _answer(request, turn)
+    answer = await whole_answer(request, turn)
     return _whole(turn, answer)
 
 
@@ -267,42 +284,16 @@ def _sessions(request: Request) -> SessionManager:
     return sessions
 
 
-def _deadline(seconds: float | None) -> float | None:
-    return None if seconds is None else time.time() + seconds
-
-
 async def _submit(request: Request, user: Identity, body: SessionChat) -> Turn:
-    return await _sessions(request).submit(
-        TurnRequest(
-            who=user,
-            session_id=body.session_id,
-            message=body.message,
-            request_id=body.request_id,
-            system_prompt=body.system_prompt,
-            template_id=body.template_id,
-            variables=body.variables,
-            project=body.project,
-            edits=body.edits,
-            options=body,
-            deadline=_deadline(body.deadline_s),
-            detached=body.request_id is not None,
-        )
-    )
+    return await _sessions(request).submit(body.said_in(body.session_id, user))
 
 
-async def _answer(request: Request, turn: Turn) -> Final | Cancelled:
-    ending = await while_connected(request, turn.ended())
-    if ending is None:
-        raise ClientDisconnect  # nobody reads what would be answered
-    return answer_of(ending)
-
-
-def _whole_in(session_id: str, turn: Turn, answer: Final | Cancelled) -> Response:
+def _whole_in(turn: Turn, answer: Final | Cancelled) -> Response:
     """A `SessionAnswer`."""
     return _whole(
         turn,
         answer,
-        session_id=session_id,
+        session_id=turn.session.session_id,
         turn_id=turn.id,
         message_id=answer.message_id,
         request_id=turn.row.request_id,
@@ -310,15 +301,14 @@ def _whole_in(session_id: str, turn: Turn, answer: Final | Cancelled) -> Respons
 
 
 def _whole(turn: Turn, answer: Final | Cancelled, **ids: str | None) -> Response:
-    """A `ChatAnswer`, or with `ids` a `SessionAnswer`, without what is null. It was made here, so nobody
-    need check it as a body from outside is checked."""
+    """A `ChatAnswer`, or with `ids` a `SessionAnswer`, without what is null."""
     shown: dict[str, Any] = {"response": answer.response, "usage": answer.usage, **ids}
     if isinstance(answer, Final):
         shown |= {"finish_reason": answer.finish_reason, "tool_calls": answer.tool_calls or None}
     else:
         shown["finish_reason"] = "cancelled"
-    body = msgspec.json.encode({name: value for name, value in shown.items() if value is not None})
-    return Response(body, media_type="application/json", headers=turn.ticket.headers)
+    body = {name: value for name, value in shown.items() if value is not None}
+    return json_response(body, turn.ticket.headers)
 
 
 def _messages(page: HistoryPage) -> list[HistoryMessage]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from app.errors import InvalidRequest, NotFound
 from app.events import ID_PATTERN, GenerationOptions, ReplyTarget, TurnRequest
 from app.hardening import StrictRoute
 from app.options import Object
+from app.routers.times import deadline_in
 from app.services.hint_feed import HintFeed, HintOf
 from app.services.session_manager import SessionManager
 from app.services.states import compact
@@ -133,7 +133,7 @@ async def publish_state(
             template_id=body.template_id,
             project=project,
             options=body,
-            deadline=None if body.deadline_s is None else time.time() + body.deadline_s,
+            deadline=deadline_in(body.deadline_s),
             reply_to=target,
         )
     )

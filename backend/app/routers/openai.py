@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
-from starlette.requests import ClientDisconnect
 
 from app.access import Identity
 from app.dependencies import CurrentUser, EmbeddingsDep, LLMDep, ModelsDep, SessionsDep
 from app.errors import InvalidRequest, NotFound
-from app.events import Cancelled, Final, GenerationOptions, TurnRequest
+from app.events import GenerationOptions, TurnRequest
 from app.hardening import StrictRoute
 from app.options import Objects
-from app.routers.streaming import SSE, FormedStream, while_connected
+from app.routers.streaming import SSE, FormedStream, json_response, while_connected, whole_answer
 from app.services.llm_client import LLMClient
 from app.services.model_list import ModelList
 from app.services.openai_chat import ChatChunks, chat_completion
 from app.services.openai_messages import NOT_IN_SESSION, chat_messages, new_message
 from app.services.session_manager import SessionManager
-from app.services.turns import Turn, answer_of
+from app.services.turns import Turn
 
 MOST_TEXTS = 2048
 """Texts in one request for embeddings, as at OpenAI."""
@@ -248,7 +247,7 @@ async def chat_completions(
         include_usage = body.stream_options is not None and body.stream_options.include_usage is True
         chunks = ChatChunks(turn, model, include_usage=include_usage)
         return FormedStream(request, turn, chunks, headers_of(turn))
-    return json_response(chat_completion(turn, await answer(request, turn), model), headers_of(turn))
+    return json_response(chat_completion(turn, await whole_answer(request, turn), model), headers_of(turn))
 
 
 @router.post("/embeddings", response_model=EmbeddingList)
@@ -259,10 +258,7 @@ async def embeddings(
     await check_served(llm, body.model)
     texts = [body.input] if isinstance(body.input, str) else body.input
     asked = body.model_dump(include={"encoding_format", "dimensions"}, exclude_none=True)
-    found = await while_connected(request, made_by.embed(user, texts, body.model, asked))
-    if found is None:
-        raise ClientDisconnect
-    made, turn = found
+    made, turn = await while_connected(request, made_by.embed(user, texts, body.model, asked))
     usage = {"prompt_tokens": made.tokens, "total_tokens": made.tokens}
     shown = {"object": "list", "data": made.data, "model": turn.meter.model, "usage": usage}
     return json_response(shown, turn.ticket.headers)
@@ -311,21 +307,8 @@ async def submit(sessions: SessionManager, asked: TurnRequest, key: str | None) 
     )
 
 
-async def answer(request: Request, turn: Turn) -> Final | Cancelled:
-    """The whole answer. Raises the error that the turn ended with."""
-    ending = await while_connected(request, turn.ended())
-    if ending is None:
-        raise ClientDisconnect  # nobody reads what would be answered
-    return answer_of(ending)
-
-
 def headers_of(turn: Turn) -> dict[str, str]:
     """The headers of an answer: how the limits stand, and where it is kept."""
     session = turn.session.session_id
     kept = {"X-Session-Id": session, "X-Turn-Id": turn.id} if session else {}
     return {**turn.ticket.headers, **kept}
-
-
-def json_response(body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
-    """A body that was made here, so nobody need check it."""
-    return Response(msgspec.json.encode(body), media_type="application/json", headers=dict(headers))

@@ -19,13 +19,11 @@ from app.routers.openai import (
     KeyHeader,
     OpenAIErrorBody,
     SessionHeader,
-    answer,
     check_served,
     headers_of,
-    json_response,
     submit,
 )
-from app.routers.streaming import FormedStream
+from app.routers.streaming import FormedStream, json_response, whole_answer
 from app.services.kept_responses import KeptResponses
 from app.services.openai_messages import (
     NOT_STORED,
@@ -128,7 +126,7 @@ async def create_response(
     frame = Frame(turn, options.given(), model, body.instructions, body.previous_response_id)
     if body.stream:
         return FormedStream(request, turn, ResponseEvents(frame), headers_of(turn))
-    await answer(request, turn)
+    await whole_answer(request, turn)
     return json_response(frame.now(), headers_of(turn))
 
 

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from app.events import Ending, type_of
+from app.events import Cancelled, Ending, Final, type_of
 from app.services.turns import Numbered, Position, Turn, answer_of
 
 T = TypeVar("T")
@@ -190,9 +192,20 @@ async def _gone(receive: Receive) -> None:
         message = await receive()
 
 
-async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of `work`, or None when the client goes before it is there; `work` is cancelled
-    then. FastAPI does not cancel a handler whose client has left."""
+def json_response(body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
+    """A body that was made here, so nobody need check it as a body from outside is checked."""
+    return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
+
+
+async def whole_answer(request: Request, turn: Turn) -> Final | Cancelled:
+    """The answer that the turn ends with. Raises the error that it ended with, and `ClientDisconnect`."""
+    return answer_of(await while_connected(request, turn.ended()))
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`. Raises `ClientDisconnect` when the client goes before it is there, since nobody
+    reads what would be answered; `work` is cancelled then. FastAPI does not cancel a handler whose client
+    has left."""
     task = asyncio.current_task()
     assert task is not None
     has_left = False
@@ -208,7 +221,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
         return await work
     except asyncio.CancelledError:
         if has_left and task.uncancel() == 0:
-            return None
+            raise ClientDisconnect from None
         raise
     finally:
         leaving.remove_done_callback(left)

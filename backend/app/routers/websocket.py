@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from app.events import ID_PATTERN, Accepted, Final, Restarted, Token, TurnReques
 from app.hardening import parse_json
 from app.logs import get_logger
 from app.options import invalid
-from app.routers.llm import Asked, Regeneration, SessionChat
+from app.routers.llm import Regeneration, SessionChat
 from app.routers.times import moment
 from app.services.session_manager import SessionManager
 from app.services.turns import Numbered, Position, Turn, parse_position
@@ -154,30 +153,12 @@ class ChatSocket:
     async def _send_message(self, body: SendMessage) -> None:
         if body.session_id not in {"", self._session_id}:
             raise InvalidRequest("session_id: this socket is for another session; leave it out")
-        await self._submit(
-            body,
-            message=body.message,
-            system_prompt=body.system_prompt,
-            template_id=body.template_id,
-            variables=body.variables,
-            project=body.project,
-            edits=body.edits,
-        )
+        await self._submit(body.said_in(self._session_id, self._user, outlives=True))
 
     async def _regenerate(self, body: Regeneration) -> None:
-        await self._submit(body, message="", regenerate=True)
+        await self._submit(body.request(self._user, self._session_id, outlives=True, regenerate=True))
 
-    async def _submit(self, body: Asked, **rest: Any) -> None:
-        deadline = None if body.deadline_s is None else time.time() + body.deadline_s
-        request = TurnRequest(
-            who=self._user,
-            session_id=self._session_id,
-            request_id=body.request_id,
-            options=body,
-            deadline=deadline,
-            detached=True,
-            **rest,
-        )
+    async def _submit(self, request: TurnRequest) -> None:
         turn = await self._sessions.submit(request)
         if turn not in self._told:  # it was there before: whoever asks again is answered again
             self._follow(turn, None)

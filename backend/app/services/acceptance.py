@@ -14,7 +14,7 @@ from app.errors import Conflict, NotFound, Overloaded, PortalError
 from app.events import Failed, Kind, Mark, SupersededBy, TurnRequest, decode_ending, encode, new_id
 from app.models.tables import ACTIVE, messages, received, sessions, turns
 from app.prepared import Prepared
-from app.services.branches import drop_reply, last_question, move, parent_for
+from app.services.branches import drop_reply, is_busy, last_question, move, parent_for
 from app.services.endings import Ended
 from app.services.outbox import Delivery, owe, owe_again, owed_for
 from app.services.rows import (
@@ -193,7 +193,7 @@ def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) 
     """Makes the turn that answers the last message again. The history stays as it is until there is a new
     answer, which is a sibling of the old one then."""
     session = draft.session
-    if _ACTIVE.first(connection, {"of": session.id}) is not None:
+    if is_busy(connection, session):
         return Conflict(BUSY)
     last = last_question(connection, session)
     if last is None:
@@ -212,7 +212,7 @@ def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) 
 def _edit(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
     """Makes the turn of a message that takes the place of another one: its sibling, on a path of its own."""
     session = draft.session
-    if _ACTIVE.first(connection, {"of": session.id}) is not None:
+    if is_busy(connection, session):
         return Conflict(BUSY)
     edited = draft.request.edits if known is None else known.message_id
     place = _PLACE.first(connection, {"message": edited, "of": session.id})

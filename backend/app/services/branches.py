@@ -31,7 +31,7 @@ _TREE = (
     .where(messages.c.session == bindparam("session"), turns.c.state != "waiting")
     .order_by(messages.c.created_at, messages.c.id)
 )
-_BUSY = select(turns.c.id).where(turns.c.session == bindparam("session"), text(ACTIVE)).limit(1)
+_BUSY = Prepared(select(turns.c.id).where(turns.c.session == bindparam("session"), text(ACTIVE)).limit(1))
 _RUNNING = select(turns.c.message_id).where(
     turns.c.session == bindparam("session"), turns.c.state == "running", text(ACTIVE)
 )
@@ -59,10 +59,15 @@ def last_question(connection: Connection, session: SessionRow) -> tuple[str, Kin
     return None
 
 
+def is_busy(connection: Connection, session: SessionRow) -> bool:
+    """Whether a turn of a session waits or runs."""
+    return _BUSY.first(connection, {"session": session.id}) is not None
+
+
 def choose(connection: Connection, session: SessionRow, message_id: str) -> str | PortalError:
     """Lets the history go through a message, and on to the newest one behind it, which is returned. It begins
     anew with what is sent to the model."""
-    if connection.execute(_BUSY, {"session": session.id}).first() is not None:
+    if is_busy(connection, session):
         return Conflict("The session is busy: wait until it has answered, or stop it.")
     rows = connection.execute(_TREE, {"session": session.id}).all()
     if message_id not in {row.id for row in rows}:

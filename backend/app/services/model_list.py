@@ -27,8 +27,6 @@ from app.services.routing import Route
 SYNC_S = 2.0
 """The LLM servers are not asked anew more often than this, whoever wants it."""
 
-COMPARED = ("context_length", "capabilities", "loaded", "status", "servers")
-
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -266,7 +264,7 @@ def _changes(before: Sequence[ModelView], after: Sequence[ModelView]) -> list[Mo
     for name in sorted({*old, *new}):
         if name not in old or name not in new:
             changes.append(ModelChange(name, "added" if name in new else "removed", []))
-        elif what := [field for field in COMPARED if old[name][field] != new[name][field]]:
+        elif what := [field for field, is_now in new[name].items() if old[name][field] != is_now]:
             changes.append(ModelChange(name, "changed", what))
     return changes
 

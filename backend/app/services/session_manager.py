@@ -187,14 +187,15 @@ class SessionManager:
             raise InvalidRequest(f"tool_choice: the project has no tool that is called {named}")
 
     async def _accept(self, request: TurnRequest) -> Turn:
-        turn_id = new_id()
-        ticket = await self._admit(request, turn_id)
+        turn_id, model = new_id(), self._model(request)
+        known = self._llm.known_model(model)
+        ticket = await self._admit(request, turn_id, known)
         try:
             acceptance = await self._store.accept(
                 request,
                 turn_id=turn_id,
                 instance=self._runner.instance,
-                full=self._llm.places_of(self._model(request)).full,
+                full=self._llm.places_of(model).full,
             )
         except BaseException:
             await self._admission.give_back(ticket)
@@ -203,15 +204,14 @@ class SessionManager:
             await self._admission.give_back(ticket)
         for ended in acceptance.superseded:
             self._cut_off_turn(ended)
-        turn = self._taken_in(acceptance, request, ticket)
+        turn = self._taken_in(acceptance, request, ticket, known)
         if acceptance.delivery is not None and not acceptance.turn.is_active:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
 
-    async def _admit(self, request: TurnRequest, turn_id: str) -> Ticket:
+    async def _admit(self, request: TurnRequest, turn_id: str, model: str) -> Ticket:
         """The ticket of a new turn. What was accepted before takes none: whoever repeats a request, to
         have its answer, is not refused it."""
-        model = self._llm.known_model(self._model(request))
         try:
             self._drain.check()
             return await self._admission.admit(request.who, request, turn_id, model)
@@ -236,7 +236,7 @@ class SessionManager:
         prompt = version.render(request.variables)
         return replace(request, system_prompt=prompt, template_version=version.id)
 
-    def _taken_in(self, acceptance: Acceptance, request: TurnRequest, ticket: Ticket) -> Turn:
+    def _taken_in(self, acceptance: Acceptance, request: TurnRequest, ticket: Ticket, model: str) -> Turn:
         row = acceptance.turn
         if acceptance.kind == "known":
             live = self._runner.turns.get(row.id) if row.is_active else None
@@ -245,7 +245,7 @@ class SessionManager:
         # What is answered again, or stands elsewhere than at the end, is read with its own history.
         turn.question = None if request.needs_session else request.message
         turn.ticket = ticket
-        turn_log.accepted(turn, self._llm.known_model(self._model(request)))
+        turn_log.accepted(turn, model)
         self._runner.enqueue(turn)
         return turn
 
@@ -397,8 +397,11 @@ class SessionManager:
 
     def _partial(self, owner: str, session_id: str) -> dict[str, str]:
         """What the live turns of a session have answered so far."""
-        live = [t for t in self._runner.turns.values() if t.session.session_id == session_id]
-        return {turn.id: "".join(turn.response) for turn in live if turn.session.owner == owner}
+        return {turn.id: "".join(turn.response) for turn in self._live(owner, session_id)}
+
+    def _live(self, owner: str, session_id: str) -> list[Turn]:
+        live = [turn for turn in self._runner.turns.values() if turn.session.session_id == session_id]
+        return [turn for turn in live if turn.session.owner == owner]
 
     def _cut_off(self, session: str, all_ended: Sequence[Ended]) -> None:
         """The turns of a session were ended in the database: tells them so."""
@@ -416,7 +419,7 @@ class SessionManager:
         """Lets the history of a session go through a message, and on to the newest one behind it, whose id
         is returned. Raises `NotFound`, `Conflict` while a turn of the session is active."""
         session = await self._session(who, "sessions:write", session_id)
-        _, leaf = await self._store.choose(who.owner, session_id, message_id)
+        leaf = await self._store.choose(who.owner, session_id, message_id)
         self._runner.forget_history(session.id)
         return leaf
 
@@ -482,12 +485,7 @@ class SessionManager:
 
     def live_turns(self, who: Identity, session_id: str) -> list[Turn]:
         """The turns of a session that wait or run in this process, in their order."""
-        mine = [
-            turn
-            for turn in self._runner.turns.values()
-            if turn.session.session_id == session_id and turn.session.owner == who.owner
-        ]
-        return sorted(mine, key=lambda turn: turn.row.position)
+        return sorted(self._live(who.owner, session_id), key=lambda turn: turn.row.position)
 
     async def question_of(self, turn: Turn) -> tuple[str, float]:
         """The user message of a turn, empty when it was cleared, and when it came (Unix time)."""

@@ -131,16 +131,15 @@ class Store:
 
         return _raised(await self._database.write(operation))
 
-    async def choose(self, owner: str, session_id: str, message_id: str) -> tuple[str, str]:
-        """Lets the history of a session go through a message. Returns the session's row id, and the newest
-        message of that path. Raises `NotFound`, and `Conflict` while a turn of the session is active."""
+    async def choose(self, owner: str, session_id: str, message_id: str) -> str:
+        """Lets the history of a session go through a message. Returns the newest message of that path. Raises
+        `NotFound`, and `Conflict` while a turn of the session is active."""
 
-        def operation(connection: Connection) -> tuple[str, str] | PortalError:
+        def operation(connection: Connection) -> str | PortalError:
             session = endings.locked_by_name(connection, owner, session_id)
             if isinstance(session, NotFound):
                 return session
-            leaf = branches.choose(connection, session, message_id)
-            return leaf if isinstance(leaf, PortalError) else (session.id, leaf)
+            return branches.choose(connection, session, message_id)
 
         return _raised(await self._database.write(operation))
 
