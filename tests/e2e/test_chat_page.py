@@ -273,7 +273,11 @@ class TestTwoModels:
         answered(ada)
         choice = ada.get_by_role("combobox", name="Model")
         expect(choice).to_have_value("fake-1")
+        choice.hover()
+        expect(ada.get_by_role("tooltip")).to_be_visible()
         choice.click()
+        expect(ada.get_by_role("option", name="second")).to_be_visible()
+        expect(ada.get_by_role("tooltip")).to_have_count(0)
         ada.get_by_role("option", name="second").click()
         expect(choice).to_have_value("second")
         assert serious_findings(ada) == []

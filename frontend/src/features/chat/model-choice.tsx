@@ -1,4 +1,5 @@
 import { Select, Tooltip } from "@mantine/core";
+import { useDisclosure } from "@mantine/hooks";
 import { notifyError } from "../../components/notify";
 import { useMay } from "../../queries/access";
 import { useChooseModel, useModels } from "../../queries/models";
@@ -9,6 +10,7 @@ export function ModelChoice() {
   const { data } = useModels();
   const choose = useChooseModel();
   const may = useMay();
+  const [isOpen, { open, close }] = useDisclosure();
   if (data === undefined || data.models.length < 2 || !may("chat:use")) return null;
   const choices = data.models.map(({ name, health }) => ({
     value: name,
@@ -16,7 +18,13 @@ export function ModelChoice() {
     disabled: health.status === "down" && name !== data.default.model,
   }));
   return (
-    <Tooltip label={data.default.note ?? "The model that answers in your chats"} multiline maw={280}>
+    // Beside the open choices it would lie over them.
+    <Tooltip
+      label={data.default.note ?? "The model that answers in your chats"}
+      multiline
+      maw={280}
+      disabled={isOpen}
+    >
       <Select
         aria-label="Model"
         size="xs"
@@ -25,6 +33,8 @@ export function ModelChoice() {
         data={choices}
         disabled={choose.isPending}
         value={choose.isPending ? choose.variables : data.default.model}
+        onDropdownOpen={open}
+        onDropdownClose={close}
         onChange={(name) => name !== null && choose.mutate(name, { onError: notifyError })}
       />
     </Tooltip>
