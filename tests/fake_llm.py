@@ -37,6 +37,8 @@ class Script:
     """The same, where one token is asked for: the prompt is only to be read."""
     gate: threading.Event | None = None
     """Nothing is answered before it is set."""
+    held: threading.Event | None = None
+    """Nothing comes after the first piece before it is set."""
     before_first: float = 0.0
     between: float = 0.0
     cut_after: int | None = None
@@ -178,8 +180,7 @@ class FakeLLM:
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         script = self.script
         await asyncio.sleep(script.before_warming if body.get("max_tokens") == 1 else script.before_headers)
-        while script.gate is not None and not script.gate.is_set():
-            await asyncio.sleep(0.01)
+        await _set(script.gate)
         if script.wire is not None:
             return await _broken(request, script)
         script = _for(script, body)
@@ -205,11 +206,17 @@ class FakeLLM:
             await response.write(_chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}))
             self.pieces += 1
             await asyncio.sleep(script.between)
+            await _set(script.held)
         await response.write(_chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": script.reason}]}))
         if script.usage is not None:
             await response.write(_chunk({"choices": [], "usage": script.usage}))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+async def _set(event: threading.Event | None) -> None:
+    while event is not None and not event.is_set():
+        await asyncio.sleep(0.01)
 
 
 def _for(script: Script, body: dict[str, Any]) -> Script:

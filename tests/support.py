@@ -252,7 +252,12 @@ class Redis:
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         command = [program("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1"]
-        self._process = Process([*command, "--save", "", "--appendonly", "no"], directory / "redis.log")
+        self._command = [*command, "--save", "", "--appendonly", "no"]
+        self._log = directory / "redis.log"
+        self.start()
+
+    def start(self) -> None:
+        self._process = Process(self._command, self._log)
         self._process.ready(self.port)
 
     def stop(self) -> None:

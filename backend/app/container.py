@@ -47,6 +47,7 @@ from app.services.pins import Pins
 from app.services.policies import Policies, read_roles
 from app.services.projects import Projects, read_projects
 from app.services.prompting import Prompting
+from app.services.relay import Relay
 from app.services.runner import Runner
 from app.services.servers import Servers
 from app.services.session_keys import SessionKeys
@@ -59,6 +60,7 @@ from app.services.templates import Templates
 from app.services.tickets import Tickets
 from app.services.tracing import Tracing
 from app.services.usage import UsageBook
+from app.services.wire import Link, Wire
 
 if TYPE_CHECKING:
     from app.services.webhooks import Webhook
@@ -114,6 +116,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
     """Opens everything in the order of need and closes it in reverse. Neither the LLM server nor
     the broker need be there. Raises SQLAlchemy's errors when the database cannot be opened."""
     global _current  # noqa: PLW0603 - what the documented accessors return
+    settings = settings.with_instance(f"python-{new_id()}")
     async with AsyncExitStack() as stack:
         if settings.database_auto_migrate:
             await asyncio.to_thread(migrate, settings.sqlalchemy_url)
@@ -127,9 +130,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         audit = Audit(database)
         authorizer = Authorizer(audit)
         projects = await stack.enter_async_context(_projects(settings, database, authorizer))
-        policies = Policies(database, authorizer, settings.path(settings.roles_file), projects.limits())
-        await policies.open()
-        await stack.enter_async_context(_background(policies.watch(), "policies"))
+        policies = await stack.enter_async_context(_policies(settings, database, authorizer, projects))
         ledger = _ledger(settings)
         stack.push_async_callback(ledger.close)
         known = KnownTokens(database, policies)
@@ -150,14 +151,16 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         tally = Tally(llm.is_known)
         accounting = Accounting(database, admission, tally)
         templates = Templates(database, authorizer)
+        wire = await _wire(settings, store)
         runner = Runner(
             store,
             Prompting(settings, store, memory, llm, policies, projects, models.defaults),
             Generating(llm, policies, session_keys),
             accounting,
             IdleWork(settings, llm, store, memory, accounting, drain),
-            settings.instance or f"python-{new_id()}",
+            settings.instance,
             await stack.enter_async_context(_tracing(settings)),
+            wire,
         )
         succession = await stack.enter_async_context(
             _succession(Succession(store, leases, runner, admission, policies, drain))
@@ -167,7 +170,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         )
         await sessions.open()
         stack.push_async_callback(sessions.close)
-        await stack.enter_async_context(_background(succession.sweep(), "sweep"))
+        await stack.enter_async_context(_beside_others(succession, wire, runner, store))
 
         requests = Requests(settings, sessions, projects, accounts, authorizer, devices)
         parts = Parts(
@@ -268,12 +271,40 @@ async def _succession(succession: Succession) -> AsyncIterator[Succession]:
         await succession.close()
 
 
+@asynccontextmanager
+async def _beside_others(
+    succession: Succession, wire: Wire | None, runner: Runner, store: Store
+) -> AsyncIterator[None]:
+    """Works beside the other processes on this database."""
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_background(succession.sweep(), "sweep"))
+        if wire is not None:
+            await stack.enter_async_context(_background(Relay(wire, runner, store).run(), "relay"))
+        yield
+
+
 def _ledger(settings: Settings) -> Ledger:
     if not settings.redis_url:
         return MemoryLedger()
     from app.services.redis_ledger import RedisLedger
 
     return RedisLedger(settings.redis_url)
+
+
+async def _wire(settings: Settings, store: Store) -> Wire | None:
+    """The wire to other processes; None where there is nothing to carry it: SQLite without Redis."""
+    link: Link
+    if settings.redis_url:
+        from app.services.redis_wire import RedisLink
+
+        link = RedisLink(settings.redis_url)
+    elif settings.sqlalchemy_url.startswith("postgresql"):
+        from app.services.postgres_wire import PostgresLink
+
+        link = PostgresLink(settings.sqlalchemy_url)
+    else:
+        return None
+    return Wire(link, await store.database_id(), settings.instance)
 
 
 @asynccontextmanager
@@ -284,6 +315,16 @@ async def _projects(
     await projects.open()
     async with _background(projects.watch(), "projects"):
         yield projects
+
+
+@asynccontextmanager
+async def _policies(
+    settings: Settings, database: Database, authorizer: Authorizer, projects: Projects
+) -> AsyncIterator[Policies]:
+    policies = Policies(database, authorizer, settings.path(settings.roles_file), projects.limits())
+    await policies.open()
+    async with _background(policies.watch(), "policies"):
+        yield policies
 
 
 @asynccontextmanager

@@ -18,10 +18,11 @@ from sqlalchemy import Connection
 
 from app.database import insist
 from app.errors import Internal, PortalError, StorageUnavailable
-from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions
+from app.events import Cancelled, Ending, ExpiredEvent, Failed, Final, GenerationOptions, decode_ending
 from app.logs import context_with, get_logger
 from app.services import turn_log
 from app.services.accounting import Accounting
+from app.services.elsewhere import Elsewhere
 from app.services.endings import Ended, Reply
 from app.services.generating import Generating
 from app.services.history import History
@@ -29,11 +30,12 @@ from app.services.idle_work import IdleWork
 from app.services.llm_server import Message
 from app.services.outbox import Delivery
 from app.services.prompting import Asked, Prompting
-from app.services.rows import SessionRow, TurnRow
+from app.services.rows import SessionRow
 from app.services.store import StaleAttempt, Store
 from app.services.tracing import Tracing
-from app.services.turns import Interruption, Turn, recall
+from app.services.turns import Interruption, Turn
 from app.services.watchers import Watchers
+from app.services.wire import Wire
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ class Runner:
         idle_work: IdleWork,
         instance: str,
         tracing: Tracing | None = None,
+        wire: Wire | None = None,
     ) -> None:
         self._store = store
         self._prompting = prompting
@@ -83,6 +86,7 @@ class Runner:
         self._closing = False
         self.watchers = Watchers()
         self.turns: dict[str, Turn] = {}
+        self.elsewhere = Elsewhere(store, self, wire)
         self.on_delivery: Callable[[Delivery, Turn], None] = lambda _delivery, _turn: None
 
     async def close(self) -> None:
@@ -94,6 +98,7 @@ class Runner:
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*tasks, *self._side_tasks, *self._chores, return_exceptions=True)
+        await self.elsewhere.close()
         await self._idle_work.close()
 
     # --- order ---
@@ -140,7 +145,9 @@ class Runner:
             return
         live.waiting.remove(turn)
         _cancel_expiry(turn)
-        if why in {"stop", "expired"}:
+        if why == "taken":
+            self._aside(self._taken_over(live, turn), f"leave {turn.id}")
+        elif why in {"stop", "expired"}:
             ending = ExpiredEvent(turn.id) if why == "expired" else Cancelled(turn.id, "", None)
             self._aside(self._conclude(live, turn, ending, None), f"end {turn.id}")
 
@@ -200,6 +207,8 @@ class Runner:
                 ending, reply = await self._answer(live, turn)
                 if ending is not None:
                     await self._conclude(live, turn, ending, reply)
+                elif turn.interruption == "taken":
+                    await self._taken_over(live, turn)
         except StorageUnavailable:
             log.warning("a turn is left for the next start", turn=turn.id)  # only when closing
         except Exception:
@@ -257,7 +266,7 @@ class Runner:
                 return True
             found = await self._insist(lambda: self._store.turn(turn.id))
             if found is None or found[0].instance != self.instance or not found[0].is_active:
-                self.watch_elsewhere(turn)
+                self.elsewhere.observe(turn)
                 return False
             if live.waiting and live.waiting[0].row.position < turn.row.position:
                 # An earlier turn of the session was taken up here meanwhile: this one waits for it.
@@ -338,10 +347,7 @@ class Runner:
                 )
             )
         except StaleAttempt:
-            log.warning("a turn was taken over", turn=turn.id)
-            await self._accounting.release(turn)
-            live.history = None
-            self.watch_elsewhere(turn)
+            await self._taken_over(live, turn)
             return
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
@@ -367,7 +373,7 @@ class Runner:
         """Repeats a transaction until the database takes it, or until this process ends."""
         return await insist(call, unless=lambda: self._closing)
 
-    # --- turns of other instances ---
+    # --- beside other instances ---
 
     @property
     def here(self) -> list[Turn]:
@@ -379,29 +385,41 @@ class Runner:
         live = self._sessions.get(turn.session.id)
         return turn.task is not None or (live is not None and turn in live.waiting)
 
-    def turn_elsewhere(self, row: TurnRow, session: SessionRow) -> Turn:
-        """A turn that is not, or no longer, this process's: recalled, or watched until it ends."""
-        if not row.is_active:
-            return recall(row, session)
-        turn = Turn(row, session)
-        self.watch_elsewhere(turn)
-        return turn
+    def cut_off(self, turn: Turn, ended: Ended) -> None:
+        """A turn was ended in the database: it goes no further here."""
+        self.interrupt(turn, "ended")
+        self.settle(turn, ended)
 
-    def watch_elsewhere(self, turn: Turn) -> None:
-        """Follows a turn that another process runs, until it ends there or is taken up here."""
-        turn.task = None
-        self.turns[turn.id] = turn
-        self._aside(self._poll(turn), f"watch {turn.id}")
+    async def _taken_over(self, live: LiveSession, turn: Turn) -> None:
+        log.warning("a turn was taken over", turn=turn.id)
+        await self._accounting.release(turn)
+        live.history = None
+        self.elsewhere.observe(turn)
 
-    async def _poll(self, turn: Turn) -> None:
-        while turn.task is None and not self._closing:
-            found = await self._insist(lambda: self._store.turn(turn.id))
-            if found is None or not found[0].is_active:
-                self.turns.pop(turn.id, None)
-                if found is not None:
-                    turn.take_events(recall(*found))
-                return
-            await asyncio.sleep(ELSEWHERE_POLL_S)
+    async def let_go(self) -> None:
+        """Cuts off the turns of this process that somebody else has ended, or taken over: a stop, a clear or
+        a delete in another process, or an instance that thought this one dead."""
+        mine = [turn for turn in self.here if _can_be_cut(turn)]
+        active = await self._store.active_of(self.instance) if mine else frozenset()
+        for turn in mine:
+            if turn.id in active:
+                continue
+            found = await self._store.turn(turn.id)
+            if found is None or not _can_be_cut(turn) or not self.is_here(turn):
+                continue
+            row, session = found
+            if row.ending is not None:
+                self.cut_off(turn, Ended(False, turn.id, decode_ending(row.ending), session.version))
+                self.forget_history(session.id)
+            elif row.instance != self.instance:
+                self.interrupt(turn, "taken")
+
+
+def _can_be_cut(turn: Turn) -> bool:
+    """Whether a stored turn waits, or generates: what comes after that sees for itself what the database
+    says."""
+    is_at_work = turn.interruptible or turn.task is None
+    return is_at_work and turn.session.id != "" and turn.interruption is None
 
 
 async def _as_they_are(messages: Sequence[Message]) -> Sequence[Message]:

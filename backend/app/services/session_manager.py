@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from app.access import ANY, LOCAL, Identity
 from app.errors import InvalidRequest, NotFound, RateLimited
-from app.events import Cancelled, GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
+from app.events import GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.options import chosen_tool, names_of
@@ -240,7 +240,7 @@ class SessionManager:
         row = acceptance.turn
         if acceptance.kind == "known":
             live = self._runner.turns.get(row.id) if row.is_active else None
-            return live or self._runner.turn_elsewhere(row, acceptance.session)
+            return live or self._runner.elsewhere.turn(row, acceptance.session)
         turn = Turn(row, acceptance.session)
         # What is answered again, or stands elsewhere than at the end, is read with its own history.
         turn.question = None if request.needs_session else request.message
@@ -263,7 +263,7 @@ class SessionManager:
         )
         if turn is None:
             assert found is not None
-            turn = self._runner.turn_elsewhere(*found)
+            turn = self._runner.elsewhere.turn(*found)
         return turn
 
     async def chat(self, who: Identity, messages: Sequence[Message], options: GenerationOptions) -> Turn:
@@ -411,9 +411,10 @@ class SessionManager:
 
     def _cut_off_turn(self, ended: Ended) -> None:
         turn = self._runner.turns.get(ended.turn_id)
+        if turn is None or not self._runner.is_here(turn):
+            self._runner.elsewhere.tell_ended(ended.turn_id)
         if turn is not None:
-            self._runner.interrupt(turn, "ended")
-            self._runner.settle(turn, ended)
+            self._runner.cut_off(turn, ended)
 
     async def choose(self, who: Identity, session_id: str, message_id: str) -> str:
         """Lets the history of a session go through a message, and on to the newest one behind it, whose id
@@ -464,7 +465,7 @@ class SessionManager:
             self._runner.interrupt(turn, "stop")
             await turn.ended()
         else:
-            await self._store.end(row, Cancelled(row.id, "", None))
+            await self._runner.elsewhere.stop(row, session)
         return row.id
 
     async def may_watch(self, who: Identity, session_id: str) -> None:

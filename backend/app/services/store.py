@@ -285,6 +285,11 @@ class Store:
         named = and_(sessions.c.owner == owner, sessions.c.session_id == session_id, text(LIVE))
         return await self._one_turn(and_(named, turns.c.request_id == request_id)) is not None
 
+    async def active_of(self, instance: str) -> frozenset[str]:
+        """The ids of the waiting and running turns that are an instance's."""
+        statement = select(turns.c.id).where(text(ACTIVE), turns.c.instance == instance)
+        return frozenset(await self._database.read(lambda c: c.execute(statement).scalars().all()))
+
     async def active_turns(self, session: str) -> list[TurnRow]:
         """The waiting and running turns of a session, in order."""
         rows = await self._database.read(lambda c: c.execute(endings.active_turns(session)).all())

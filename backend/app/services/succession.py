@@ -86,8 +86,8 @@ class Succession:
                 log.warning("the heartbeat could not be written", reason=type(error).__name__)
 
     async def sweep(self) -> None:
-        """Takes up the turns of instances that died, and forgets what is kept for a time only. Runs until
-        cancelled."""
+        """Takes up the turns of instances that died, lets go of those that others have ended, and forgets
+        what is kept for a time only. Runs until cancelled."""
         forgot_at = float("-inf")
         while True:
             await asyncio.sleep(SWEEP_S)
@@ -95,6 +95,7 @@ class Succession:
                 if time.monotonic() - forgot_at > FORGET_S:
                     forgot_at = time.monotonic()
                     await self._store.forget_old()
+                await self._runner.let_go()
                 if self._drain.is_on:
                     continue
                 if await self._store.has_orphans(self._runner.instance):

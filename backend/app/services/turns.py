@@ -38,14 +38,16 @@ from app.services.places import Meter
 from app.services.rows import SessionRow, TurnRow
 from app.services.tracing import TurnSpans
 
-Interruption = Literal["stop", "expired", "ended", "shutdown"]
-"""Why a turn's generation is cut off."""
+Interruption = Literal["stop", "expired", "ended", "taken", "shutdown"]
+"""Why a turn's generation is cut off: `ended` was its ending in the database, `taken` was the turn over by
+another process."""
 
 Position = tuple[int, int]
 """(attempt, n): the last event that a follower has seen."""
 
 _encode_trace = msgspec.msgpack.Encoder().encode
 _decode_trace = msgspec.msgpack.Decoder().decode
+_decode_event = msgspec.json.Decoder(TurnEvent).decode
 
 
 class Numbered(msgspec.Struct, frozen=True):
@@ -71,7 +73,8 @@ def parse_position(text: str) -> Position:
 
 
 class Turn:
-    """A turn of this process. Only its session's worker adds events."""
+    """A turn of this process. Only its session's worker adds events, or who hears of them from the process
+    that it runs in."""
 
     def __init__(self, row: TurnRow, session: SessionRow) -> None:
         self.row = row
@@ -95,6 +98,7 @@ class Turn:
         self.context: Context | None = None
         """That of its acceptance: whichever task starts it, it runs in this one."""
         self.spans: TurnSpans | None = None
+        self.on_followed: Callable[[Turn], None] | None = None
         self.on_abandoned: Callable[[Turn], None] | None = None
         self._events: list[Numbered] = []
         self._trace: list[Any] = []
@@ -146,6 +150,24 @@ class Turn:
         if self.ending is None:
             self._append(ending)
 
+    @property
+    def last(self) -> Position:
+        """The place of the last event that there is."""
+        return self.row.attempt, len(self._events) - 1
+
+    def take_in(self, attempt: int, first: int, events: Sequence[bytes]) -> bool:
+        """Takes in events of this turn that came to another process, encoded, the first of them with the
+        number `first`. False when some are missing before them."""
+        if attempt != self.row.attempt or self.ending is not None:
+            return True
+        if first > len(self._events):
+            return False
+        for event in map(_decode_event, events[len(self._events) - first :]):
+            if isinstance(event, Token):
+                self.response.append(event.content)
+            self._append(event)
+        return True
+
     def take_events(self, other: Turn) -> None:
         """Takes over the events of the same turn as it ended elsewhere."""
         self.row = other.row
@@ -155,7 +177,7 @@ class Turn:
     def restart(self, row: TurnRow) -> None:
         """A new attempt begins, with nothing of what was before."""
         self.row = row
-        self.interruption = self.spans = None
+        self.interruption = self.spans = self.on_followed = self.on_abandoned = None
         self.first_token_at = None
         self.response, self._trace, self._events = [], [], []
         self.meter, self.usage, self.is_counted = Meter(), None, False
@@ -207,6 +229,8 @@ class Turn:
     @contextmanager
     def _attended(self) -> Iterator[None]:
         self.followers += 1
+        if self.followers == 1 and self.on_followed is not None:
+            self.on_followed(self)
         try:
             yield
         finally:

@@ -1,0 +1,168 @@
+"""Two portals on one database: what happens in one of them is seen at once in the other."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy import text as sql
+
+from app.events import new_id
+from tests.fake_llm import FakeLLM, Script, text
+from tests.support import Portal, Redis, ask, wait_until
+from tests.test_websocket import chat, reply, types
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Pair:
+    """Two portals, and what they share beside the database."""
+
+    one: Portal
+    two: Portal
+    redis: Redis | None
+
+
+@pytest.fixture(scope="module", params=["postgresql", "redis"])
+def pair(
+    request: pytest.FixtureRequest, module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("pair")
+    settings = {"LLM_SERVER_URL": module_fake.url}
+    redis = None
+    if request.param == "redis":
+        redis = Redis(directory)
+        settings |= {"DATABASE_URL": f"sqlite:///{directory / 'shared.db'}", "REDIS_URL": redis.url}
+    else:
+        settings["DATABASE_URL"] = _database(request.getfixturevalue("postgres_url"))
+    portals = []
+    for name in ("one", "two"):
+        (directory / name).mkdir()
+        portals.append(Portal(directory / name, **settings).start())
+    yield Pair(*portals, redis)
+    for portal in portals:
+        portal.stop()
+    if redis is not None:
+        redis.stop()
+
+
+def _database(server: str) -> str:
+    """A database of its own."""
+    name = f"t{new_id()}"
+    url = server.replace("postgresql://", "postgresql+psycopg://")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sql(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return server.replace("/postgres", f"/{name}")
+
+
+@dataclass
+class Clients:
+    """The same person at both."""
+
+    one: httpx.Client
+    two: httpx.Client
+
+
+@pytest.fixture
+def ada(pair: Pair) -> Iterator[Clients]:
+    with pair.two.client(f"ada-{new_id()[-6:]}") as two:
+        headers = {"Authorization": two.headers["Authorization"]}
+        with httpx.Client(base_url=pair.one.url, timeout=60, headers=headers) as one:
+            yield Clients(one, two)
+
+
+@contextmanager
+def asked(client: httpx.Client, session: str, llm: FakeLLM, **body: Any) -> Iterator[threading.Event]:
+    """Asks, of an LLM server that holds its answer back after the first piece until the event is set."""
+    held = threading.Event()
+    llm.script = Script(pieces=text("some", " more", "!"), held=held)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, client, session, **body)
+        try:
+            yield held
+        finally:
+            held.set()
+            answer.result()
+
+
+def test_a_turn_of_the_other_process_is_seen_as_it_comes(
+    pair: Pair, ada: Clients, llm: FakeLLM, session: str
+) -> None:
+    with chat(pair.one, ada.one, session) as socket, asked(ada.two, session, llm, message="hi") as held:
+        seen = socket.until("ai_message_chunk")
+        assert types(seen) == ["user_message", "ai_typing", "ai_message_chunk"]
+        assert (seen[0]["message"]["content"], seen[-1]["content"]) == ("hi", "some")
+        url = f"/api/llm/turns/{seen[0]['turn_id']}/events"
+        with ada.one.stream("GET", url, headers={"Accept": "application/x-ndjson"}) as following:
+            lines = following.iter_lines()
+            events = [json.loads(next(lines)) for _ in range(2)]
+            assert events[-1]["content"] == "some", "the generation is held"
+            held.set()
+            events += map(json.loads, lines)
+        assert "".join(event.get("content", "") for event in events) == events[-1]["response"] == "some more!"
+        rest = socket.until("ai_message_complete")
+        assert "some" + reply(rest) == rest[-1]["response"]
+    kept = ada.two.get(url, headers={"Accept": "application/x-ndjson"}).text.splitlines()
+    assert list(map(json.loads, kept)) == events, "each has the same number here and there"
+    assert [seen[0]["id"], seen[-1]["id"], rest[-1]["id"]] == ["1.0", "1.1", f"1.{len(kept) - 1}"]
+
+
+def test_who_comes_in_the_middle_sees_it_too(pair: Pair, ada: Clients, llm: FakeLLM, session: str) -> None:
+    with asked(ada.two, session, llm) as held:
+        wait_until(lambda: llm.running, what="the generation")
+        with chat(pair.one, ada.one, session) as socket:
+            assert reply(socket.until("ai_message_chunk")) == "some"
+            held.set()
+            assert socket.until("ai_message_complete")[-1]["response"] == "some more!"
+
+
+def test_others_see_that_somebody_types_at_the_other_process(pair: Pair, ada: Clients, session: str) -> None:
+    with chat(pair.one, ada.one, session) as one, chat(pair.two, ada.two, session) as two:
+        for here, there in ((one, two), (two, one)):
+            here.say("ping")
+            assert here.next() == {"type": "pong"}
+            here.say("typing")
+            assert there.next()["type"] == "typing"
+
+
+@pytest.mark.parametrize("door", ["rest", "socket"])
+def test_a_stop_reaches_the_other_process(
+    pair: Pair, ada: Clients, llm: FakeLLM, session: str, door: str
+) -> None:
+    dropped = llm.dropped
+    with chat(pair.one, ada.one, session) as socket, asked(ada.two, session, llm):
+        socket.until("ai_message_chunk")
+        stopped = time.monotonic()
+        if door == "rest":
+            assert ada.one.post(f"/api/llm/chat/session/{session}/stop").json()["turn_id"]
+        else:
+            socket.say("stop")
+        wait_until(lambda: llm.dropped > dropped, 1.0, "the end of the request to the LLM server")
+        print(f"stopped after {time.monotonic() - stopped:.3f} s")
+        assert socket.until("cancelled")[-1]["response"] == "some"
+    shown = ada.one.get(f"/api/llm/chat/session/{session}/history").json()["messages"]
+    assert [(message["content"], message["status"]) for message in shown][-1] == ("some", "cancelled")
+
+
+def test_a_clear_ends_what_the_other_process_generates(
+    pair: Pair, ada: Clients, llm: FakeLLM, session: str
+) -> None:
+    dropped = llm.dropped
+    with chat(pair.two, ada.two, session) as socket, asked(ada.two, session, llm):
+        socket.until("ai_message_chunk")
+        assert ada.one.delete(f"/api/llm/chat/session/{session}").status_code == 200
+        wait_until(lambda: llm.dropped > dropped, 2.0, "the end of the request to the LLM server")
+        socket.until("cancelled")
+    assert ada.two.get(f"/api/llm/chat/session/{session}/history").json()["messages"] == []
