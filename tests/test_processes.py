@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,15 @@ from sqlalchemy import create_engine
 from sqlalchemy import text as sql
 
 from app.events import new_id
+from app.services.elsewhere import HEED_S
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import Portal, Redis, ask, wait_until
-from tests.test_websocket import chat, reply, types
+from tests.test_websocket import Chat, chat, reply, types
 
 pytestmark = pytest.mark.slow
+
+SOME = "s\u00f6me" * 4000
+"""More than PostgreSQL takes in one notice."""
 
 
 @dataclass
@@ -49,7 +53,8 @@ def pair(
     for name in ("one", "two"):
         (directory / name).mkdir()
         portals.append(Portal(directory / name, **settings).start())
-    yield Pair(*portals, redis)
+    one, two = portals
+    yield Pair(one, two, redis)
     for portal in portals:
         portal.stop()
     if redis is not None:
@@ -87,7 +92,7 @@ def ada(pair: Pair) -> Iterator[Clients]:
 def asked(client: httpx.Client, session: str, llm: FakeLLM, **body: Any) -> Iterator[threading.Event]:
     """Asks, of an LLM server that holds its answer back after the first piece until the event is set."""
     held = threading.Event()
-    llm.script = Script(pieces=text("some", " more", "!"), held=held)
+    llm.script = Script(pieces=text(SOME, " more", "!"), held=held)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, client, session, **body)
         try:
@@ -103,17 +108,19 @@ def test_a_turn_of_the_other_process_is_seen_as_it_comes(
     with chat(pair.one, ada.one, session) as socket, asked(ada.two, session, llm, message="hi") as held:
         seen = socket.until("ai_message_chunk")
         assert types(seen) == ["user_message", "ai_typing", "ai_message_chunk"]
-        assert (seen[0]["message"]["content"], seen[-1]["content"]) == ("hi", "some")
+        assert (seen[0]["message"]["content"], seen[-1]["content"]) == ("hi", SOME)
         url = f"/api/llm/turns/{seen[0]['turn_id']}/events"
         with ada.one.stream("GET", url, headers={"Accept": "application/x-ndjson"}) as following:
             lines = following.iter_lines()
             events = [json.loads(next(lines)) for _ in range(2)]
-            assert events[-1]["content"] == "some", "the generation is held"
+            assert events[-1]["content"] == SOME, "the generation is held"
             held.set()
             events += map(json.loads, lines)
-        assert "".join(event.get("content", "") for event in events) == events[-1]["response"] == "some more!"
+        assert (
+            "".join(event.get("content", "") for event in events) == events[-1]["response"] == f"{SOME} more!"
+        )
         rest = socket.until("ai_message_complete")
-        assert "some" + reply(rest) == rest[-1]["response"]
+        assert SOME + reply(rest) == rest[-1]["response"]
     kept = ada.two.get(url, headers={"Accept": "application/x-ndjson"}).text.splitlines()
     assert list(map(json.loads, kept)) == events, "each has the same number here and there"
     assert [seen[0]["id"], seen[-1]["id"], rest[-1]["id"]] == ["1.0", "1.1", f"1.{len(kept) - 1}"]
@@ -123,18 +130,22 @@ def test_who_comes_in_the_middle_sees_it_too(pair: Pair, ada: Clients, llm: Fake
     with asked(ada.two, session, llm) as held:
         wait_until(lambda: llm.running, what="the generation")
         with chat(pair.one, ada.one, session) as socket:
-            assert reply(socket.until("ai_message_chunk")) == "some"
+            assert reply(socket.until("ai_message_chunk")) == SOME
             held.set()
-            assert socket.until("ai_message_complete")[-1]["response"] == "some more!"
+            assert socket.until("ai_message_complete")[-1]["response"] == f"{SOME} more!"
 
 
 def test_others_see_that_somebody_types_at_the_other_process(pair: Pair, ada: Clients, session: str) -> None:
     with chat(pair.one, ada.one, session) as one, chat(pair.two, ada.two, session) as two:
         for here, there in ((one, two), (two, one)):
-            here.say("ping")
-            assert here.next() == {"type": "pong"}
-            here.say("typing")
-            assert there.next()["type"] == "typing"
+
+            def is_seen(here: Chat = here, there: Chat = there) -> bool:
+                here.say("typing")  # before the other one is known to watch, nobody is told
+                with suppress(TimeoutError):
+                    return bool(json.loads(there.connection.recv(0.5))["type"] == "typing")
+                return False
+
+            wait_until(is_seen, what="who types")
 
 
 @pytest.mark.parametrize("door", ["rest", "socket"])
@@ -147,13 +158,13 @@ def test_a_stop_reaches_the_other_process(
         stopped = time.monotonic()
         if door == "rest":
             assert ada.one.post(f"/api/llm/chat/session/{session}/stop").json()["turn_id"]
+            assert time.monotonic() - stopped < HEED_S, "it was told, and has not had to be looked for"
         else:
             socket.say("stop")
         wait_until(lambda: llm.dropped > dropped, 1.0, "the end of the request to the LLM server")
-        print(f"stopped after {time.monotonic() - stopped:.3f} s")
-        assert socket.until("cancelled")[-1]["response"] == "some"
+        assert socket.until("cancelled")[-1]["response"] == SOME
     shown = ada.one.get(f"/api/llm/chat/session/{session}/history").json()["messages"]
-    assert [(message["content"], message["status"]) for message in shown][-1] == ("some", "cancelled")
+    assert [(message["content"], message["status"]) for message in shown][-1] == (SOME, "cancelled")
 
 
 def test_a_clear_ends_what_the_other_process_generates(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from app.database import insist
 from app.events import Cancelled
 from app.services.endings import Ended
-from app.services.letters import Follow, Leave, Pieces, Stop, TurnEnded, post
+from app.services.letters import Follow, Heeded, Leave, Pieces, Stop, TurnEnded, post
 from app.services.rows import SessionRow, TurnRow
 from app.services.store import StaleAttempt, Store
 from app.services.turns import Turn, recall
@@ -174,10 +174,10 @@ class Elsewhere:
         if turn in self._observed:
             self._observed[turn].bell.set()
 
-    def hear_heeded(self, turn: str) -> None:
+    def hear_heeded(self, heeded: Heeded) -> None:
         """A turn is being stopped where it runs."""
-        if turn in self._heeded:
-            self._heeded[turn].set()
+        if heeded.turn in self._heeded:
+            self._heeded[heeded.turn].set()
 
     def refresh(self) -> None:
         """Something may have been lost: looks at every turn anew."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import NoReturn
 
 from psycopg import AsyncConnection, Error
@@ -15,7 +17,8 @@ from sqlalchemy.engine import make_url
 from app.services.wire import QUIET_S, Letter, WireDown
 
 PART = 7900
-"""A payload has less than 8,000 bytes (PostgreSQL, NOTIFY): longer messages go in parts, of so many."""
+"""A payload has less than 8,000 bytes (PostgreSQL, NOTIFY): longer messages go in parts, of so many. Each has
+a number, as of equal notices in a transaction only one is sent."""
 
 _NOTIFY = "SELECT pg_notify(channel, part) FROM unnest(%s::text[], %s::text[]) AS parts(channel, part)"
 
@@ -49,8 +52,7 @@ class PostgresLink:
 
     async def send(self, letters: Sequence[Letter]) -> None:
         """See `Link`."""
-        parts = [(channel, part) for channel, message in letters for part in _parts(message)]
-        channels, payloads = [channel for channel, _ in parts], [part for _, part in parts]
+        channels, payloads = map(list, zip(*_parts(letters), strict=True))
         try:
             async with asyncio.timeout(QUIET_S):
                 if self._sender is None or self._sender.broken:
@@ -71,12 +73,14 @@ class PostgresLink:
         return await AsyncConnection.connect(self._url, autocommit=True, connect_timeout=2)
 
 
-def _parts(message: bytes) -> Iterator[str]:
-    """The parts of a message; all but the last one begin with `+`."""
-    text = b64encode(message).decode()
-    for at in range(0, len(text), PART):
-        is_last = at + PART >= len(text)
-        yield ("." if is_last else "+") + text[at : at + PART]
+def _parts(messages: Iterable[Letter]) -> Iterator[tuple[str, str]]:
+    """The parts of messages, each with its channel: `NUMBER:TEXT`, or `NUMBER+TEXT` where more follows."""
+    numbers = count()
+    for channel, message in messages:
+        text = b64encode(message).decode()
+        for at in range(0, len(text), PART):
+            follows = "+" if at + PART < len(text) else ":"
+            yield channel, f"{next(numbers)}{follows}{text[at : at + PART]}"
 
 
 class _Letters:
@@ -87,7 +91,8 @@ class _Letters:
         self._begun: dict[int, list[str]] = {}
 
     def add(self, sender: int, part: str) -> None:
-        if part[0] == "+":
-            self._begun.setdefault(sender, []).append(part[1:])
+        _number, follows, text = re.split("([:+])", part, maxsplit=1)
+        if follows == "+":
+            self._begun.setdefault(sender, []).append(text)
         else:
-            self._heard(b64decode("".join([*self._begun.pop(sender, ()), part[1:]])))
+            self._heard(b64decode("".join([*self._begun.pop(sender, ()), text])))
