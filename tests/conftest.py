@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="short",
         help="how often the chaos tests break something",
     )
+    parser.addoption(
+        "--soak-minutes",
+        type=float,
+        default=60,
+        help="how long the soak lasts with `--chaos long`",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,9 +11,10 @@ LONG_TIMEOUT_S = 1800
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--chaos") == "long":
+        longest = LONG_TIMEOUT_S + 60 * config.getoption("--soak-minutes")
         for item in items:
             if item.path.parent.name == "chaos":
-                item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S), append=False)
+                item.add_marker(pytest.mark.timeout(longest), append=False)
 
 
 @pytest.fixture

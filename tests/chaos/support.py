@@ -38,6 +38,12 @@ class Form:
     overload_s: float
     drain_s: float
     """How long the replies take that are not to be cut."""
+    soak_minutes: float | None
+    """None: as `--soak-minutes` says."""
+    soak_turn_s: float
+    """How long load is put on the portal before it is looked at, again and again."""
+    soak_rate: float
+    """Things done a second."""
     slack: int
     """How many times as long as it should something may take: the short form runs beside other tests."""
 
@@ -52,6 +58,9 @@ FORMS = {
         stops=1,
         overload_s=5,
         drain_s=3,
+        soak_minutes=0.2,
+        soak_turn_s=2.5,
+        soak_rate=60,
         slack=3,
     ),
     "long": Form(
@@ -63,6 +72,9 @@ FORMS = {
         stops=7,
         overload_s=60,
         drain_s=25,
+        soak_minutes=None,
+        soak_turn_s=55,
+        soak_rate=40,
         slack=1,
     ),
 }

@@ -161,7 +161,7 @@ class ChatSocket:
     async def _submit(self, request: TurnRequest) -> None:
         turn = await self._sessions.submit(request)
         if turn not in self._told:  # it was there before: whoever asks again is answered again
-            self._follow(turn, None)
+            self._follow(turn, self._send_events(turn, None))
 
     async def _stop(self, body: Stop) -> None:
         with suppress(NotFound):  # nothing runs in a session that is not there
@@ -171,7 +171,8 @@ class ChatSocket:
         turn = await self._sessions.find(self._user, body.turn_id)
         if turn.session.session_id != self._session_id:
             raise NotFound("There is no such turn in this session.")
-        self._follow(turn, parse_position(body.after) if body.after else None)
+        after = parse_position(body.after) if body.after else None
+        self._follow(turn, self._send_rest(turn, body.after, after))
 
     async def _decide(self, body: Decision) -> None:
         raise NotFound(f"call_id: no call {body.call_id} waits for a decision")
@@ -195,19 +196,20 @@ class ChatSocket:
         if turn in self._told or self._user.only_project not in {None, turn.session.project}:
             return
         self._told.add(turn)
-        self._follow(turn, None)
+        self._follow(turn, self._send_events(turn, None))
 
     def ended(self, turn: Turn) -> None:
         """See `Watcher`: who follows a turn sees its end."""
 
-    def _follow(self, turn: Turn, after: Position | None) -> None:
+    def _follow(self, turn: Turn, sending: Coroutine[Any, Any, None]) -> None:
         earlier = self._tasks.pop(turn.id, None)
         if earlier is not None:
             earlier.cancel()
         if len(self._tasks) >= MOST_BEHIND:
+            sending.close()
             self._is_behind.set()
             return
-        self._run(turn.id, self._send_events(turn, after))
+        self._run(turn.id, sending)
 
     def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks[name] = asyncio.create_task(work, name=f"socket: {name}")
@@ -219,6 +221,12 @@ class ChatSocket:
                 log.error("something could not be sent over a WebSocket", exc_info=task.exception())
 
         task.add_done_callback(done)
+
+    async def _send_rest(self, turn: Turn, given: str | None, after: Position | None) -> None:
+        """What comes after the place that was `given`. A turn that runs was being sent from its beginning:
+        `resumed` tells what has come of that from what comes now."""
+        await self._send_if_there({"type": "resumed", "turn_id": turn.id, "after": given})
+        await self._send_events(turn, after)
 
     async def _send_events(self, turn: Turn, after: Position | None) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):  # it has gone, or is being closed

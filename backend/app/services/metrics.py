@@ -89,6 +89,8 @@ class _Collector:
     def collect(self) -> Iterator[Metric]:
         """All but those of the process."""
         yield _gauge("portal_info", "The version that runs; always 1.", ("version",), [((__version__,), 1)])
+        what = "Tasks of the event loop that have not ended."
+        yield _gauge("portal_tasks", what, (), [((), len(asyncio.all_tasks()))])
         yield from self._turns()
         yield from self._models()
         yield from self._servers()
