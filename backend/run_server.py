@@ -84,6 +84,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     config = uvicorn.Config(
         app,
         ws_max_size=settings.max_request_bytes,
+        ws_per_message_deflate=False,  # its buffers would be half of what a socket takes
         log_config=None,
         access_log=False,
         server_header=False,

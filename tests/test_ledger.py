@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 
 import pytest
@@ -49,6 +50,22 @@ async def test_a_window_gives_what_it_has_and_then_says_when(ledger: Ledger) -> 
     assert [quota.remaining for quota in left] == [2, 1, 0, 0]
     assert [quota.is_full for quota in left] == [False, False, False, True]
     assert all(50 < quota.resets_in <= 60 for quota in left)
+
+
+async def test_windows_that_are_over_take_no_memory() -> None:
+    clock = Clock()
+    ledger = MemoryLedger(clock)
+    tracemalloc.start()
+    try:
+        sizes = []
+        for minute in range(4):
+            clock.now += 61
+            for number in range(500):
+                await ledger.take("id", [window(key=f"session {minute} {number}"), window(9, 3600, "user")])
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] < 1.5 * sizes[0], "what was taken minutes ago is forgotten"
 
 
 async def test_what_is_given_back_can_be_taken_again(ledger: Ledger) -> None:

@@ -58,6 +58,7 @@ from app.services.succession import Succession
 from app.services.tally import Tally
 from app.services.templates import Templates
 from app.services.tickets import Tickets
+from app.services.token_watch import TokenWatch
 from app.services.tracing import Tracing
 from app.services.usage import UsageBook
 from app.services.wire import Link, Wire
@@ -98,6 +99,7 @@ class Container:
     models: ModelList
     session_keys: SessionKeys
     tickets: Tickets
+    token_watch: TokenWatch
     memory: Memory
     pins: Pins
     hints: HintFeed
@@ -204,6 +206,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             models=models,
             session_keys=session_keys,
             tickets=Tickets(settings, database),
+            token_watch=await stack.enter_async_context(_token_watch(accounts)),
             memory=memory,
             pins=Pins(settings, memory, sessions, authorizer, llm),
             hints=HintFeed(store, sessions, projects),
@@ -325,6 +328,13 @@ async def _policies(
     await policies.open()
     async with _background(policies.watch(), "policies"):
         yield policies
+
+
+@asynccontextmanager
+async def _token_watch(accounts: Accounts) -> AsyncIterator[TokenWatch]:
+    watch = TokenWatch(accounts)
+    async with _background(watch.run(), "token watch"):
+        yield watch
 
 
 @asynccontextmanager

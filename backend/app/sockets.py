@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,53 +15,85 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.access import Identity
-from app.errors import Forbidden, PortalError, StorageUnavailable, Unauthenticated, http_body
+from app.errors import Forbidden, PortalError, Unauthenticated, http_body
 from app.events import new_id
 from app.services.accounts import Accounts
 from app.services.tickets import Tickets
+from app.services.token_watch import TokenWatch
 
 SUBPROTOCOL = "bearer"
-
-LOOK_S = 15.0
-"""How often it is looked whether who has opened a socket may still sign in."""
 
 VIOLATION = 1008
 """Close code: what was sent, or who has sent it, is not let in (RFC 6455, 7.4.1)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """Why a socket is closed without an error being told."""
+
+    code: int
+    reason: str
+
+
 class Opened:
     """A socket that is open, and who has opened it."""
 
-    def __init__(self, socket: WebSocket, accounts: Accounts, token: str, user: Identity) -> None:
+    def __init__(self, socket: WebSocket, watch: TokenWatch, token: str, user: Identity) -> None:
         self.socket = socket
         self.user = user
-        self._accounts = accounts
+        self._watch = watch
         self._token = token
+        self._serving: asyncio.Task[Any] | None = None
+        self._why: PortalError | Closing | None = None
 
-    async def serve(self, *work: Coroutine[Any, Any, None]) -> None:
-        """Does the work until a part of it has ended, the client has gone, or its token is not good any more;
-        then the socket is closed."""
-        tasks = [asyncio.create_task(part, name="socket") for part in (*work, self._until_signed_out())]
+    async def serve(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does the work until it has ended, the client has gone, its token is not good any more, or somebody
+        calls `end`; then the socket is closed."""
+        self._serving = asyncio.current_task()
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            with self._watch.watch(self._token, self):
+                await work
         except WebSocketDisconnect:
             return
         except PortalError as error:
-            with suppress(WebSocketDisconnect, RuntimeError):  # it has gone in the meantime
-                await self.socket.send_json(refusal(error))
-                await self.socket.close(VIOLATION)
+            await self._close(error)
+        except asyncio.CancelledError:
+            if self._why is None or self._serving is None or self._serving.uncancel():
+                raise
+            await self._close(self._why)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._serving = None
 
-    async def _until_signed_out(self) -> NoReturn:
-        while True:
-            await asyncio.sleep(LOOK_S)
-            with suppress(StorageUnavailable):
-                await self._accounts.identify(self._token)
+    def is_now(self, identity: Identity) -> None:
+        """See `Connected`."""
+        self.user = identity
+
+    def end(self, why: PortalError | Closing) -> None:
+        """Ends what is served. Who is told an error is not let in any more."""
+        if self._serving is not None and self._why is None:
+            self._why = why
+            self._serving.cancel()
+
+    async def _close(self, why: PortalError | Closing) -> None:
+        with suppress(WebSocketDisconnect, RuntimeError):  # it has gone in the meantime
+            if isinstance(why, Closing):
+                await self.socket.close(why.code, why.reason)
+            else:
+                await self.socket.send_json(refusal(why))
+                await self.socket.close(VIOLATION)
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Does all of the work at once, until a part of it has ended; raises what that has raised."""
+    tasks = [asyncio.create_task(part, name="socket") for part in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 def refusal(error: PortalError, request_id: str | None = None) -> dict[str, Any]:
@@ -70,7 +103,8 @@ def refusal(error: PortalError, request_id: str | None = None) -> dict[str, Any]
 
 async def open_socket(socket: WebSocket, may: Callable[[Identity], Awaitable[None]]) -> Opened | None:
     """Accepts the socket of somebody who `may` open it; None when it was refused, with an HTTP answer."""
-    accounts: Accounts = socket.app.state.container.accounts
+    container = socket.app.state.container
+    accounts: Accounts = container.accounts
     try:
         token = await _token(socket)
         user = await accounts.identify(token)
@@ -80,7 +114,7 @@ async def open_socket(socket: WebSocket, may: Callable[[Identity], Awaitable[Non
         return None
     chosen = SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None
     await socket.accept(subprotocol=chosen)
-    return Opened(socket, accounts, token, user)
+    return Opened(socket, container.token_watch, token, user)
 
 
 async def _token(socket: WebSocket) -> str:

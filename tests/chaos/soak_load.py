@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -21,7 +21,7 @@ ANSWER_S = 30.0
 """How long an answer may take; none of the load should ever have to wait for it."""
 
 Event = dict[str, Any]
-CHAT = "/api/llm/chat/session"
+CHAT, COMPLETIONS = "/api/llm/chat/session", "/v1/chat/completions"
 
 
 class Game:
@@ -34,17 +34,23 @@ class Game:
         self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
         self._ready = asyncio.Event()
         topics = [(f"{PROJECT}/{name}/#", 1) for name in ("assistant_response", "hint", "stream")]
-        self._client.on_connect = lambda *_: self._client.subscribe(topics)
-        self._client.on_subscribe = lambda *_: self._loop.call_soon_threadsafe(self._ready.set)
+
+        def connected(*_: Any) -> None:
+            self._client.subscribe(topics)
+
+        def subscribed(*_: Any) -> None:
+            self._loop.call_soon_threadsafe(self._ready.set)
+
+        self._client.on_connect, self._client.on_subscribe = connected, subscribed
         self._client.on_message = self._received
         self._client.connect("127.0.0.1", port)
 
-    async def open(self) -> Game:
+    async def __aenter__(self) -> Game:
         self._client.loop_start()
         await asyncio.wait_for(self._ready.wait(), ANSWER_S)
         return self
 
-    async def close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._client.disconnect()
         await asyncio.to_thread(self._client.loop_stop)
 
@@ -69,7 +75,7 @@ class Game:
         self._client.publish(f"{PROJECT}/{topic}/{session}", json.dumps(body), qos=1)
 
     def _received(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
-        self._loop.call_soon_threadsafe(self._take, message.topic, message.payload)
+        self._loop.call_soon_threadsafe(self._take, message.topic, bytes(message.payload))
 
     def _take(self, topic: str, payload: bytes) -> None:
         said = json.loads(payload)
@@ -98,6 +104,7 @@ class Lane:
         self._chance = random.Random(seed)
         self._session = new_id()
         self.done: Counter[str] = Counter()
+        self._recent: deque[str] = deque(maxlen=5)
         self._acts: list[tuple[int, Callable[[], Awaitable[None]]]] = [
             (8, self._rest),
             (8, self._sse),
@@ -126,8 +133,14 @@ class Lane:
         await asyncio.sleep(self._chance.random() * every_s)
         while (began := loop.time()) < end:
             [(_, act)] = self._chance.choices(self._acts, weights)
-            await act()
-            self.done[act.__name__.lstrip("_")] += 1
+            name = act.__name__.lstrip("_")
+            self._recent.append(name)
+            try:
+                await act()
+            except Exception as error:
+                error.add_note(f"session {self._session}: {', '.join(self._recent)}")
+                raise
+            self.done[name] += 1
             await asyncio.sleep(max(0.0, began + every_s * self._chance.uniform(0.5, 1.5) - loop.time()))
 
     # --- HTTP ---
@@ -181,8 +194,8 @@ class Lane:
         async with self._web.delete(f"/api/sessions/{self._session}") as answer:
             assert answer.status in {204, 404}, await answer.text()
         self._session = new_id()
-        body = {"template_id": self._template, "variables": {"name": "Ada"}}
-        await self._post(CHAT, session_id=self._session, message="hi", **body)
+        made_from = {"template_id": self._template, "variables": {"name": "Ada"}}
+        await self._post(CHAT, session_id=self._session, message="hi", **made_from)
 
     async def _rendered(self) -> None:
         said = await self._post(f"/api/templates/{self._template}/render", variables={"name": "Ada"})
@@ -196,22 +209,27 @@ class Lane:
     # --- a socket, which is left in the middle and comes back ---
 
     async def _socket_resumed(self) -> None:
+        request_id, path = new_id(), f"/ws/chat/{self._session}"
         seen: list[Event] = []
-        async with self._web.ws_connect(f"/ws/chat/{self._session}") as socket:
-            await socket.send_json({"type": "send_message", "message": "hi"})
+        async with self._web.ws_connect(path) as socket:
+            await socket.send_json({"type": "send_message", "message": "hi", "request_id": request_id})
             async for event in _told(socket):
-                seen += [event] if "id" in event else []
-                if event["type"] == "ai_message_chunk":
+                # A turn that was left a moment ago may be seen to end here.
+                mine = event.get("request_id") == request_id or (
+                    seen and event["turn_id"] == seen[0]["turn_id"]
+                )
+                seen += [event] if mine and "id" in event else []
+                if mine and event["type"] == "ai_message_chunk":
                     break
         turn, last = seen[0]["turn_id"], seen[-1]["id"]
-        async with self._web.ws_connect(f"/ws/chat/{self._session}") as socket:
+        async with self._web.ws_connect(path) as socket:
             await socket.send_json({"type": "resume", "turn_id": turn, "after": last})
             resumed = False
             async for event in _told(socket):
                 # While it runs, a new socket is sent it from its beginning, until `resume` is taken.
                 resumed = resumed or event["type"] == "resumed"
                 seen += [event] if resumed and "id" in event else []
-                if resumed and event["type"] in {"ai_message_complete", "cancelled", "error"}:
+                if resumed and event["type"] == "ai_message_complete":
                     break
         _whole(seen)
 
@@ -239,15 +257,13 @@ class Lane:
     # --- OpenAI's API ---
 
     async def _openai(self) -> None:
-        asked = {"messages": [{"role": "user", "content": "hi"}]}
-        headers = {"X-Session-Id": self._session} if self._chance.random() < 0.7 else {}
-        said = await self._post("/v1/chat/completions", headers, **asked)
+        said = await self._post(COMPLETIONS, messages=[{"role": "user", "content": "hi"}])
         assert said["choices"][0]["message"]["content"], said
 
     async def _openai_left(self) -> None:
         asked = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
         headers = {"X-Session-Id": self._session}
-        async with self._web.post("/v1/chat/completions", json=asked, headers=headers) as answer:
+        async with self._web.post(COMPLETIONS, json=asked, headers=headers) as answer:
             assert answer.status == 200, await answer.text()
             await answer.content.readline()
             answer.close()
@@ -256,15 +272,20 @@ class Lane:
         said = await self._post("/v1/responses", input="hi", conversation=self._session)
         assert said["status"] == "completed", said
 
+    def _is_kept(self) -> bool:
+        """Whether a chat completion is to be a turn of the session."""
+        return self._chance.random() < 0.7
+
     # --- what they share ---
 
-    async def _post(self, path: str, headers: dict[str, str] | None = None, **body: Any) -> Event:
+    async def _post(self, path: str, **body: Any) -> Event:
+        headers = {"X-Session-Id": self._session} if path == COMPLETIONS and self._is_kept() else None
         async with self._web.post(path, json=body, headers=headers) as answer:
             assert answer.status == 200, (path, await answer.text())
             said: Event = await answer.json()
             return said
 
-    async def _stream(self, accept: str = "text/event-stream", **body: Any) -> AsyncIterator[Event]:
+    async def _stream(self, accept: str = "text/event-stream", **body: Any) -> AsyncGenerator[Event, None]:
         asked = {"session_id": self._session, "message": "hi", **body}
         async with self._web.post(f"{CHAT}/stream", json=asked, headers={"Accept": accept}) as answer:
             assert answer.status == 200, await answer.text()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -71,20 +72,22 @@ class Soak:
 
     async def _play(self, authorization: str, seconds: float, every_s: float) -> None:
         headers, limit = {"Authorization": authorization}, aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(self._portal.url, headers=headers, connector=limit) as web:
-            protocols = (MQTTProtocolVersion.MQTTv311, MQTTProtocolVersion.MQTTv5)
-            games = [await Game(self._broker.port, protocol).open() for protocol in protocols]
+        protocols = (MQTTProtocolVersion.MQTTv311, MQTTProtocolVersion.MQTTv5)
+        async with AsyncExitStack() as stack:
+            session = aiohttp.ClientSession(self._portal.url, headers=headers, connector=limit)
+            web = await stack.enter_async_context(session)
+            games = [
+                await stack.enter_async_context(Game(self._broker.port, protocol)) for protocol in protocols
+            ]
             lanes = [Lane(web, games, self._template, next(self._seeds)) for _ in range(LANES)]
             async with asyncio.TaskGroup() as group:
                 for lane in lanes:
                     group.create_task(lane.run(seconds, every_s))
-            for game in games:
-                await game.close()
         self.done.update(act for lane in lanes for act in lane.done.elements())
 
     def _figures(self) -> dict[str, float]:
         """The metrics, each as the sum over its labels."""
-        figures: Counter[str] = Counter()
+        figures: defaultdict[str, float] = defaultdict(float)
         for name, value in re.findall(r"^(portal_\w+)(?:\{.*\})? (\S+)$", self._text(), re.MULTILINE):
             figures[name] += float(value)
         return figures
@@ -134,7 +137,7 @@ def test_it_needs_no_more_at_the_end(
     minutes = pytestconfig.getoption("--soak-minutes") if form.soak_minutes is None else form.soak_minutes
     with portal.client("admin", role="admin") as admin:
         soak = Soak(portal, mosquitto, admin)
-        samples = []
+        samples: list[Sample] = []
         while not samples or samples[-1].at_s < minutes * 60:
             samples.append(soak.play(form.soak_turn_s, form.soak_rate))
             fake_thread.requests.clear()

@@ -28,7 +28,7 @@ from app.services.hint_feed import HintFeed, HintOf
 from app.services.session_manager import SessionManager
 from app.services.states import compact
 from app.services.templates import Templates
-from app.sockets import open_socket
+from app.sockets import open_socket, until_one_ends
 
 router = APIRouter(prefix="/api/mqtt", tags=["mqtt"], route_class=StrictRoute)
 
@@ -190,7 +190,7 @@ async def follow_hints(socket: WebSocket, session_id: str) -> None:
     opened = await open_socket(socket, lambda user: container.sessions.may_watch(user, session_id))
     if opened is not None:
         hints = _send_hints(socket, opened.user, session_id, container.hints)
-        await opened.serve(hints, _until_gone(socket))
+        await opened.serve(until_one_ends(hints, _until_gone(socket)))
 
 
 async def _until_gone(socket: WebSocket) -> None:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
+from app.access import Identity
 from app.errors import Internal, InvalidRequest, NotFound, PortalError
 from app.events import ID_PATTERN, Accepted, Final, Restarted, Token, TurnRequest
 from app.hardening import parse_json
@@ -22,14 +23,14 @@ from app.routers.llm import Regeneration, SessionChat
 from app.routers.times import moment
 from app.services.session_manager import SessionManager
 from app.services.turns import Numbered, Position, Turn, parse_position
-from app.sockets import Opened, open_socket, refusal
+from app.sockets import Closing, Opened, open_socket, refusal
 
 MOST_BEHIND = 64
 """Turns that a socket may be behind with. Whoever reads so slowly is asked to come back and `resume`: events
 are kept in the database, and not for one reader in memory."""
 
-TRY_AGAIN = 1013
-"""Close code: come back later (IANA's registry of WebSocket close codes)."""
+TOO_SLOW = Closing(1013, "too slow: connect again and resume")
+"""The code says to come back later (IANA's registry of WebSocket close codes)."""
 
 router = APIRouter(tags=["chat"])
 log = get_logger(__name__)
@@ -81,30 +82,21 @@ class ChatSocket:
     def __init__(self, opened: Opened, sessions: SessionManager, session_id: str) -> None:
         self._opened = opened
         self._socket = opened.socket
-        self._user = opened.user
         self._sessions = sessions
         self._session_id = session_id
         self._told: WeakSet[Turn] = WeakSet()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._is_behind = asyncio.Event()
         self._sending = asyncio.Lock()
-        self._commands: dict[str, tuple[type[BaseModel], Callable[[Any], Awaitable[None]]]] = {
-            "send_message": (SendMessage, self._send_message),
-            "regenerate": (Regeneration, self._regenerate),
-            "stop": (Stop, self._stop),
-            "resume": (Resume, self._resume),
-            "approve": (Decision, self._decide),
-            "deny": (Decision, self._decide),
-            "typing": (Presence, self._typing),
-            "stop_typing": (Presence, self._stop_typing),
-            "ping": (Presence, self._pong),
-        }
+
+    @property
+    def _user(self) -> Identity:
+        return self._opened.user
 
     async def serve(self) -> None:
         """Serves until the socket is closed."""
         with self._sessions.watch(self._user, self._session_id, self):
             try:
-                await self._opened.serve(self._begin(), self._until_behind())
+                await self._opened.serve(self._begin())
             finally:
                 for task in self._tasks.values():
                     task.cancel()
@@ -124,10 +116,6 @@ class ChatSocket:
         except KeyError:
             return b""  # bytes, which mean nothing here
 
-    async def _until_behind(self) -> None:
-        await self._is_behind.wait()
-        await self._socket.close(TRY_AGAIN, "too slow: connect again and resume")
-
     # --- what comes in ---
 
     async def _take(self, text: bytes) -> None:
@@ -136,10 +124,10 @@ class ChatSocket:
             said = _object(text)
             given = said.get("request_id")
             request_id = given if isinstance(given, str) else None
-            form, carry_out = self._commands.get(str(said.pop("type", "")), (None, None))
+            form, carry_out = COMMANDS.get(str(said.pop("type", "")), (None, None))
             if form is None or carry_out is None:
-                raise InvalidRequest(f"type: one of {', '.join(self._commands)} is needed")
-            await carry_out(form.model_validate(said))
+                raise InvalidRequest(f"type: one of {', '.join(COMMANDS)} is needed")
+            await carry_out(self, form.model_validate(said))
         except ValidationError as error:
             await self.send(refusal(invalid(error), request_id))
         except PortalError as error:
@@ -207,7 +195,7 @@ class ChatSocket:
             earlier.cancel()
         if len(self._tasks) >= MOST_BEHIND:
             sending.close()
-            self._is_behind.set()
+            self._opened.end(TOO_SLOW)
             return
         self._run(turn.id, sending)
 
@@ -266,6 +254,20 @@ class ChatSocket:
         async with self._sending:
             for message in messages:
                 await self._socket.send_text(msgspec.json.encode(message).decode())
+
+
+COMMANDS: dict[str, tuple[type[BaseModel], Callable[[ChatSocket, Any], Awaitable[None]]]] = {
+    "send_message": (SendMessage, ChatSocket._send_message),
+    "regenerate": (Regeneration, ChatSocket._regenerate),
+    "stop": (Stop, ChatSocket._stop),
+    "resume": (Resume, ChatSocket._resume),
+    "approve": (Decision, ChatSocket._decide),
+    "deny": (Decision, ChatSocket._decide),
+    "typing": (Presence, ChatSocket._typing),
+    "stop_typing": (Presence, ChatSocket._stop_typing),
+    "ping": (Presence, ChatSocket._pong),
+}
+"""What may be sent, in which form, and what carries it out."""
 
 
 def _object(text: bytes) -> dict[str, Any]:

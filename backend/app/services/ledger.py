@@ -18,7 +18,7 @@ import msgspec
 from app.errors import QuotaInfo
 
 MOST_WINDOWS = 100_000
-"""Windows that are remembered in memory; beyond that the one used longest ago is forgotten."""
+"""Windows of one length that are remembered; beyond that the one used longest ago is forgotten."""
 
 RESERVATION_S = 3600.0
 """How long a reservation counts whose process died."""
@@ -94,12 +94,16 @@ class _Budget:
     reserved: dict[str, float] = field(default_factory=dict)
 
 
+_Windows = OrderedDict[str, deque[tuple[float, str]]]
+"""Who took when, by the key of the window; of windows of one length, that used longest ago first."""
+
+
 class MemoryLedger:
     """The ledger of one process."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._windows: OrderedDict[str, deque[tuple[float, str]]] = OrderedDict()
+        self._windows: dict[float, _Windows] = {}
         self._budgets: dict[str, _Budget] = {}
         self._looked_at = clock()
 
@@ -116,18 +120,22 @@ class MemoryLedger:
     async def give_back(self, id: str, windows: Sequence[Window]) -> None:
         """See `Ledger`."""
         for window in windows:
-            times = self._windows.get(window.key)
+            times = self._windows.get(window.seconds, {}).get(window.key)
             mine = [entry for entry in times or () if entry[1] == id]
             if times is not None and mine:
                 times.remove(mine[-1])
 
     def _taken(self, window: Window, now: float) -> deque[tuple[float, str]]:
-        times = self._windows.setdefault(window.key, deque())
-        self._windows.move_to_end(window.key)
-        while times and times[0][0] <= now - window.seconds:
+        alike = self._windows.setdefault(window.seconds, OrderedDict())
+        times = alike.setdefault(window.key, deque())
+        alike.move_to_end(window.key)
+        over = now - window.seconds
+        while times and times[0][0] <= over:
             times.popleft()
-        if len(self._windows) > MOST_WINDOWS:
-            self._windows.popitem(last=False)
+        while (oldest := next(iter(alike.values()))) is not times:
+            if oldest and oldest[-1][0] > over and len(alike) <= MOST_WINDOWS:
+                break
+            alike.popitem(last=False)
         return times
 
     async def unknown(self, holds: Sequence[Hold]) -> list[Hold]:
