@@ -115,12 +115,15 @@ class MemoryLedger:
         if not any(full):
             for times in taken:
                 times.append((now, id))
+        for window in windows:
+            self._forget_over(window.seconds, now)
         return [_quota(*found, now) for found in zip(windows, taken, full, strict=True)]
 
     async def give_back(self, id: str, windows: Sequence[Window]) -> None:
         """See `Ledger`."""
         for window in windows:
-            times = self._windows.get(window.seconds, {}).get(window.key)
+            alike = self._windows.get(window.seconds)
+            times = None if alike is None else alike.get(window.key)
             mine = [entry for entry in times or () if entry[1] == id]
             if times is not None and mine:
                 times.remove(mine[-1])
@@ -129,14 +132,18 @@ class MemoryLedger:
         alike = self._windows.setdefault(window.seconds, OrderedDict())
         times = alike.setdefault(window.key, deque())
         alike.move_to_end(window.key)
-        over = now - window.seconds
-        while times and times[0][0] <= over:
+        while times and times[0][0] <= now - window.seconds:
             times.popleft()
-        while (oldest := next(iter(alike.values()))) is not times:
-            if oldest and oldest[-1][0] > over and len(alike) <= MOST_WINDOWS:
-                break
-            alike.popitem(last=False)
         return times
+
+    def _forget_over(self, seconds: float, now: float) -> None:
+        """Drops the windows of one length in which nothing was taken for so long."""
+        alike = self._windows[seconds]
+        while alike:
+            times = next(iter(alike.values()))
+            if times and times[-1][0] > now - seconds and len(alike) <= MOST_WINDOWS:
+                return
+            alike.popitem(last=False)
 
     async def unknown(self, holds: Sequence[Hold]) -> list[Hold]:
         """See `Ledger`."""
