@@ -13,7 +13,8 @@ import httpx
 import pytest
 from openai import OpenAI
 from paho.mqtt.enums import MQTTProtocolVersion
-from websockets.sync.client import connect
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
@@ -165,3 +166,80 @@ def test_a_stream_that_is_cut_twenty_times_gives_the_exact_text(
     assert "".join(event["content"] for event in seen if event["type"] == "token") == "".join(pieces)
     assert seen[-1]["response"] == "".join(pieces)
     assert len(llm.requests) == 1, "it was generated once"
+
+
+def rest_of(opened: ClientConnection, turn: str, after: str) -> Iterator[dict[str, Any]]:
+    """The events of a turn behind a place, over a socket, in the words of other doors."""
+    opened.send(json.dumps({"type": "resume", "turn_id": turn, "after": after}))
+    names = {"ai_message_chunk": "token", "ai_message_complete": "final"}
+    resumed = False
+    while True:
+        said = json.loads(opened.recv(20))
+        resumed = resumed or said["type"] == "resumed"
+        if resumed and "id" in said:
+            yield {**said, "type": names.get(said["type"], said["type"])}
+
+
+def said_in(events: list[dict[str, Any]]) -> str:
+    return "".join(event["content"] for event in events if event["type"] == "token")
+
+
+def test_a_socket_that_is_cut_twenty_times_gives_the_exact_text(
+    fake_portal: Portal, client: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    pieces = [f"{number} " for number in range(400)]
+    llm.script = Script(pieces=text(*pieces), between=0.005)
+    chance = random.Random(7)
+    headers = {"Authorization": client.headers["Authorization"]}
+    accepted = {"session_id": session, "message": "go", "request_id": "r"}
+    with client.stream("POST", "/api/llm/chat/session/stream", json=accepted) as streamed:
+        seen = [next(event for line in streamed.iter_lines() for event in events_of(line))]
+    with closing(Proxy(fake_portal.port)) as proxy:
+        turn, last, cuts = seen[0]["turn_id"], "1.0", 0
+        url = f"{proxy.url.replace('http://', 'ws://')}/ws/chat/{session}"
+        while seen[-1]["type"] != "final":
+            until = chance.randrange(1, 20) if cuts < 20 else None
+            with suppress(ConnectionClosed), connect(url, additional_headers=headers) as opened:
+                for event in rest_of(opened, turn, last):
+                    seen.append(event)
+                    last = event["id"]
+                    if event["type"] == "final":
+                        break
+                    until = None if until is None else until - 1
+                    if until == 0:
+                        cuts += 1
+                        proxy.cut()
+                        break
+    assert cuts == 20
+    assert said_in(seen) == seen[-1]["response"] == "".join(pieces)
+    assert len(llm.requests) == 1, "it was generated once"
+
+
+def test_who_changes_the_door_misses_nothing_and_sees_nothing_twice(
+    fake_portal: Portal, client: httpx.Client, mosquitto: Mosquitto, llm: FakeLLM, session: str
+) -> None:
+    """From MQTT to server-sent events, and from there to a socket, while the turn runs."""
+    pieces = [f"{number} " for number in range(60)]
+    llm.script = Script(pieces=text(*pieces), between=0.02)
+    topic = f"maze/stream/{session}/r"
+    game = GameClient(mosquitto.port, topic)
+    asked = {"message": "go", "requestId": "r", "stream": True, "token": token_of(client)}
+    game.publish(f"maze/user_input/{session}", asked)
+    game.reply(topic, 8)
+    seen = game.json_replies(topic)[:8]
+    turn, last = seen[0]["turn_id"], f"1.{seen[-1]['seq']}"
+    with client.stream("GET", f"/api/llm/turns/{turn}/events", params={"after": last}) as streamed:
+        for line in streamed.iter_lines():
+            last = line[4:] if line.startswith("id: ") else last
+            seen += events_of(line)
+            if len(seen) > 20:
+                break
+    url = fake_portal.url.replace("http://", "ws://")
+    headers = {"Authorization": client.headers["Authorization"]}
+    with connect(f"{url}/ws/chat/{session}", additional_headers=headers) as opened:
+        for event in rest_of(opened, turn, last):
+            seen.append(event)
+            if event["type"] == "final":
+                break
+    assert said_in(seen) == seen[-1]["response"] == "".join(pieces)
+    game.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -306,17 +306,29 @@ def test_a_viewer_sees_and_does_not_send(fake_portal: Portal, client: httpx.Clie
             assert socket.next()["error"]["code"] == "forbidden"
 
 
-def test_a_socket_ends_with_its_sign_in(
+def test_a_socket_ends_with_its_sign_in_and_follows_its_role(
     make_portal: Callable[..., Portal], llm: FakeLLM, tmp_path: Any, session: str
 ) -> None:
     assert LOOK_S <= 15, "so long this test waits"
     portal = make_portal(tmp_path, LLM_SERVER_URL=llm.url).start()
-    with portal.client("ada") as client, chat(portal, client, session) as socket:
+    with ExitStack() as stack:
+        ada, eve = (stack.enter_context(portal.client(name)) for name in ("ada", "eve"))
+        admin = stack.enter_context(portal.client("admin", role="admin"))
+        ending = stack.enter_context(chat(portal, ada, session))
+        staying = stack.enter_context(chat(portal, eve, session))
         began = time.monotonic()
-        assert client.delete("/api/auth/sign-ins").status_code == 204
-        assert socket.next()["error"]["code"] == "unauthenticated"
+        assert ada.delete("/api/auth/sign-ins").status_code == 204
+        path = f"/api/admin/users/{eve.get('/api/auth/me').json()['id']}"
+        assert admin.patch(path, json={"role": "viewer"}).status_code == 200
+        assert ending.next()["error"]["code"] == "unauthenticated"
         with pytest.raises(ConnectionClosed) as closed:
-            socket.next()
+            ending.next()
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1008
+
+        def is_refused() -> bool:
+            staying.say("regenerate")
+            return bool(staying.next()["error"]["code"] == "forbidden")
+
+        wait_until(is_refused, what="the other role")
         assert time.monotonic() - began < LOOK_S + 5
