@@ -44,6 +44,8 @@ class Form:
     """How long load is put on the portal before it is looked at, again and again."""
     soak_rate: float
     """Things done a second."""
+    soak_growth_mb: float
+    """How much memory may grow: in the short form caches still fill."""
     slack: int
     """How many times as long as it should something may take: the short form runs beside other tests."""
 
@@ -61,6 +63,7 @@ FORMS = {
         soak_minutes=0.2,
         soak_turn_s=2.5,
         soak_rate=60,
+        soak_growth_mb=15,
         slack=3,
     ),
     "long": Form(
@@ -75,6 +78,7 @@ FORMS = {
         soak_minutes=None,
         soak_turn_s=55,
         soak_rate=40,
+        soak_growth_mb=5,
         slack=1,
     ),
 }
