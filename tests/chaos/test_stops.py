@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Protocol
 
 import httpx
 import pytest
+from websockets.sync.client import ClientConnection, connect
 
 from app.access import LOCAL
 from app.config import Settings
 from app.container import Container, open_container
 from app.events import new_id
 from app.loop import BackgroundLoop
-from tests.chaos.support import Form
+from tests.chaos.support import Form as ChaosForm
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import GameClient, MakePortal, Mosquitto, Portal, wait_until
 
@@ -34,6 +36,8 @@ STAGES = {
 
 
 Leave = Callable[[], object]
+Form = Callable[[str], dict[str, Any]]
+"""What is sent, by the id of the session."""
 
 
 class Door(Protocol):
@@ -46,16 +50,19 @@ class Door(Protocol):
 
 
 class WebDoor:
-    """REST, or a stream as `accept` says: each time with a connection of its own, so that it can be left."""
+    """What is posted to a path, with headers and a body that may depend on the session: each time with a
+    connection of its own, so that it can be left."""
 
-    def __init__(self, portal: Portal, client: httpx.Client, path: str, accept: str) -> None:
-        self._portal, self._client, self._path, self._accept = portal, client, path, accept
+    def __init__(self, portal: Portal, client: httpx.Client, path: str, headers: Form, body: Form) -> None:
+        self._portal, self._client, self._path = portal, client, path
+        self._headers, self._body = headers, body
 
     def ask(self, session: str) -> Leave:
-        body = json.dumps({"session_id": session, "message": "hi"}).encode()
+        body = json.dumps(self._body(session)).encode()
         head = [f"POST {self._path} HTTP/1.1", f"Host: 127.0.0.1:{self._portal.port}"]
-        head += ["Content-Type: application/json", f"Accept: {self._accept}"]
-        head += [f"Authorization: {self._client.headers['Authorization']}", f"Content-Length: {len(body)}"]
+        head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        head += [f"Authorization: {self._client.headers['Authorization']}"]
+        head += [f"{name}: {value}" for name, value in self._headers(session).items()]
         connection = socket.create_connection(("127.0.0.1", self._portal.port))
         connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
         return connection.close
@@ -97,6 +104,37 @@ class GameDoor:
         return [reply["type"] for reply in replies] == ["cancelled"]
 
 
+class ForgetfulDoor(WebDoor):
+    """The same, where nothing is kept: there is no session to look at, or to stop anything in."""
+
+    def is_over(self, session: str) -> bool:
+        return True
+
+
+class SocketDoor(WebDoor):
+    """A WebSocket, each time another one. What is asked over it runs on when it is closed."""
+
+    def __init__(self, portal: Portal, client: httpx.Client) -> None:
+        super().__init__(portal, client, "", _no_headers, _no_headers)
+        self._open: dict[str, ClientConnection] = {}
+
+    def ask(self, session: str) -> Leave:
+        url = self._portal.url.replace("http://", "ws://")
+        headers = {"Authorization": self._client.headers["Authorization"]}
+        stack = ExitStack()
+        opened = connect(f"{url}/ws/chat/{session}", additional_headers=headers)
+        self._open[session] = stack.enter_context(opened)
+        self._open[session].send(json.dumps({"type": "send_message", "message": "hi", "request_id": "r"}))
+        return stack.close
+
+    def is_answered(self, session: str) -> bool:
+        history = self._client.get(f"/api/llm/chat/session/{session}/history").json()
+        return [message["status"] for message in history.get("messages", [])] == ["complete"] * 2
+
+    def stop(self, session: str) -> None:
+        self._open[session].send(json.dumps({"type": "stop", "request_id": "r"}))
+
+
 class PythonDoor:
     """Plain Python, with an event loop on a thread of its own."""
 
@@ -128,6 +166,51 @@ class PythonDoor:
         self._background.stop()
 
 
+def _no_headers(_session: str) -> dict[str, Any]:
+    return {}
+
+
+def _accept(accept: str) -> Form:
+    return lambda _session: {"Accept": accept}
+
+
+def _message(session: str) -> dict[str, Any]:
+    return {"session_id": session, "message": "hi"}
+
+
+def _in_session(session: str) -> dict[str, Any]:
+    return {"X-Session-Id": session}
+
+
+def _completion(*, stream: bool) -> Form:
+    return lambda _session: {"messages": [{"role": "user", "content": "hi"}], "stream": stream}
+
+
+def _response(*, stream: bool) -> Form:
+    return lambda session: {"input": "hi", "conversation": session, "stream": stream}
+
+
+WEB_DOORS: dict[str, tuple[str, Form, Form]] = {
+    "REST": ("/api/llm/chat/session", _accept("application/json"), _message),
+    "SSE": ("/api/llm/chat/session/stream", _accept("text/event-stream"), _message),
+    "NDJSON": ("/api/llm/chat/session/stream", _accept("application/x-ndjson"), _message),
+    "/v1 in a session": ("/v1/chat/completions", _in_session, _completion(stream=False)),
+    "/v1 in a session, streamed": ("/v1/chat/completions", _in_session, _completion(stream=True)),
+    "responses": ("/v1/responses", _no_headers, _response(stream=False)),
+    "responses, streamed": ("/v1/responses", _no_headers, _response(stream=True)),
+}
+"""Path, headers and body of what is posted."""
+
+FORGETFUL_DOORS: dict[str, tuple[str, Form, Form]] = {
+    "/v1": ("/v1/chat/completions", _no_headers, _completion(stream=False)),
+    "/v1, streamed": ("/v1/chat/completions", _no_headers, _completion(stream=True)),
+}
+"""Nobody can stop what comes by these but who asks, by leaving."""
+
+DETACHED = {"MQTT", "WebSocket"}
+"""What came so runs on when its client goes."""
+
+
 @pytest.fixture
 def doors(
     fake_thread: FakeLLM,
@@ -147,12 +230,11 @@ def doors(
     ).start()
     python = PythonDoor(settings_for(fake_thread.url, llm_max_concurrency=1))
     game = GameDoor(portal, mosquitto)
-    chat, stream = "/api/llm/chat/session", "/api/llm/chat/session/stream"
     with portal.client() as client:
         yield {
-            "REST": WebDoor(portal, client, chat, "application/json"),
-            "SSE": WebDoor(portal, client, stream, "text/event-stream"),
-            "NDJSON": WebDoor(portal, client, stream, "application/x-ndjson"),
+            **{name: WebDoor(portal, client, *how) for name, how in WEB_DOORS.items()},
+            **{name: ForgetfulDoor(portal, client, *how) for name, how in FORGETFUL_DOORS.items()},
+            "WebSocket": SocketDoor(portal, client),
             "MQTT": game,
             "Python": python,
         }
@@ -191,10 +273,9 @@ def seconds_to_end(door: Door, fake: FakeLLM, stage: str, *, by_stop: bool) -> f
 
 @pytest.mark.parametrize("way", ["stop", "leave"])
 def test_the_llm_server_is_rid_of_it_within_a_second(
-    way: str, doors: dict[str, Door], fake_thread: FakeLLM, form: Form
+    way: str, doors: dict[str, Door], fake_thread: FakeLLM, form: ChaosForm
 ) -> None:
-    # What came over MQTT runs on when its client goes.
-    names = [name for name in doors if way == "stop" or name != "MQTT"]
+    names = [name for name in doors if name not in (FORGETFUL_DOORS if way == "stop" else DETACHED)]
     took = {
         (stage, name, number): seconds_to_end(doors[name], fake_thread, stage, by_stop=way == "stop")
         for number in range(form.stops)
@@ -205,3 +286,28 @@ def test_the_llm_server_is_rid_of_it_within_a_second(
     in_time = sum(seconds <= BAR_S for seconds in took.values())
     print(f"{way}: {in_time} of {len(took)} within {BAR_S:g} s; the slowest {took[worst]:.2f} s ({worst})")
     assert in_time == len(took)
+
+
+def test_what_was_asked_over_a_socket_goes_on_when_it_is_closed(
+    doors: dict[str, Door], fake_thread: FakeLLM
+) -> None:
+    door, gate = doors["WebSocket"], threading.Event()
+    assert isinstance(door, SocketDoor)
+    fake_thread.script = Script(gate=gate)
+    door.ask("first")()
+    wait_until(lambda: fake_thread.running == 1, what="one that has no piece yet")
+    door.ask("queued")()
+    wait_until(lambda: door.waiting() == 1, what="one that waits")
+    gate.set()
+    wait_until(lambda: door.is_answered("first") and door.is_answered("queued"), what="their answers")
+    fake_thread.script = Script(pieces=text(*"abcdef"), between=0.1)
+    leave = door.ask("middle")
+    wait_until(lambda: fake_thread.pieces > 4, what="its first pieces")
+    leave()
+    wait_until(lambda: door.is_answered("middle"), what="the answer")
+    fake_thread.script = Script(whole=True, before_first=0.5)
+    leave = door.ask("whole")
+    wait_until(lambda: fake_thread.running == 1, what="a server that does not stream")
+    leave()
+    wait_until(lambda: door.is_answered("whole"), what="the answer")
+    assert fake_thread.dropped == 0
