@@ -38,6 +38,12 @@ Kind = str
 """`portal`, `straight` for the upstream without a bridge, or the name of a peer."""
 
 
+class Served(Portal):
+    """The portal as users run it."""
+
+    program = ROOT / "backend" / "run_server.py"
+
+
 class Impossible(Exception):
     """This cannot be measured here; the message says why."""
 
@@ -143,7 +149,7 @@ def _portal(
         "MAX_TURNS_PER_USER": "100000",
         **settings,
     }
-    portal = Portal(directory, **values)
+    portal = Served(directory, **values)
     try:
         with on_cores(BRIDGE):
             portal.start()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import compileall
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from httpx._transports import default
 from pydantic import SecretStr
 
 from app.cli import install
 from app.cli.page import build_page
 from app.cli.stack import Stack
-from app.config import Settings
+from app.config import BACKEND_DIR, Settings
 from app.events import new_id
 from tests.fake_llm import FakeLLM, FakeThread, Script, serve
 from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Redis, postgres, wait_until
@@ -37,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before there are workers: each would fetch the model and build the page, at the same moment."""
+    # Every client, so every `httpx.get`, would read all of the system's certificates anew: 40 ms of a core.
+    transport: Any = default
+    transport.create_ssl_context = cache(httpx.create_ssl_context)
+    if not hasattr(config, "workerinput"):
+        # Where Python is told to write no bytecode, each process of the portal would compile it anew.
+        compileall.compile_dir(BACKEND_DIR / "app", quiet=2)
     if config.getoption("numprocesses", None):
         install.starter_model(Stack())
         build_page(Stack())

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -265,7 +265,9 @@ class Redis:
 
 
 class Portal:
-    """The backend as users run it: `run_server.py` in a process of its own."""
+    """The backend in a process of its own, as `tests/server.py` starts it."""
+
+    program = ROOT / "tests" / "server.py"
 
     def __init__(self, directory: Path, **settings: str) -> None:
         self.directory = directory
@@ -276,11 +278,18 @@ class Portal:
         self.env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
         self.log = directory / "portal.log"
         self.process: Process | None = None
+        self._times: list[str] = []
         self._accounts: set[str] = set()
 
+    def with_times(self, times: Mapping[str, float]) -> Portal:
+        """Lets it start with other times than its own, which a test would have to sit through: constants of
+        its modules, as `{"app.sockets.LOOK_S": 0.5}`."""
+        self._times = [f"{name}={seconds}" for name, seconds in times.items()]
+        return self
+
     def start(self, *, ready: bool = True) -> Portal:
-        command = [sys.executable, str(ROOT / "backend" / "run_server.py"), "--port", str(self.port)]
-        command += ["--env-file", str(self.env_file)]
+        command = [sys.executable, str(self.program), *self._times]
+        command += ["--port", str(self.port), "--env-file", str(self.env_file)]
         self.process = Process(command, self.log, child_environment({}))
         self.process.ready(self.port)
         wait_until(lambda: self._get("/health/live"), what="liveness")

@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from pwdlib import PasswordHash
-from pwdlib.hashers.argon2 import Argon2Hasher
 
 from app.config import Settings
 from app.container import Container, open_container
@@ -19,6 +17,7 @@ from app.services import accounts
 from app.services.audit import AuditFilter
 from app.services.ledger import MemoryLedger
 from tests.fake_llm import FakeLLM
+from tests.server import quicken_passwords
 from tests.support import MakePortal
 
 LIMIT = 10
@@ -86,11 +85,10 @@ def test_only_a_trusted_proxy_is_believed_and_only_the_address_that_it_saw(
 
 @pytest.fixture
 def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashes that cost next to nothing: tries are counted here, and there are many."""
-    hasher = PasswordHash([Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1)])
-    decoy = hasher.hash("no account has this password")
-    monkeypatch.setattr(accounts, "_hasher", hasher)
-    monkeypatch.setattr(accounts, "_DECOY", decoy)
+    """Tries are counted here, and there are many."""
+    for name in ("_hasher", "_DECOY"):
+        monkeypatch.setattr(accounts, name, getattr(accounts, name))  # put back in the end
+    quicken_passwords()
 
 
 def test_a_name_that_nobody_has_takes_the_same_time() -> None:
