@@ -63,7 +63,15 @@ router = APIRouter(
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream` as server-sent events.",
-        "content": {SSE: {"schema": {"type": "string"}}},
+        "content": {
+            SSE: {
+                "schema": {
+                    "type": "object",
+                    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+                    "required": ["data"],
+                }
+            }
+        },
     }
 }
 

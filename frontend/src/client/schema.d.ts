@@ -7391,7 +7391,10 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ChatCompletion"];
-                    "text/event-stream": string;
+                    "text/event-stream": {
+                        data: string;
+                        event?: string;
+                    };
                 };
             };
             /** @description An error */
@@ -7523,7 +7526,10 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ResponseBody"];
-                    "text/event-stream": string;
+                    "text/event-stream": {
+                        data: string;
+                        event?: string;
+                    };
                 };
             };
             /** @description An error */
@@ -7558,7 +7564,10 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ResponseBody"];
-                    "text/event-stream": string;
+                    "text/event-stream": {
+                        data: string;
+                        event?: string;
+                    };
                 };
             };
             /** @description An error */
