@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from app.cli.page import build_page
 from app.cli.stack import Stack
-from tests.e2e.support import sign_up
+from tests.e2e.support import let_in
 from tests.support import GuardedMosquitto, LlamaServer, Portal, program
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -38,11 +38,16 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedMosquitt
 
 @pytest.fixture(scope="session")
 def portal(
-    llama: LlamaServer, broker: GuardedMosquitto, tmp_path_factory: pytest.TempPathFactory
+    llama: LlamaServer,
+    broker: GuardedMosquitto,
+    tmp_path_factory: pytest.TempPathFactory,
+    pytestconfig: pytest.Config,
 ) -> Iterator[Portal]:
-    """The portal with a real model, for all tests: each has a person of its own."""
+    """The portal with a real model, for all tests: each has a person of its own. Answers are short, but on
+    pictures."""
     directory = tmp_path_factory.mktemp("portal")
-    settings = {"LLM_MAX_TOKENS": "256", "MQTT_PROJECTS": "maze racing", **broker.settings}
+    most = "256" if pytestconfig.getoption("--screenshots") else "32"
+    settings = {"LLM_MAX_TOKENS": most, "MQTT_PROJECTS": "maze racing", **broker.settings}
     running = Portal(directory, LLM_SERVER_URL=llama.url, **settings).start()
     yield running
     running.stop()
@@ -79,8 +84,8 @@ def page(context: BrowserContext) -> Iterator[Page]:
 
 @pytest.fixture
 def ada(page: Page, portal: Portal, username: str) -> Page:
-    """A tab in which somebody has just signed up."""
-    sign_up(page, portal.url, username)
+    """A tab of somebody who is signed in, and has nothing yet."""
+    let_in(page, portal, username)
     return page
 
 
@@ -91,11 +96,12 @@ def username() -> str:
 
 
 @pytest.fixture
-def shot(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Page, str], None]:
-    """Takes a picture of the page; `--screenshots DIR` keeps it."""
-    directory = Path(request.config.getoption("--screenshots") or tmp_path)
+def shot(pytestconfig: pytest.Config) -> Callable[[Page, str], None]:
+    """Takes a picture of the page, where `--screenshots DIR` asks for them."""
+    directory = pytestconfig.getoption("--screenshots")
 
     def take(page: Page, name: str) -> None:
-        page.screenshot(path=directory / f"{name}.png")
+        if directory:
+            page.screenshot(path=Path(directory) / f"{name}.png")
 
     return take

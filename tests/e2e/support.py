@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from playwright.sync_api import Locator, Page, expect
 
 from app.cli.page import FRONTEND
+from tests.support import PASSWORD, Portal, wait_until
 
-PASSWORD = "correct horse"
 CHAT_URL = re.compile(r"/chat/[0-9a-f]{32}$")
 
 
@@ -21,6 +21,17 @@ def sign_up(page: Page, url: str, username: str) -> None:
     page.get_by_label("Email").fill(f"{username}@example.org")
     page.get_by_label(re.compile("^Password")).fill(PASSWORD)
     page.get_by_role("button", name="Make the account").click()
+    expect(page.get_by_role("textbox", name="Message")).to_be_visible()
+
+
+def let_in(page: Page, portal: Portal, username: str, role: str | None = None, *, url: str = "") -> None:
+    """Opens the page as somebody who has signed in before, with the cookie of that; the account is made when
+    it is new, with the role."""
+    with portal.client(username, role) as client:
+        (cookie,) = client.cookies.jar
+    kept: Any = {"name": cookie.name, "value": cookie.value, "domain": "127.0.0.1", "path": cookie.path}
+    page.context.add_cookies([kept])
+    page.goto(url or portal.url)
     expect(page.get_by_role("textbox", name="Message")).to_be_visible()
 
 
@@ -68,11 +79,28 @@ def scrolls_sideways(page: Page) -> bool:
     return bool(wider)
 
 
-def serious_findings(page: Page) -> list[str]:
+COLOURS: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+HAS_LIGHT_TEXT = """() => {
+  const [red, green, blue] = getComputedStyle(document.body).color.match(/[0-9]+/g).map(Number);
+  return red + green + blue > 3 * 128;
+}"""
+
+
+def findings_in_all_colours(page: Page) -> list[str]:
+    """What axe finds that keeps people out when the page is light; and of its colours, when it is dark."""
+    found = []
+    for colours, rules in zip(COLOURS, ({}, {"runOnly": ["color-contrast"]}), strict=True):
+        page.emulate_media(color_scheme=colours, reduced_motion="reduce")
+        wait_until(lambda: page.evaluate(HAS_LIGHT_TEXT) is (colours == "dark"), what=colours)  # noqa: B023
+        found += [f"{colours}: {finding}" for finding in serious_findings(page, rules)]
+    return found
+
+
+def serious_findings(page: Page, options: dict[str, Any] | None = None) -> list[str]:
     """What axe finds that keeps people out."""
     if not page.evaluate("'axe' in window"):
         page.evaluate((FRONTEND / "node_modules" / "axe-core" / "axe.min.js").read_text())
-    result: dict[str, Any] = page.evaluate("axe.run()")
+    result: dict[str, Any] = page.evaluate("options => axe.run(options)", options or {})
     return [
         f"{found['id']}: {node['html'][:160]} {node['failureSummary'][:300]}"
         for found in result["violations"]

@@ -5,8 +5,8 @@ import re
 import httpx
 from playwright.sync_api import Page, expect
 
-from tests.e2e.support import PASSWORD, scrolls_sideways, serious_findings
-from tests.support import Portal
+from tests.e2e.support import scrolls_sideways, serious_findings
+from tests.support import PASSWORD, Portal
 
 
 def open_account(page: Page) -> None:

@@ -9,22 +9,40 @@ from playwright.sync_api import APIResponse, Page, Route, expect
 
 from tests.e2e.support import (
     CHAT_URL,
-    PASSWORD,
     answered,
     answers,
     ask,
     begun,
     go,
+    let_in,
     scrolls_sideways,
     serious_findings,
-    sign_up,
     write_template,
 )
 from tests.fake_llm import FakeLLM, Script, text
 from tests.proxy import Proxy
-from tests.support import LlamaServer, Portal, wait_until
+from tests.support import PASSWORD, Portal, wait_until
 
-LONG = "Tell me a very long story about a maze, with many people in it."
+AT_ONE_WIDTH = pytest.mark.parametrize("context", [1280], ids=["desktop"], indirect=True)
+"""For what is the same however wide the page is."""
+
+
+def endless() -> list[dict[str, str]]:
+    """More words than anybody waits for."""
+    return text(*(f"word{number} " for number in range(100_000)))
+
+
+def assert_shown_to_the_end(portal: Portal, page: Page, username: str, script: Script) -> None:
+    """Lets the answer end, which is stored then as it is on the page."""
+    del script.pieces[1:]
+    answered(page)
+    stored = history(portal, page, username)
+    assert [(message["role"], message["status"]) for message in stored] == [
+        ("user", "complete"),
+        ("assistant", "complete"),
+    ]
+    words = re.findall(r"\w+", stored[-1]["content"])
+    assert re.findall(r"word\d+", answers(page).inner_text()) == words
 
 
 def history(portal: Portal, page: Page, username: str) -> list[dict[str, str]]:
@@ -56,57 +74,6 @@ def test_a_template_is_written_and_chatted_with(ada: Page, portal: Portal, usern
     stored = history(portal, ada, username)
     assert [message["role"] for message in stored] == ["system", *["user", "assistant"] * 2]
     assert [message["status"] for message in stored] == ["complete"] * 5
-
-
-def test_a_stopped_answer_is_kept_as_far_as_it_came(ada: Page, portal: Portal, username: str) -> None:
-    ask(ada, LONG)
-    begun(ada)
-    ada.get_by_role("textbox", name="Message").press("Escape")
-    expect(ada.get_by_text("Stopped")).to_be_visible()
-    expect(ada.get_by_role("button", name="Stop the answer")).to_have_count(0)
-    assert history(portal, ada, username)[-1]["status"] == "cancelled"
-
-
-def test_an_answer_is_stopped_before_it_begins(
-    ada: Page, portal: Portal, username: str, llama: LlamaServer
-) -> None:
-    llama.pause()
-    try:
-        ask(ada, LONG)
-        expect(ada.get_by_text("Waiting for the model")).to_be_visible()
-        ada.get_by_role("button", name="Stop the answer").click()
-        expect(ada.get_by_text("Stopped")).to_be_visible()
-    finally:
-        llama.resume()
-    assert [message["status"] for message in history(portal, ada, username)] == ["cancelled"]
-
-
-def test_an_answer_goes_on_after_a_reload_in_its_middle(ada: Page, portal: Portal, username: str) -> None:
-    ask(ada, LONG)
-    begun(ada)
-    ada.reload()
-    begun(ada)
-    answered(ada)
-    stored = history(portal, ada, username)
-    assert [message["role"] for message in stored] == ["user", "assistant"], "it was not asked twice"
-    expect(answers(ada)).to_have_count(1)
-    words = re.findall(r"\w+", stored[-1]["content"])
-    assert re.findall(r"\w+", answers(ada).inner_text())[-5:] == words[-5:]
-
-
-def test_an_answer_survives_lost_connections(page: Page, portal: Portal, username: str) -> None:
-    proxy = Proxy(portal.port)
-    sign_up(page, proxy.url, username)
-    ask(page, LONG)
-    for _ in range(3):
-        begun(page)
-        wait_until(proxy.cut, what="a connection to cut")
-    answered(page)
-    stored = history(portal, page, username)
-    assert [message["status"] for message in stored] == ["complete", "complete"]
-    words = re.findall(r"\w+", stored[-1]["content"])
-    assert re.findall(r"\w+", answers(page).inner_text())[-5:] == words[-5:]
-    proxy.close()
 
 
 def test_chats_are_found_renamed_deleted_and_brought_back(ada: Page) -> None:
@@ -164,6 +131,58 @@ class TestWithAnLLMThatDoesAsItIsTold:
         module_fake.script = Script()
         return module_fake.script
 
+    def test_a_stopped_answer_is_kept_as_far_as_it_came(
+        self, ada: Page, portal: Portal, username: str, script: Script
+    ) -> None:
+        script.pieces, script.between = endless(), 0.05
+        ask(ada, "Hi")
+        begun(ada)
+        ada.get_by_role("textbox", name="Message").press("Escape")
+        expect(ada.get_by_text("Stopped")).to_be_visible()
+        expect(ada.get_by_role("button", name="Stop the answer")).to_have_count(0)
+        assert history(portal, ada, username)[-1]["status"] == "cancelled"
+
+    @AT_ONE_WIDTH
+    def test_an_answer_is_stopped_before_it_begins(
+        self, ada: Page, portal: Portal, username: str, script: Script
+    ) -> None:
+        script.before_first = 60
+        ask(ada, "Hi")
+        expect(ada.get_by_text("Waiting for the model")).to_be_visible()
+        ada.get_by_role("button", name="Stop the answer").click()
+        expect(ada.get_by_text("Stopped")).to_be_visible()
+        assert [message["status"] for message in history(portal, ada, username)] == ["cancelled"]
+
+    @AT_ONE_WIDTH
+    def test_an_answer_goes_on_after_a_reload_in_its_middle(
+        self, ada: Page, portal: Portal, username: str, script: Script, module_fake: FakeLLM
+    ) -> None:
+        asked = len(module_fake.requests)
+        script.pieces, script.between = endless(), 0.05
+        ask(ada, "Hi")
+        begun(ada)
+        ada.reload()
+        begun(ada)
+        assert_shown_to_the_end(portal, ada, username, script)
+        expect(answers(ada)).to_have_count(1)
+        assert len(module_fake.requests) == asked + 1, "it was not asked twice"
+
+    @AT_ONE_WIDTH
+    def test_an_answer_survives_lost_connections(
+        self, page: Page, portal: Portal, username: str, script: Script
+    ) -> None:
+        script.pieces, script.between = endless(), 0.05
+        proxy = Proxy(portal.port)
+        let_in(page, portal, username, url=proxy.url)
+        ask(page, "Hi")
+        for _ in range(3):
+            begun(page)
+            shown = answers(page).inner_text()
+            wait_until(proxy.cut, what="a connection to cut")
+            expect(answers(page)).not_to_have_text(shown)
+        assert_shown_to_the_end(portal, page, username, script)
+        proxy.close()
+
     def test_thinking_is_folded_also_later(self, ada: Page, script: Script) -> None:
         script.pieces = [{"reasoning_content": "Hmm, a greeting."}, *text("Hello", " there")]
         script.usage = {
@@ -191,6 +210,7 @@ class TestWithAnLLMThatDoesAsItIsTold:
         alert.get_by_role("button", name="Ask again").click()
         expect(answers(ada)).to_contain_text("Hello there")
 
+    @AT_ONE_WIDTH
     def test_an_answer_that_breaks_off_stays_as_far_as_it_came(self, ada: Page, script: Script) -> None:
         script.pieces, script.between, script.cut_after = text("As far as", " this", " and on"), 0.05, 2
         ask(ada, "Hi")
@@ -203,6 +223,7 @@ class TestWithAnLLMThatDoesAsItIsTold:
         ada.get_by_role("alert").get_by_role("button", name="Ask again").click()
         expect(answers(ada).nth(1)).to_contain_text("As far as this and on")
 
+    @AT_ONE_WIDTH
     def test_a_message_that_cannot_be_sent_stays_in_the_box(self, ada: Page, portal: Portal) -> None:
         ask(ada, "First")
         answered(ada)
@@ -216,6 +237,7 @@ class TestWithAnLLMThatDoesAsItIsTold:
         alert.get_by_role("button", name="Try again").click()
         answered(ada, 2)
 
+    @AT_ONE_WIDTH
     def test_an_answer_is_shown_whole_when_it_ends_while_the_chat_is_loaded(
         self, ada: Page, script: Script
     ) -> None:
@@ -239,6 +261,7 @@ class TestWithAnLLMThatDoesAsItIsTold:
         loads[0].fulfill(response=answers_to_loads[0])
         answered(ada)
 
+    @AT_ONE_WIDTH
     def test_a_chat_that_cannot_be_refreshed_stays_on_the_page(self, ada: Page, portal: Portal) -> None:
         ask(ada, "First")
         answered(ada)

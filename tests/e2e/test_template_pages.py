@@ -5,8 +5,8 @@ import re
 import httpx
 from playwright.sync_api import Page, expect
 
-from tests.e2e.support import PASSWORD, go, write_template
-from tests.support import Portal
+from tests.e2e.support import go, write_template
+from tests.support import PASSWORD, Portal
 
 
 def test_the_preview_shows_the_prompt_as_it_is_written(ada: Page) -> None:
