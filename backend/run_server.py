@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app.config import DEFAULT_ENV_FILE, Settings, host_name, is_loopback, load_settings
 from app.container import Container, check_files
@@ -46,6 +47,17 @@ class _Server(uvicorn.Server):
         """Notes a signal."""
         self._is_hurried = self.should_exit
         self.should_exit = True
+
+
+class _WebSocket(WebSocketsSansIOProtocol):
+    """Drops a connection whose reader does not read, once its socket is served no more: what it has not taken
+    by then it would be kept for without end."""
+
+    async def run_asgi(self) -> None:
+        """Serves it."""
+        await super().run_asgi()
+        if not self.writable.is_set():
+            self.transport.abort()
 
 
 def main() -> int:
@@ -83,6 +95,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        ws=_WebSocket,
         ws_max_size=settings.max_request_bytes,
         ws_per_message_deflate=False,  # its buffers would be half of what a socket takes
         log_config=None,

@@ -19,7 +19,8 @@ from sqlalchemy import text as sql
 from app.events import new_id
 from app.services.elsewhere import HEED_S
 from tests.fake_llm import FakeLLM, Script, text
-from tests.support import Portal, Redis, ask, wait_until
+from tests.support import GameClient, Mosquitto, Portal, Redis, ask, token_of, wait_until
+from tests.test_session_list import watch
 from tests.test_websocket import Chat, chat, reply, types
 
 pytestmark = pytest.mark.slow
@@ -34,15 +35,21 @@ class Pair:
 
     one: Portal
     two: Portal
+    project: str
     redis: Redis | None
 
 
 @pytest.fixture(scope="module", params=["postgresql", "redis"])
 def pair(
-    request: pytest.FixtureRequest, module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    module_fake: FakeLLM,
+    mosquitto: Mosquitto,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Pair]:
     directory = tmp_path_factory.mktemp("pair")
+    project = f"by-{request.param}"
     settings = {"LLM_SERVER_URL": module_fake.url}
+    settings |= {"MQTT_BROKER_URL": mosquitto.url, "MQTT_PROJECTS": project}
     redis = None
     if request.param == "redis":
         redis = Redis(directory)
@@ -52,9 +59,10 @@ def pair(
     portals = []
     for name in ("one", "two"):
         (directory / name).mkdir()
-        portals.append(Portal(directory / name, **settings).start())
+        # The first one serves the project over MQTT, so the second one is not ready.
+        portals.append(Portal(directory / name, **settings).start(ready=name == "one"))
     one, two = portals
-    yield Pair(one, two, redis)
+    yield Pair(one, two, project, redis)
     for portal in portals:
         portal.stop()
     if redis is not None:
@@ -177,3 +185,53 @@ def test_a_clear_ends_what_the_other_process_generates(
         wait_until(lambda: llm.dropped > dropped, 2.0, "the end of the request to the LLM server")
         socket.until("cancelled")
     assert ada.two.get(f"/api/llm/chat/session/{session}/history").json()["messages"] == []
+
+
+def test_a_list_of_sessions_follows_the_other_process(
+    pair: Pair, ada: Clients, llm: FakeLLM, session: str
+) -> None:
+    with watch(pair.one, ada.one) as socket, watch(pair.two, ada.two) as beside:
+        with asked(ada.two, session, llm, message="hi"):
+            beside.until("turn_started")
+            seen = socket.until("turn_started")
+            assert types(seen) == ["session_created", "turn_started"]
+            assert seen[0]["session"] == ada.one.get(f"/api/sessions/{session}").json()
+            with watch(pair.one, ada.one) as later:
+                assert later.until("turn_started")[-1] == seen[-1]
+        assert socket.next() == {**seen[-1], "type": "turn_ended"}
+        ada.two.patch(f"/api/sessions/{session}", json={"title": "Another"})
+        assert socket.next()["session"]["title"] == "Another"
+        ada.two.delete(f"/api/sessions/{session}")
+        assert socket.next() == {"type": "session_deleted", "session": {"session_id": session}}
+
+
+def test_a_stream_over_mqtt_follows_the_other_process(
+    pair: Pair, ada: Clients, llm: FakeLLM, mosquitto: Mosquitto, session: str
+) -> None:
+    topic = f"{pair.project}/stream/{session}/r"
+    game = GameClient(mosquitto.port, topic)
+    with asked(ada.two, session, llm, message="hi", request_id="r") as held:
+        wait_until(lambda: llm.running, what="the generation")
+        said = {"message": "hi", "requestId": "r", "stream": True, "token": token_of(ada.one)}
+        game.publish(f"{pair.project}/user_input/{session}", said)
+        game.reply(topic, 2)
+        assert game.json_replies(topic)[1]["content"] == SOME, "the generation is held"
+        held.set()
+        game.wait_for(lambda: json.loads(game.messages_unlocked(topic)[-1])["type"] == "final")
+    game.close()
+
+
+@pytest.mark.parametrize("pair", ["redis"], indirect=True)
+def test_a_torn_wire_makes_it_slower_and_nothing_else(
+    pair: Pair, ada: Clients, llm: FakeLLM, session: str
+) -> None:
+    assert pair.redis is not None
+    with chat(pair.one, ada.one, session) as socket, asked(ada.two, session, llm) as held:
+        socket.until("ai_message_chunk")
+        pair.redis.stop()
+        held.set()
+        rest = socket.until("ai_message_complete")
+        assert SOME + reply(rest) == rest[-1]["response"] == f"{SOME} more!"
+    with chat(pair.one, ada.one, session) as socket, asked(ada.two, session, llm) as held:
+        pair.redis.start()
+        assert reply(socket.until("ai_message_chunk")) == SOME, "it works again, and what was missed is told"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from app.events import new_id
+from app.routers import websocket
 from app.services.token_watch import LOOK_S
+from app.sockets import CLOSE_S
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import GameClient, Mosquitto, Portal, ask, token_of, wait_until
 
@@ -248,21 +252,22 @@ def test_what_is_wrong_is_told_and_the_socket_stays(
         assert socket.next() == {"type": "pong"}
 
 
-@pytest.mark.parametrize(
-    ("options", "status"),
-    [
-        ({"additional_headers": {}}, 401),
-        ({"additional_headers": {"Authorization": "Bearer forged"}}, 401),
-        ({"subprotocols": [Subprotocol("bearer"), Subprotocol("forged")]}, 401),
-        ({"ticket": "forged"}, 401),
-        ({"origin": "https://evil.example"}, 403),
-        ({"session": "no%20such"}, 422),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], int]] = [
+    ({"additional_headers": {}}, 401),
+    ({"additional_headers": {"Authorization": "Bearer forged"}}, 401),
+    ({"subprotocols": [Subprotocol("bearer"), Subprotocol("forged")]}, 401),
+    ({"ticket": "forged"}, 401),
+    ({"origin": "https://evil.example"}, 403),
+]
+"""How a socket is not opened, and the status that says so."""
+
+
+@pytest.mark.parametrize(("options", "status"), [*REFUSED, ({"session": "no%20such"}, 422)])
 def test_nobody_else_opens_a_socket(
     fake_portal: Portal, client: httpx.Client, options: dict[str, Any], status: int
 ) -> None:
-    session = options.pop("session", "s")
+    session = options.get("session", "s")
+    options = {name: value for name, value in options.items() if name != "session"}
     if "origin" in options or not options:
         options["additional_headers"] = {"Authorization": client.headers["Authorization"]}
     with pytest.raises(InvalidStatus) as refused, chat(fake_portal, client, session, **options):
@@ -304,6 +309,39 @@ def test_a_viewer_sees_and_does_not_send(fake_portal: Portal, client: httpx.Clie
         for kind in ("send_message", "regenerate", "stop"):
             socket.say(kind, message="x")
             assert socket.next()["error"]["code"] == "forbidden"
+
+
+def test_who_does_not_read_is_closed_and_can_resume(
+    fake_portal: Portal, client: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    process = fake_portal.process
+    assert process is not None
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    small.connect(("127.0.0.1", fake_portal.port))
+    mine = small.getsockname()[1]
+
+    def is_open() -> bool:
+        found = psutil.Process(process.pid).net_connections()
+        return any(connection.raddr[1:] == (mine,) for connection in found)
+
+    headers = {"Authorization": client.headers["Authorization"]}
+    slow = {"sock": small, "max_queue": 1, "compression": None, "additional_headers": headers}
+    with chat(fake_portal, client, session, **slow):
+        large = "x" * 1_000_000
+        llm.script = Script(pieces=text(*[large[:50_000]] * 20))
+        again, body = f"/api/llm/chat/session/{session}/regenerate", {"max_tokens": 100_000}
+        asked = [ask(client, session, **body).json()["turn_id"]]
+        asked += [client.post(again, json=body).json()["turn_id"] for _ in range(2)]
+        assert is_open()
+        llm.script = Script()
+        for _ in range(websocket.MOST_BEHIND):
+            assert client.post(again).status_code == 200
+        wait_until(lambda: not is_open(), CLOSE_S + 5, "the end of the connection")
+    with chat(fake_portal, client, session, max_size=None, additional_headers=headers) as back:
+        for turn in asked:
+            back.say("resume", turn_id=turn)
+            assert back.until("ai_message_complete")[-1]["response"] == large
 
 
 def test_a_socket_ends_with_its_sign_in_and_follows_its_role(

@@ -50,6 +50,7 @@ from app.services.prompting import Prompting
 from app.services.relay import Relay
 from app.services.runner import Runner
 from app.services.servers import Servers
+from app.services.session_feed import SessionFeed
 from app.services.session_keys import SessionKeys
 from app.services.session_manager import SessionManager
 from app.services.sign_ins import SignIns
@@ -103,6 +104,7 @@ class Container:
     memory: Memory
     pins: Pins
     hints: HintFeed
+    feed: SessionFeed
     mqtt: MqttBridge | None
     tally: Tally
     drain: Drain
@@ -210,6 +212,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             memory=memory,
             pins=Pins(settings, memory, sessions, authorizer, llm),
             hints=HintFeed(store, sessions, projects),
+            feed=SessionFeed(store, sessions),
             mqtt=mqtt,
             tally=tally,
             drain=drain,

@@ -53,6 +53,7 @@ from app.routers import (
     openai_responses,
     page,
     servers,
+    session_list,
     sessions,
     stats,
     templates,
@@ -126,7 +127,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     # Routes are looked for in this order, so the busiest come first.
     busy = (llm, websocket, openai, openai_responses, auth, sessions, templates)
-    for part in (*busy, keys, stats, mqtt, admin, devices, servers, models, health, metrics):
+    for part in (*busy, session_list, keys, stats, mqtt, admin, devices, servers, models, health, metrics):
         app.include_router(part.router)
     app.router.default = page.serve_page
     _add_error_handlers(app)

@@ -4,19 +4,23 @@ how long they stay open."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
+from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.access import Identity
-from app.errors import Forbidden, PortalError, Unauthenticated, http_body
+from app.errors import Forbidden, Internal, InvalidRequest, PortalError, Unauthenticated, http_body
 from app.events import new_id
+from app.hardening import parse_json
+from app.logs import get_logger
+from app.options import invalid
 from app.services.accounts import Accounts
 from app.services.tickets import Tickets
 from app.services.token_watch import TokenWatch
@@ -26,6 +30,11 @@ SUBPROTOCOL = "bearer"
 VIOLATION = 1008
 """Close code: what was sent, or who has sent it, is not let in (RFC 6455, 7.4.1)."""
 
+CLOSE_S = 1.0
+"""How long a client may take to read why its socket is closed."""
+
+log = get_logger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Closing:
@@ -33,6 +42,10 @@ class Closing:
 
     code: int
     reason: str
+
+
+TOO_SLOW = Closing(1013, "too slow: connect again and resume")
+"""The code says to come back later (IANA's registry of WebSocket close codes)."""
 
 
 class Opened:
@@ -75,12 +88,13 @@ class Opened:
             self._serving.cancel()
 
     async def _close(self, why: PortalError | Closing) -> None:
-        with suppress(WebSocketDisconnect, RuntimeError):  # it has gone in the meantime
-            if isinstance(why, Closing):
-                await self.socket.close(why.code, why.reason)
-            else:
-                await self.socket.send_json(refusal(why))
-                await self.socket.close(VIOLATION)
+        with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):  # it has gone, or does not read
+            async with asyncio.timeout(CLOSE_S):
+                if isinstance(why, Closing):
+                    await self.socket.close(why.code, why.reason)
+                else:
+                    await self.socket.send_json(refusal(why))
+                    await self.socket.close(VIOLATION)
 
 
 async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
@@ -94,6 +108,82 @@ async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()
+
+
+class Nothing(BaseModel):
+    """What is said with its `type` alone, as `ping`."""
+
+
+class Talk:
+    """What is said over an open socket: JSON objects with a `type`. What is sent waits for the reader."""
+
+    commands: ClassVar[Mapping[str, tuple[type[BaseModel], Callable[[Any, Any], Awaitable[None]]]]]
+    """What a client may say, in which form, and what carries it out."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.sending = asyncio.Lock()
+        self._socket = opened.socket
+
+    @property
+    def user(self) -> Identity:
+        """Who has opened it."""
+        return self.opened.user
+
+    def fall_behind(self) -> None:
+        """The client reads too slowly: nothing is kept for it, so it has to come back."""
+        self.opened.end(TOO_SLOW)
+
+    async def listen(self) -> NoReturn:
+        """Carries out what the client says. Raises `WebSocketDisconnect` once it has gone."""
+        while True:
+            await self._take(await self._received())
+
+    async def send(self, *messages: Mapping[str, Any]) -> None:
+        """Sends messages, one after the other. Raises `WebSocketDisconnect` once the client has gone."""
+        async with self.sending:
+            for message in messages:
+                await self._socket.send_text(msgspec.json.encode(message).decode())
+
+    async def pong(self, _body: Nothing) -> None:
+        """Answers a `ping`."""
+        await self.send({"type": "pong"})
+
+    async def _received(self) -> bytes:
+        try:
+            return (await self._socket.receive_text()).encode()
+        except KeyError:
+            return b""  # bytes, which mean nothing here
+
+    async def _take(self, text: bytes) -> None:
+        request_id: str | None = None
+        try:
+            said = _object(text)
+            given = said.get("request_id")
+            request_id = given if isinstance(given, str) else None
+            form, carry_out = self.commands.get(str(said.pop("type", "")), (None, None))
+            if form is None or carry_out is None:
+                raise InvalidRequest(f"type: one of {', '.join(self.commands)} is needed")
+            await carry_out(self, form.model_validate(said))
+        except ValidationError as error:
+            await self.send(refusal(invalid(error), request_id))
+        except PortalError as error:
+            await self.send(refusal(error, request_id))
+        except WebSocketDisconnect:
+            raise
+        except Exception:
+            log.exception("a message over a WebSocket failed")
+            await self.send(refusal(Internal("The portal failed at this message."), request_id))
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        said = parse_json(text)
+    except ValueError as error:
+        raise InvalidRequest(f"This is not JSON: {error}", status=400) from None
+    if not isinstance(said, dict):
+        raise InvalidRequest("A JSON object with a `type` is needed.")
+    return said
 
 
 def refusal(error: PortalError, request_id: str | None = None) -> dict[str, Any]:

@@ -83,7 +83,7 @@ async def list_sessions(
 ) -> SessionPage:
     """My sessions, those used last first."""
     found, total = await sessions.search(user, search, limit=limit, offset=offset)
-    return SessionPage(sessions=await _shown(found, templates, memory), total=total)
+    return SessionPage(sessions=await shown(found, templates, memory), total=total)
 
 
 @router.get("/{session_id}")
@@ -208,11 +208,12 @@ async def get_branches(session_id: str, user: CurrentUser, sessions: SessionsDep
 
 
 async def _one(row: SessionRow, templates: Templates, memory: Memory) -> Session:
-    (session,) = await _shown([row], templates, memory)
+    (session,) = await shown([row], templates, memory)
     return session
 
 
-async def _shown(rows: Sequence[SessionRow], templates: Templates, memory: Memory) -> list[Session]:
+async def shown(rows: Sequence[SessionRow], templates: Templates, memory: Memory) -> list[Session]:
+    """Sessions as they are shown, with what else is known of them."""
     versions = await templates.named(row.template_version for row in rows if row.template_version)
     summaries = await memory.summaries(row.id for row in rows if row.window_start is not None)
     return [_session(row, versions.get(row.template_version or ""), summaries.get(row.id)) for row in rows]

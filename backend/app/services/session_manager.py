@@ -40,7 +40,7 @@ from app.services.runner import Runner
 from app.services.store import EVERYBODY, Store
 from app.services.templates import Templates
 from app.services.turns import Turn, answer_of, unstored
-from app.services.watchers import Watcher
+from app.services.watchers import ListWatcher, Watcher
 
 DEFAULT_PROJECT = "prompt_portal"
 
@@ -340,14 +340,14 @@ class SessionManager:
         dropped, each ending as cancelled. Not again for the same `mark`. Raises `NotFound`."""
         await self._check(who, "chat:use", session_id)
         partial = self._partial(who.owner, session_id)
-        self._cut_off(*await self._store.clear(who.owner, session_id, partial, mark))
+        self._changed(who.owner, *await self._store.clear(who.owner, session_id, partial, mark))
 
     async def delete(self, who: Identity, session_id: str, mark: Mark | None = None) -> None:
         """Deletes a session, and stops and drops its turns; `restore` brings it back. Not again for the
         same `mark`. Raises `NotFound`."""
         await self._check(who, "sessions:write", session_id)
         partial = self._partial(who.owner, session_id)
-        self._cut_off(*await self._store.delete_session(who.owner, session_id, partial, mark))
+        self._changed(who.owner, *await self._store.delete_session(who.owner, session_id, partial, mark))
 
     async def set_prompt(
         self,
@@ -365,13 +365,14 @@ class SessionManager:
         if "\0" in prompt:
             raise InvalidRequest("template: it holds a NUL character")
         await self._authorizer.check(who, "sessions:write", project=project, what="session")
-        if await self.project_of(who, session_id) is not None:
+        is_new = await self.project_of(who, session_id) is None
+        if not is_new:
             await self._check(who, "sessions:write", session_id)
         partial = self._partial(who.owner, session_id)
         changed = await self._store.set_prompt(
             who.owner, session_id, prompt, project=project, reset=reset, partial=partial, mark=mark
         )
-        self._cut_off(*changed)
+        self._changed(who.owner, *changed, is_new=is_new)
 
     async def set_prompts(self, who: Identity, project: str, prompt: str) -> None:
         """Gives every session of who asks in a project another system prompt, and clears it."""
@@ -381,7 +382,7 @@ class SessionManager:
             changed = self._store.set_prompt(
                 owner, name, prompt, project=project, reset=True, partial=partial
             )
-            self._cut_off(*await changed)
+            self._changed(owner, *await changed)
 
     async def clear_all(self, who: Identity, project: str, *, delete: bool = False) -> int:
         """Clears, or with `delete` deletes, every session of a project: everybody's, or, asked by those who
@@ -392,7 +393,7 @@ class SessionManager:
         change = self._store.delete_session if delete else self._store.clear
         for of, name in names:
             with suppress(NotFound):  # it went in the meantime
-                self._cut_off(*await change(of, name, self._partial(of, name)))
+                self._changed(of, *await change(of, name, self._partial(of, name)))
         return len(names)
 
     def _partial(self, owner: str, session_id: str) -> dict[str, str]:
@@ -403,11 +404,12 @@ class SessionManager:
         live = [turn for turn in self._runner.turns.values() if turn.session.session_id == session_id]
         return [turn for turn in live if turn.session.owner == owner]
 
-    def _cut_off(self, session: str, all_ended: Sequence[Ended]) -> None:
-        """The turns of a session were ended in the database: tells them so."""
+    def _changed(self, owner: str, session: str, all_ended: Sequence[Ended], *, is_new: bool = False) -> None:
+        """A session was changed in the database, and its turns were ended: tells them so, and who watches."""
         for ended in all_ended:
             self._cut_off_turn(ended)
         self._runner.forget_history(session)
+        self._runner.watchers.change(owner, session, is_new=is_new)
 
     def _cut_off_turn(self, ended: Ended) -> None:
         turn = self._runner.turns.get(ended.turn_id)
@@ -431,12 +433,15 @@ class SessionManager:
     async def restore(self, who: Identity, session_id: str) -> SessionRow:
         """Brings back a deleted session. Raises `NotFound`, or `Conflict` when its id is in use again."""
         await self._authorizer.check(who, "sessions:write")
-        return await self._store.restore_session(who.owner, session_id, who.only_project)
+        session = await self._store.restore_session(who.owner, session_id, who.only_project)
+        self._runner.watchers.change(session.owner, session.id, is_new=True)
+        return session
 
     async def rename(self, who: Identity, session_id: str, title: str) -> SessionRow:
         """Gives a session another title. Raises `NotFound`."""
         session = await self._session(who, "sessions:write", session_id)
         await self._store.rename_session(session.id, title)
+        self._runner.watchers.change(session.owner, session.id)
         return replace(session, title=title)
 
     async def search(
@@ -479,6 +484,14 @@ class SessionManager:
     def watch(self, who: Identity, session_id: str, watcher: Watcher) -> AbstractContextManager[None]:
         """Tells `watcher` of the turns of a session that this process has."""
         return self._runner.watchers.watch(who.owner, session_id, watcher)
+
+    async def may_watch_list(self, who: Identity) -> None:
+        """Returns when who asks may watch the list of their sessions. Raises `Forbidden`."""
+        await self._authorizer.check(who, "sessions:read")
+
+    def watch_list(self, who: Identity, watcher: ListWatcher) -> AbstractContextManager[None]:
+        """Tells `watcher` of all sessions of who asks."""
+        return self._runner.watchers.watch_list(who.owner, watcher)
 
     def notice(self, who: Identity, session_id: str, by: Watcher, what: str) -> None:
         """Tells the others who watch a session what who asks does there."""

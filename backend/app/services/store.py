@@ -8,7 +8,7 @@ says in its WHERE what it expects, so of two that want the same change exactly o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -242,6 +242,12 @@ class Store:
 
         return await self._database.read(operation)
 
+    async def sessions_with(self, ids: Sequence[str]) -> dict[str, tuple[SessionRow, bool]]:
+        """The sessions with these row ids, and whether each is deleted."""
+        wanted = select(*SESSION_COLUMNS, sessions.c.deleted_at).where(sessions.c.id.in_(ids))
+        rows = await self._database.read(lambda c: c.execute(wanted).all())
+        return {row.id: (SessionRow(*row[:-1]), row.deleted_at is not None) for row in rows}
+
     async def names_in_project(self, project: str, owner: str | None) -> list[tuple[str, str]]:
         """Owner and name of all sessions of a project; of one owner, or of `EVERYBODY`."""
         wanted = select(sessions.c.owner, sessions.c.session_id).where(
@@ -288,6 +294,22 @@ class Store:
     async def active_of(self, instance: str) -> frozenset[str]:
         """The ids of the waiting and running turns that are an instance's."""
         statement = select(turns.c.id).where(text(ACTIVE), turns.c.instance == instance)
+        return frozenset(await self._database.read(lambda c: c.execute(statement).scalars().all()))
+
+    async def active_of_owner(self, owner: str) -> list[tuple[str, str]]:
+        """The waiting and running turns in all sessions of an owner, each with its session's row id."""
+        statement = (
+            select(turns.c.id, turns.c.session)
+            .join(sessions)
+            .where(text(ACTIVE), sessions.c.owner == owner)
+            .order_by(turns.c.id)
+        )
+        rows = await self._database.read(lambda c: c.execute(statement).all())
+        return [(row.id, row.session) for row in rows]
+
+    async def active_among(self, ids: Sequence[str]) -> frozenset[str]:
+        """Those of these turns that wait or run."""
+        statement = select(turns.c.id).where(turns.c.id.in_(ids), turns.c.state.in_(["waiting", "running"]))
         return frozenset(await self._database.read(lambda c: c.execute(statement).scalars().all()))
 
     async def active_turns(self, session: str) -> list[TurnRow]:

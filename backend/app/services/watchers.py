@@ -8,7 +8,6 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from app.services.rows import SessionRow
 from app.services.turns import Turn
 
 SessionKey = tuple[str, str]
@@ -122,11 +121,11 @@ class Watchers:
             if watcher is not by:
                 watcher.noticed(what, owner)
 
-    def change(self, session: SessionRow, *, is_new: bool = False) -> None:
-        """Tells who watches the list of a session's owner that it has changed, or is new there."""
-        change = Change(session.id, is_new)
-        for watcher in self.of_list(session.owner):
-            watcher.changed(change)
+    def change(self, owner: str, session: str, *, is_new: bool = False) -> None:
+        """Tells who watches the list of an owner's sessions that one has changed, or is new there. `session`
+        is the id of its row."""
+        for watcher in self.of_list(owner):
+            watcher.changed(Change(session, is_new))
 
     def of(self, turn: Turn) -> list[TurnWatcher]:
         """Those who watch the session of a turn, or the list that it stands in."""
