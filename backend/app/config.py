@@ -204,8 +204,9 @@ class Settings(BaseSettings):
     )
     redis_url: str = Field(
         "",
-        description="redis://host:port/number, where several processes count limits and budgets together. "
-        "Empty: each process counts for itself.",
+        description="redis://host:port/number, where several processes count limits and budgets together and "
+        "tell each other what happens. Empty: each process counts for itself, and events go through "
+        "PostgreSQL where that is the database.",
     )
 
     mqtt_broker_url: str = Field(
