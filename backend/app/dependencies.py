@@ -261,4 +261,6 @@ class _SignedIn(SecurityBase):
         return await accounts.identify(token)
 
 
-CurrentUser = Annotated[Identity, Depends(_SignedIn())]
+SIGNED_IN = _SignedIn()
+
+CurrentUser = Annotated[Identity, Depends(SIGNED_IN)]

@@ -41,9 +41,11 @@ class _Compiled:
         takes = [_takes(compiled.binds[name].type, dialect) for name in self._order]
         self._takes = [(place, make) for place, make in enumerate(takes) if make is not None]
         self._gives: list[Processor | None] | None = None
+        is_plain = self._is_positional and not self._constants and not self._takes
+        self.bound: Callable[[Values], Any] = self._pick if is_plain else self._bound
+        """Makes of values what the driver takes."""
 
-    def bound(self, values: Values) -> Any:
-        """The values as the driver takes them."""
+    def _bound(self, values: Values) -> Any:
         if self._constants:
             values = {**self._constants, **values}
         row: Sequence[Any] = self._pick(values)
@@ -83,22 +85,19 @@ class Prepared:
 
     def run(self, connection: Connection, values: Values) -> int:
         """Runs it, and tells how many rows it has changed."""
-        cursor = self._execute(connection, self._for(connection, values), values)
-        return int(cursor.rowcount)
+        return int(self._execute(connection, values)[1].rowcount)
 
     def run_all(self, connection: Connection, rows: Sequence[Values]) -> None:
         """Runs it with the values of each row."""
-        compiled = self._for(connection, rows[0])
-        raw = driver_of(connection)
+        compiled = self._compiled.get(connection.dialect.name) or self._compile(connection, rows[0])
         try:
-            raw.cursor().executemany(compiled.sql, [compiled.bound(row) for row in rows])
+            driver_of(connection).cursor().executemany(compiled.sql, [compiled.bound(row) for row in rows])
         except compiled.error as error:
             raise _as_sqlalchemy_raises(connection, error) from error
 
     def first(self, connection: Connection, values: Values) -> Row | None:
         """Its first row."""
-        compiled = self._for(connection, values)
-        cursor = self._execute(connection, compiled, values)
+        compiled, cursor = self._execute(connection, values)
         row = cursor.fetchone()
         return None if row is None else compiled.rows(cursor, (row,))[0]
 
@@ -110,40 +109,44 @@ class Prepared:
 
     def all(self, connection: Connection, values: Values) -> Sequence[Row]:
         """All of its rows."""
-        compiled = self._for(connection, values)
-        cursor = self._execute(connection, compiled, values)
+        compiled, cursor = self._execute(connection, values)
         return compiled.rows(cursor, cursor.fetchall())
 
-    def _execute(self, connection: Connection, compiled: _Compiled, values: Values) -> Any:
-        raw = driver_of(connection)
+    def _execute(self, connection: Connection, values: Values) -> tuple[_Compiled, Any]:
+        compiled = self._compiled.get(connection.dialect.name) or self._compile(connection, values)
+        raw = _drivers.get(connection) or driver_of(connection)
         try:
-            return raw.execute(compiled.sql, compiled.bound(values))
+            return compiled, raw.execute(compiled.sql, compiled.bound(values))
         except compiled.error as error:
             raise _as_sqlalchemy_raises(connection, error) from error
 
-    def _for(self, connection: Connection, values: Values) -> _Compiled:
-        name = connection.dialect.name
-        compiled = self._compiled.get(name)
-        if compiled is None:
-            statement = (
-                self._statement if isinstance(self._statement, CompilerElement) else self._statement(name)
-            )
-            compiled = self._compiled[name] = _Compiled(statement, connection.dialect, list(values))
+    def _compile(self, connection: Connection, values: Values) -> _Compiled:
+        made, name = self._statement, connection.dialect.name
+        statement = made if isinstance(made, CompilerElement) else made(name)
+        compiled = self._compiled[name] = _Compiled(statement, connection.dialect, list(values))
         return compiled
 
 
-_DRIVER = "driver"
+_drivers: dict[Connection, Any] = {}
+"""The driver's connection of those that are used all the time: to ask SQLAlchemy for it takes as long as a
+short statement."""
 
 
-def with_driver(connection: Connection) -> Connection:
-    """The connection, with its driver's at hand: to find it there takes as long as a short statement."""
-    return connection.execution_options(**{_DRIVER: connection.connection.driver_connection})
+def keep_driver(connection: Connection) -> Any:
+    """Keeps the driver's connection at hand, and returns it, until `let_go`."""
+    raw = _drivers[connection] = connection.connection.driver_connection
+    return raw
+
+
+def let_go(connection: Connection) -> None:
+    """Closes a connection whose driver's was kept at hand."""
+    _drivers.pop(connection, None)
+    connection.close()
 
 
 def driver_of(connection: Connection) -> Any:
     """The driver's own connection."""
-    found = connection.get_execution_options().get(_DRIVER)
-    return connection.connection.driver_connection if found is None else found
+    return _drivers.get(connection) or connection.connection.driver_connection
 
 
 def _picking(names: Sequence[str]) -> Callable[[Values], Row]:

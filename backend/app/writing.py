@@ -13,8 +13,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
@@ -22,7 +21,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 
 from app.distribution import LATENCIES_S, SHORT_S, Distribution
 from app.logs import get_logger
-from app.prepared import Prepared, driver_of, with_driver
+from app.prepared import Prepared, driver_of, keep_driver, let_go
 
 Operation = Callable[[Connection], Any]
 BeforeCommit = Callable[[Connection, list[Any]], None]
@@ -81,8 +80,8 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         if self._engine.dialect.name == "sqlite":
-            self._near = with_driver(self._engine.connect())
-            raw = driver_of(self._near)
+            self._near = self._engine.connect()
+            raw = keep_driver(self._near)
             raw.execute("PRAGMA busy_timeout=0")  # whoever waits for a lock is the thread
             raw.execute("PRAGMA wal_autocheckpoint=0")
 
@@ -94,7 +93,7 @@ class Writer:
         self._thread.join()
         if self._near is not None:
             self._near.invalidate()  # its pragmas are not those of others
-            self._near.close()
+            let_go(self._near)
 
     def submit(self, write: Write, *, short: bool) -> None:
         """Takes an operation; `write.settle` is called when it is committed, or has failed."""
@@ -163,17 +162,19 @@ class Writer:
         connection: Connection | None = None
         while (group := self._next_group()) is not None:
             try:
-                connection = connection or with_driver(self._engine.connect())
+                if connection is None:
+                    connection = self._engine.connect()
+                    keep_driver(connection)
                 _commit_group(connection, group, self._before_commit)
             except BaseException as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
                 for write in group:
                     write.error = write.error or error
             if connection is not None and connection.invalidated:
-                connection.close()
+                let_go(connection)
                 connection = None
             self._loop.call_soon_threadsafe(self._settle_thread, group)
         if connection is not None:
-            connection.close()
+            let_go(connection)
         self._loop.call_soon_threadsafe(self._is_written.set)
 
     def _next_group(self) -> list[Write] | None:
@@ -193,12 +194,13 @@ class Writer:
         return group
 
 
-_DEFERRED = "deferred"
+_deferred: dict[Connection, list[Any]] = {}
+"""Of each connection in a transaction, what is written at its end."""
 
 
 def defer(connection: Connection, item: Any) -> None:
     """Leaves an item to the end of the transaction, where all of them are written together."""
-    connection.info[_DEFERRED].append(item)
+    _deferred[connection].append(item)
 
 
 def _is_busy(error: BaseException | None) -> bool:
@@ -216,22 +218,16 @@ def _checkpoint(engine: Engine) -> None:
         log.warning("the database's log could not be written back", reason=type(error).__name__)
 
 
-@contextmanager
-def _transaction(connection: Connection, before_commit: BeforeCommit | None) -> Iterator[None]:
-    items: list[Any] = []
-    connection.info[_DEFERRED] = items
-    with _sqlite_transaction(connection) if connection.dialect.name == "sqlite" else connection.begin():
-        yield
-        if items and before_commit is not None:
-            before_commit(connection, items)
-
-
-@contextmanager
-def _sqlite_transaction(connection: Connection) -> Iterator[None]:
-    """`connection.begin()` without what it costs where the driver itself runs the statements."""
+def _carry_out(connection: Connection, writes: Sequence[Write], before_commit: BeforeCommit | None) -> None:
+    """Carries operations out, and commits them together."""
+    if connection.dialect.name != "sqlite":
+        with connection.begin():
+            _run(connection, writes, before_commit)
+        return
+    # `connection.begin()` without what it costs where the driver itself runs the statements.
     _BEGIN.run(connection, {})
     try:
-        yield
+        _run(connection, writes, before_commit)
         if connection.in_transaction():  # some statement was run by SQLAlchemy
             connection.commit()
         else:
@@ -242,6 +238,17 @@ def _sqlite_transaction(connection: Connection) -> Iterator[None]:
         raise
 
 
+def _run(connection: Connection, writes: Sequence[Write], before_commit: BeforeCommit | None) -> None:
+    items = _deferred[connection] = []
+    try:
+        for write in writes:
+            write.result = write.operation(connection)
+        if items and before_commit is not None:
+            before_commit(connection, items)
+    finally:
+        del _deferred[connection]
+
+
 # A transaction that reads first and writes later fails at once under contention, without waiting; taking the
 # write lock at the beginning waits for its turn.
 _BEGIN, _COMMIT = Prepared(text("BEGIN IMMEDIATE")), Prepared(text("COMMIT"))
@@ -250,9 +257,7 @@ _BEGIN, _COMMIT = Prepared(text("BEGIN IMMEDIATE")), Prepared(text("COMMIT"))
 def _commit_group(connection: Connection, group: Sequence[Write], before_commit: BeforeCommit | None) -> None:
     """All in one transaction; when one of several fails, each in its own, so that only it fails."""
     try:
-        with _transaction(connection, before_commit):
-            for write in group:
-                write.result = write.operation(connection)
+        _carry_out(connection, group, before_commit)
         return
     except Exception as error:  # noqa: BLE001 - it is handed to the callers
         locked = isinstance(error, UNAVAILABLE) and connection.dialect.name == "sqlite"
@@ -262,7 +267,6 @@ def _commit_group(connection: Connection, group: Sequence[Write], before_commit:
             return
     for write in group:
         try:
-            with _transaction(connection, before_commit):
-                write.result = write.operation(connection)
+            _carry_out(connection, [write], before_commit)
         except Exception as error:  # noqa: BLE001 - it is handed to the caller
             write.error = error

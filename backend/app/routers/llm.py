@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 from app.access import Identity
 from app.dependencies import CurrentUser, LLMDep, SessionsDep
 from app.events import ID_PATTERN, Cancelled, Final, GenerationOptions, TurnRequest
-from app.hardening import StrictRoute
 from app.options import Objects
+from app.routers.direct import DirectRoute
 from app.routers.streaming import (
     ANSWER_OR_STREAM_RESPONSES,
     STREAM_RESPONSES,
@@ -28,7 +28,7 @@ from app.services.rows import MessageRow
 from app.services.session_manager import HistoryPage, SessionManager
 from app.services.turns import Turn, parse_position
 
-router = APIRouter(prefix="/api/llm", tags=["chat"], route_class=StrictRoute)
+router = APIRouter(prefix="/api/llm", tags=["chat"], route_class=DirectRoute)
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 

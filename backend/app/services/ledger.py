@@ -183,7 +183,10 @@ class MemoryLedger:
         """See `Ledger`."""
 
     def _budget(self, hold: Hold) -> _Budget:
-        return self._budgets.setdefault(hold.key, _Budget(ends_at=hold.ends_at))
+        found = self._budgets.get(hold.key)
+        if found is None:
+            found = self._budgets[hold.key] = _Budget(ends_at=hold.ends_at)
+        return found
 
     def _forget_old(self) -> None:
         """Drops the budgets of days that are over."""

@@ -78,7 +78,10 @@ class Turn:
 
     def __init__(self, row: TurnRow, session: SessionRow) -> None:
         self.row = row
+        self.id = row.id
         self.session = session
+        self.ending: Ending | None = None
+        """The last event, once there is one that ends the turn."""
         self.began = time.monotonic()
         self.first_token_at: float | None = None
         self.response: list[str] = []
@@ -111,17 +114,6 @@ class Turn:
         self._append(accepted)
         if row.attempt > 1:
             self._append(Restarted(row.id, row.attempt))
-
-    @property
-    def id(self) -> str:
-        """The turn's id."""
-        return self.row.id
-
-    @property
-    def ending(self) -> Ending | None:
-        """The last event, once there is one that ends the turn."""
-        last = self._events[-1].event
-        return last if isinstance(last, Ending) else None
 
     def queued(self, position: int, eta_s: float) -> None:
         """The turn waits for a place."""
@@ -170,7 +162,7 @@ class Turn:
 
     def take_events(self, other: Turn) -> None:
         """Takes over the events of the same turn as it ended elsewhere."""
-        self.row = other.row
+        self.row, self.ending = other.row, None
         self._events = other._events[:-1]
         self._append(other._events[-1].event)
 
@@ -179,7 +171,7 @@ class Turn:
         self.row = row
         self.interruption = self.spans = self.on_followed = self.on_abandoned = None
         self.first_token_at = None
-        self.response, self._trace, self._events = [], [], []
+        self.response, self._trace, self._events, self.ending = [], [], [], None
         self.meter, self.usage, self.is_counted = Meter(), None, False
         self.pieces = self.chars = 0
         self._announce()
@@ -248,8 +240,10 @@ class Turn:
                 self._waiters.remove(waiter)
 
     def _append(self, event: TurnEvent) -> None:
-        if self._events and self.ending is not None:
+        if self.ending is not None:
             return  # nothing comes after an ending
+        if isinstance(event, Ending):
+            self.ending = event
         self._events.append(Numbered(self.row.attempt, len(self._events), event, encode(event)))
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
