@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -182,8 +183,32 @@ class StrictRequest(Request):
         return self._parsed
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong; `details` names the fields of an invalid request."""
+
+    code: str
+    message: str
+    request_id: str
+    details: Any = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+    detail: str
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "An error"}}
+
+
 class StrictRoute(APIRoute):
-    """A route that reads its body as `StrictRequest`."""
+    """A route that reads its body as `StrictRequest`. Its operation has the name of its handler, and answers
+    errors with `ErrorBody` where it does not say otherwise."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **rest: Any) -> None:
+        rest["responses"] = {**_ERRORS, **(rest.get("responses") or {})}
+        super().__init__(path, endpoint, **{**rest, "operation_id": endpoint.__name__})
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What FastAPI calls for a request."""

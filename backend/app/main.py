@@ -14,8 +14,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
@@ -77,22 +75,6 @@ EXPOSED = (
 """The headers that pages of CORS_ORIGINS may read."""
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong; `details` names the fields of an invalid request."""
-
-    code: str
-    message: str
-    request_id: str
-    details: Any = None
-
-
-class ErrorBody(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail
-    detail: str
-
-
 class _App(FastAPI):
     """FastAPI, with security headers also on what its own error handling answers."""
 
@@ -118,17 +100,16 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
-        responses={"default": {"model": ErrorBody, "description": "An error"}},
-        generate_unique_id_function=_operation_id,
         docs_url=None,  # a page of its own, like the portal's, instead of scripts from elsewhere
         redoc_url=None,
         # Asked for at every request, and of no use while nothing is configured to receive it.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    # Routes are looked for in this order, so the busiest come first.
+    # Routes are looked for in this order, so the busiest come first. Those of a router that is included are
+    # looked for twice at every request.
     busy = (llm, websocket, openai, openai_responses, auth, sessions, templates)
     for part in (*busy, session_list, keys, stats, mqtt, admin, devices, servers, models, health, metrics):
-        app.include_router(part.router)
+        app.router.routes.extend(part.router.routes)
     app.router.default = page.serve_page
     _add_error_handlers(app)
     app.add_middleware(BoundedBodies, most=settings.max_request_bytes, render=render)
@@ -143,10 +124,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     _add_asyncapi(app, settings)
     return app
-
-
-def _operation_id(route: APIRoute) -> str:
-    return route.name
 
 
 # --- errors --------------------------------------------------------------------------------------
