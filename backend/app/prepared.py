@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Boolean, Connection, Float, LargeBinary
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.elements import CompilerElement
@@ -162,7 +162,13 @@ def _columns(statement: Any) -> list[TypeEngine[Any]]:
     return [column.type for column in columns]
 
 
+_TAKEN_AS_THEY_ARE = (Boolean, Float, LargeBinary)
+"""What drivers take as it is, though SQLAlchemy would look at each value."""
+
+
 def _takes(kind: TypeEngine[Any], dialect: Dialect) -> Processor | None:
+    if isinstance(kind, _TAKEN_AS_THEY_ARE):
+        return None
     return kind.dialect_impl(dialect).bind_processor(dialect)
 
 
