@@ -25,7 +25,7 @@ class DirectRoute(StrictRoute):
 
     Where its handler is a `Handler`, and what comes in is plainly JSON, the handler is called right away:
     there is no dependency left to look for but who asks. FastAPI's general way to the same call takes a
-    fifth of the time of a whole turn. Whatever else comes in goes that way.
+    tenth of the time of a whole turn. Whatever else comes in goes that way.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **rest: Any) -> None:
@@ -55,6 +55,9 @@ def _body_of(wanted: Dependant, endpoint: Callable[..., Any]) -> type[BaseModel]
 
 
 async def _json(request: StrictRequest) -> Any:
+    if not await request.body():
+        missing = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
+        raise RequestValidationError([missing])
     try:
         return await request.json()
     except json.JSONDecodeError as error:
