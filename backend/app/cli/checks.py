@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from app.cli.console import console, done
@@ -38,14 +39,17 @@ def _tool(name: str) -> str:
 
 
 def run_checks(stack: Stack, pytest_arguments: Sequence[str]) -> int:
-    """Runs the checks, then pytest; returns the exit code of the first that fails. With arguments for
-    pytest only the tests they name are run."""
-    for title, directory, command in [] if pytest_arguments else _checks(stack):
-        code = _run(command, directory)
-        if code:
-            console.print(f"[red]✗[/red] {title}")
-            return code
-        done(title)
+    """Runs the checks, two at a time, then pytest; returns the exit code of the first that fails. With
+    arguments for pytest only the tests they name are run."""
+    checks = [] if pytest_arguments else _checks(stack)
+    with ThreadPoolExecutor(2) as pool:
+        for (title, _, _), run in zip(checks, pool.map(_run_quietly, checks), strict=True):
+            sys.stdout.write(run.stdout)
+            if run.returncode:
+                console.print(f"[red]✗[/red] {title}")
+                pool.shutdown(cancel_futures=True)
+                return run.returncode
+            done(title)
     return _run([sys.executable, "-m", "pytest", *(pytest_arguments or IN_TWO_PROCESSES)], ROOT)
 
 
@@ -54,6 +58,21 @@ def run_benchmarks(arguments: Sequence[str]) -> int:
     environment = child_environment({"PYTHONPATH": os.pathsep.join([str(BACKEND_DIR), str(ROOT)])})
     command = [sys.executable, "-m", "benchmarks", *arguments]
     return subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode
+
+
+def _run_quietly(check: Check) -> subprocess.CompletedProcess[str]:
+    """With what it says kept, so that two do not speak at once."""
+    _, directory, command = check
+    return subprocess.run(
+        command,
+        check=False,
+        cwd=directory,
+        env=npm_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
 
 
 def _run(command: list[str], directory: Path) -> int:
