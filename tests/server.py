@@ -1,5 +1,5 @@
 """Starts the portal as `run_server.py` does, but that passwords cost next to nothing, and with other times
-where the first words name them: `app.sockets.LOOK_S=0.5`."""
+where the first words name them: `app.services.drain.LOOK_S=0.5`."""
 
 from __future__ import annotations
 

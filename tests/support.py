@@ -283,7 +283,7 @@ class Portal:
 
     def with_times(self, times: Mapping[str, float]) -> Portal:
         """Lets it start with other times than its own, which a test would have to sit through: constants of
-        its modules, as `{"app.sockets.LOOK_S": 0.5}`."""
+        its modules, as `{"app.services.drain.LOOK_S": 0.5}`."""
         self._times = [f"{name}={seconds}" for name, seconds in times.items()]
         return self
 

@@ -72,8 +72,8 @@ def test_the_broker_is_restarted_under_load(
             failed = attempts(portal)
             broker.stop()
             wait_until(lambda: not listens(portal), what="the portal noticing")
-            # The longer it is away, the longer are the pauses between attempts.
-            wanted = failed + (0, 3, 6)[number % 3]
+            # The longer it is away, the longer are the pauses between attempts; after five they are longest.
+            wanted = failed + (0, 3, 5)[number % 3]
             wait_until(lambda to=wanted: attempts(portal) >= to, 40, "attempts to connect")  # type: ignore[misc]
             broker.start()
             took.append(comes_back(portal, time.monotonic()))
