@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_flags_go_before_the_environment(
 def test_so_many_sessions_are_answered_or_wait(
     deploy: Deploy, game: GameClient, project: str, fake_thread: FakeLLM
 ) -> None:
-    fake_thread.script.before_first = 5
+    fake_thread.script.gate = answer = threading.Event()
     flags = ["--projects", project, "--server_url", fake_thread.url]
     deploy(*flags, "--num_workers", "1", "--max_concurrent_sessions", "2").serving(project)
     statuses = f"{project}/status"
@@ -163,6 +164,7 @@ def test_so_many_sessions_are_answered_or_wait(
     game.publish(f"{project}/user_input/s3", asked)
     refused = json.loads(game.reply(f"{project}/assistant_response/s3"))
     assert refused["error"]["code"] == "overloaded"
+    answer.set()
     for session in ("s1", "s2"):
         assert json.loads(game.reply(f"{project}/assistant_response/{session}"))["type"] == "final"
 

@@ -183,8 +183,13 @@ async def test_a_busy_server_says_when_in_seconds_or_by_a_date(
     ],
 )
 async def test_a_hundred_hangs_end_in_time_and_hold_no_place(
-    fake: FakeLLM, settings_for: Callable[..., Settings], limit: str, script: Script
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    limit: str,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("app.services.server_state.COOL_OFF_S", 0.5)  # for which the next message waits
     seconds = 2.0
     limits = {**LIMITS, "llm_first_token_timeout": 60, "llm_idle_timeout": 60, "llm_timeout": 120}
     settings = settings_for(fake.url, **{**limits, limit: seconds}, llm_max_concurrency=100)
