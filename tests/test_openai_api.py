@@ -425,6 +425,33 @@ def test_responses_go_on_in_a_session(sdk: OpenAI, ada: httpx.Client, llm: FakeL
         sdk.responses.delete(first.id)
 
 
+def test_what_goes_on_from_an_older_response_is_a_branch(
+    sdk: OpenAI, ada: httpx.Client, llm: FakeLLM
+) -> None:
+    llm.script = Script(echo=True)
+
+    def said(text: str, after: str, key: str | None = None) -> tuple[str, list[str]]:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        made = sdk.responses.create(
+            model="big", input=text, previous_response_id=after, extra_headers=headers
+        )
+        return made.id, [message["content"] for message in llm.requests[-1]["messages"]]
+
+    first = sdk.responses.create(model="big", input="One")
+    second, _ = said("Two", first.id)
+    third, seen = said("Three", first.id, "again")
+    assert seen == ["One", "echo: One", "Three"]
+    assert said("Three", first.id, "again")[0] == third
+    assert said("Four", second)[1] == ["One", "echo: One", "Two", "echo: Two", "Four"]
+    assert said("Five", third)[1] == ["One", "echo: One", "Three", "echo: Three", "Five"]
+    assert first.conversation is not None
+    places = ada.get(f"/api/sessions/{first.conversation.id}/branches").json()["branches"]
+    assert [len(place) for place in places] == [2]
+    ada.delete(f"/api/llm/chat/session/{first.conversation.id}")
+    with pytest.raises(openai.NotFoundError, match="not in the session any more"):
+        said("Six", third)
+
+
 def test_a_response_is_deleted(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str) -> None:
     made = sdk.responses.create(model="big", input="One", extra_headers={"X-Session-Id": session})
     sdk.responses.delete(made.id)

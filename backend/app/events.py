@@ -157,8 +157,8 @@ class TurnRequest(msgspec.Struct, frozen=True):
     `variables`, and `project` (empty: the default one) count only when the session is new;
     `template_version` is the version that the prompt was rendered from. A state takes the place of one that
     waits in the same session. With `regenerate` the last user message of the session is answered again, and
-    `message` is empty; with `edits` the message takes the place of that one, and the history goes on from
-    there.
+    `message` is empty; with `edits` the message takes the place of that one, and with `follows` it comes
+    behind that one: the history goes on from there.
     """
 
     who: Identity
@@ -178,11 +178,12 @@ class TurnRequest(msgspec.Struct, frozen=True):
     mark: Mark | None = None
     regenerate: bool = False
     edits: str | None = None
+    follows: str | None = None
 
     @property
     def needs_session(self) -> bool:
         """Whether it is about what was said before."""
-        return self.regenerate or self.edits is not None
+        return self.regenerate or self.edits is not None or self.follows is not None
 
     def fingerprint(self) -> str:
         """A hash of message and parameters: the same request id with another one is a conflict."""
@@ -193,6 +194,8 @@ class TurnRequest(msgspec.Struct, frozen=True):
             given.append("regenerate")
         if self.edits is not None:
             given.append(["edits", self.edits])
+        if self.follows is not None:
+            given.append(["follows", self.follows])
         return hashlib.sha256(msgspec.json.encode(given, order="deterministic")).hexdigest()
 
 

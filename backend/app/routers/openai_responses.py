@@ -57,7 +57,7 @@ class ResponseRequest(BaseModel):
     ] = None
     model: Annotated[str | None, Field(max_length=256)] = None
     previous_response_id: Annotated[
-        str | None, Field(max_length=256, description="Goes on in the session of that response")
+        str | None, Field(max_length=256, description="Goes on from that response, in its session")
     ] = None
     conversation: Annotated[str | Conversation | None, Field(description="Goes on in this session")] = None
     store: Annotated[bool | None, Field(description="False: nothing is kept")] = None
@@ -115,10 +115,11 @@ async def create_response(
     await check_served(llm, body.model)
     options = GenerationOptions.of(input_options(body.model_dump(exclude_none=True)))
     messages = input_messages(body.input, body.instructions)
-    session = await _session(kept, user, body, session_id)
+    session, follows = await _place(kept, user, body, session_id)
     if _is_kept(body, session, messages):
         prompt, message = new_message(messages, "input", NOT_STORED)
-        asked = TurnRequest(user, session or new_id(), message, system_prompt=prompt, options=options)
+        name = session or new_id()
+        asked = TurnRequest(user, name, message, system_prompt=prompt, options=options, follows=follows)
         turn = await submit(sessions, asked, idempotency_key)
     else:
         turn = await sessions.chat(user, messages, options)
@@ -172,16 +173,17 @@ def _is_kept(body: ResponseRequest, session: str | None, messages: Sequence[dict
     return False
 
 
-async def _session(
+async def _place(
     kept: KeptResponses, user: Identity, body: ResponseRequest, header: str | None
-) -> str | None:
-    """The session that is named, if one is. Raises `InvalidRequest` where it is named twice, and `NotFound`
-    for a response that is not there."""
+) -> tuple[str | None, str | None]:
+    """The session that is named, if one is, and the message there that this one follows, if it does not come
+    to the end. Raises `InvalidRequest` where it is named twice, and `NotFound` for a response that is not
+    there."""
     talk, previous = body.conversation, body.previous_response_id
     named = talk.id if isinstance(talk, Conversation) else talk
     given = [name for name in (named, header, previous) if name is not None]
     if len(given) > 1:
         raise InvalidRequest("previous_response_id: name the session in one way only")
     if previous is not None:
-        return (await kept.find(user, previous)).session.session_id
-    return given[0] if given else None
+        return await kept.place(user, previous)
+    return given[0] if given else None, None

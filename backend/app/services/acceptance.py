@@ -42,13 +42,15 @@ RETRY_WINDOW_S = 24 * 3600
 class Acceptance(msgspec.Struct, frozen=True):
     """What became of a request: a `new` turn, a `known` one, or a new attempt (`again`) at one that
     had failed. `delivery` is the outbox row for a request that names a reply target; `superseded` are the
-    waiting states that a newer one took the place of."""
+    waiting states that a newer one took the place of. `is_aside` when the history that the turn goes on from
+    is another one than it was."""
 
     kind: Literal["new", "known", "again"]
     turn: TurnRow
     session: SessionRow
     delivery: Delivery | None
     superseded: tuple[Ended, ...] = ()
+    is_aside: bool = False
 
 
 _SESSION = Prepared(NAMED_ONE.add_columns(sessions.c.next_position).with_for_update())
@@ -72,6 +74,9 @@ _PLACE = Prepared(
         messages.c.session == bindparam("of"),
         messages.c.role == "user",
     )
+)
+_MESSAGE_OF = Prepared(
+    select(messages.c.id).where(messages.c.id == bindparam("message"), messages.c.session == bindparam("of"))
 )
 _TURN, _MESSAGE = Prepared(insert(turns)), Prepared(insert(messages))
 _MOVED = Prepared(
@@ -121,7 +126,8 @@ def accept(
     if full is not None:
         return full
     draft = _Draft(request, turn_id, instance, session, position, now)
-    make = _edit if request.edits else _answer_again if request.regenerate else _take_in
+    is_at_end = request.follows is not None and request.follows == session.leaf_id
+    make = _take_in if is_at_end or not request.needs_session else _aside
     return make(connection, draft, known)
 
 
@@ -189,6 +195,12 @@ def _take_in(connection: Connection, draft: _Draft, known: TurnRow | None) -> Ac
     return _accepted(connection, draft, kind, turn, leaf, superseded)
 
 
+def _aside(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
+    """Makes a turn for which the history has to be read anew."""
+    made = (_answer_again if draft.request.regenerate else _set_aside)(connection, draft, known)
+    return made if isinstance(made, PortalError) else msgspec.structs.replace(made, is_aside=True)
+
+
 def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
     """Makes the turn that answers the last message again. The history stays as it is until there is a new
     answer, which is a sibling of the old one then."""
@@ -209,22 +221,28 @@ def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) 
     return _accepted(connection, draft, "again", turn, drop_reply(connection, session, known).leaf_id)
 
 
-def _edit(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
-    """Makes the turn of a message that takes the place of another one: its sibling, on a path of its own."""
-    session = draft.session
+def _set_aside(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
+    """Makes the turn of a message that does not come to the end of the history, which goes on from there: it
+    stands in the place of another one, as its sibling, or behind the one that it follows."""
+    session, request = draft.session, draft.request
     if is_busy(connection, session):
         return Conflict(BUSY)
-    edited = draft.request.edits if known is None else known.message_id
-    place = _PLACE.first(connection, {"message": edited, "of": session.id})
+    edited = request.edits if known is None else known.message_id
+    if edited is not None:
+        place = _PLACE.first(connection, {"message": edited, "of": session.id})
+        gone = "edits: there is no such message of yours in this session"
+    else:
+        place = _MESSAGE_OF.first(connection, {"message": request.follows, "of": session.id})
+        gone = "What this is to go on from is not in the session any more."
     if place is None:
-        return NotFound("edits: there is no such message of yours in this session")
+        return NotFound(gone)
     if known is not None:
         turn = _new_attempt(connection, known, draft, "running")
         drop_reply(connection, session, known)
         return _accepted(connection, draft, "again", turn, turn.message_id)
     turn = draft.turn(new_id(), "message", "running")
-    _insert_message(connection, turn, draft.request.message, place[0])
-    _insert_turn(connection, turn, draft.request)
+    _insert_message(connection, turn, request.message, place[0])
+    _insert_turn(connection, turn, request)
     return _accepted(connection, draft, "new", turn, turn.message_id)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.access import Identity
 from app.errors import Conflict, NotFound
+from app.events import Cancelled, Final
 from app.services.authorizer import Authorizer
 from app.services.openai_responses import turn_id_of
 from app.services.session_manager import SessionManager
@@ -31,6 +32,15 @@ class KeptResponses:
         if session is None or session.id != turn.session.id:
             raise NotFound("There is no such response.")
         return turn
+
+    async def place(self, who: Identity, response: str) -> tuple[str, str | None]:
+        """The session of a response, and the message that what goes on from it follows; none while it is not
+        there yet, and what goes on waits for it. Raises `NotFound`."""
+        turn = await self.find(who, response)
+        if turn.ending is None:
+            return turn.session.session_id, None
+        answer = turn.ending.message_id if isinstance(turn.ending, Final | Cancelled) else None
+        return turn.session.session_id, answer or turn.row.message_id
 
     async def delete(self, who: Identity, response: str) -> None:
         """Deletes a response with its session. Raises `NotFound`, and `Conflict` when the session has

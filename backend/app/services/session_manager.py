@@ -243,7 +243,7 @@ class SessionManager:
             return live or self._runner.elsewhere.turn(row, acceptance.session)
         turn = Turn(row, acceptance.session)
         # What is answered again, or stands elsewhere than at the end, is read with its own history.
-        turn.question = None if request.needs_session else request.message
+        turn.question = None if acceptance.is_aside else request.message
         turn.ticket = ticket
         turn_log.accepted(turn, model)
         self._runner.enqueue(turn)

@@ -3632,7 +3632,7 @@ export interface components {
             parallel_tool_calls?: boolean | null;
             /**
              * Previous Response Id
-             * @description Goes on in the session of that response
+             * @description Goes on from that response, in its session
              */
             previous_response_id?: string | null;
             /** Reasoning */
