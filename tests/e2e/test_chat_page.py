@@ -76,7 +76,7 @@ def test_a_template_is_written_and_chatted_with(ada: Page, portal: Portal, usern
     assert [message["status"] for message in stored] == ["complete"] * 5
 
 
-def test_chats_are_found_renamed_deleted_and_brought_back(ada: Page) -> None:
+def test_chats_are_found_renamed_deleted_and_brought_back(ada: Page, portal: Portal, username: str) -> None:
     ask(ada, "Say one word about tea.")
     expect(ada).to_have_url(CHAT_URL)
     answered(ada)
@@ -85,11 +85,15 @@ def test_chats_are_found_renamed_deleted_and_brought_back(ada: Page) -> None:
     ada.get_by_role("textbox", name="Title").fill("About tea")
     ada.keyboard.press("Enter")
     expect(ada.get_by_role("heading", name="About tea")).to_be_visible()
+    with portal.client(username) as elsewhere:
+        path = f"/api/sessions/{ada.url.rsplit('/', 1)[1]}"
+        assert elsewhere.patch(path, json={"title": "Tea, once more"}).status_code == 200
+    expect(ada.get_by_role("heading", name="Tea, once more")).to_be_visible()
     ada.get_by_role("button", name="What to do with this chat").click()
     ada.get_by_role("menuitem", name="Delete").click()
     expect(ada).to_have_url(re.compile(r"/chat$"))
     ada.get_by_role("button", name="Undo").click()
-    go(ada, "About tea")
+    go(ada, "Tea, once more")
     expect(answers(ada)).to_have_count(1)
 
 

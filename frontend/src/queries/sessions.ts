@@ -1,6 +1,8 @@
 import { useMutation, useQuery, useQueryClient } from "@tanstack/react-query";
+import { useEffect } from "react";
 import { llmAPI } from "../api";
 import { body, http } from "../client/http";
+import { followSessions } from "../client/session-news";
 
 export const sessionKeys = {
   all: ["sessions"] as const,
@@ -17,6 +19,18 @@ export function useSessions(search: string) {
     queryFn: () => body(http.GET("/api/sessions", { params: { query: { search, limit: LIST_LIMIT } } })),
     placeholderData: (before) => before,
   });
+}
+
+/** Keeps the list of sessions as it is at the portal, whoever changes it, for as long as it is shown. */
+export function useSessionNews() {
+  const queries = useQueryClient();
+  useEffect(
+    () =>
+      followSessions((news) => {
+        if (!news.type.startsWith("turn_")) void queries.invalidateQueries({ queryKey: sessionKeys.all });
+      }),
+    [queries],
+  );
 }
 
 export function useSession(id: string) {

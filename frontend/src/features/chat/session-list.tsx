@@ -6,7 +6,7 @@ import { Link, useNavigate, useParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import type { Session } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
-import { useSessions } from "../../queries/sessions";
+import { useSessionNews, useSessions } from "../../queries/sessions";
 import { useSessionActions } from "./session-actions";
 import classes from "./session-list.module.css";
 
@@ -17,6 +17,7 @@ export function SessionList() {
   const [search, setSearch] = useState("");
   const [wanted] = useDebouncedValue(search.trim(), SEARCH_AFTER_MS);
   const { data, error, refetch } = useSessions(wanted);
+  useSessionNews();
   const { sessionId } = useParams();
   return (
     <Stack gap={4} component="section" aria-label="Chats">
