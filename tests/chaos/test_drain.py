@@ -21,6 +21,11 @@ from tests.support import GameClient, MakePortal, Mosquitto, Portal, ask, wait_u
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 STREAMS, PLACES = 50, 40
+"""Every other stream is a socket's."""
+
+RESTART = 1012
+"""Close code: the service restarts, come again (IANA's registry of WebSocket close codes)."""
+
 PIECES = 20
 READY_BAR_S = 1.0
 
@@ -53,6 +58,32 @@ async def follow(web: aiohttp.ClientSession, number: int, has_begun: asyncio.Eve
     return events
 
 
+async def follow_socket(
+    web: aiohttp.ClientSession, number: int, has_begun: asyncio.Event
+) -> list[dict[str, Any]]:
+    """What a socket is sent of its turn, in the words of other doors, and the code that it is closed with."""
+    names = {"ai_message_chunk": "token", "ai_message_complete": "final"}
+    events = []
+    async with web.ws_connect(f"/ws/chat/s{number}") as socket:
+        await socket.send_json({"type": "send_message", "message": "hi"})
+        async for message in socket:
+            said = message.json()
+            events += [{**said, "type": names.get(said["type"], said["type"])}] if "id" in said else []
+            if events and events[-1]["type"] in {"token", "queued"}:
+                has_begun.set()
+        events[-1]["closed with"] = socket.close_code
+    return events
+
+
+async def refused_over_a_socket(socket: aiohttp.ClientWebSocketResponse) -> dict[str, Any]:
+    """The error that a message is answered with."""
+    await socket.send_json({"type": "send_message", "message": "hi", "request_id": "late"})
+    said: dict[str, Any] = await socket.receive_json()
+    assert (said["type"], said["request_id"]) == ("error", "late")
+    error: dict[str, Any] = said["error"]
+    return error
+
+
 async def unready(web: aiohttp.ClientSession) -> dict[str, Any]:
     """What readiness says once it is no longer 200."""
     while True:
@@ -77,7 +108,10 @@ async def test_live_streams_are_not_cut(
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(portal.url, headers=headers, connector=connector) as web:
             begun = [asyncio.Event() for _ in range(STREAMS)]
-            following = [asyncio.create_task(follow(web, n, event)) for n, event in enumerate(begun)]
+            idle = await web.ws_connect("/ws/chat/idle")
+            assert (await idle.receive_json())["type"] == "connection_established"
+            kinds = (follow, follow_socket)
+            following = [asyncio.create_task(kinds[n % 2](web, n, event)) for n, event in enumerate(begun)]
             async with asyncio.timeout(30):
                 await asyncio.gather(*(event.wait() for event in begun))
             told = tell_to_stop(portal)
@@ -94,9 +128,15 @@ async def test_live_streams_are_not_cut(
                     said = await answer.json()
                     assert (answer.status, said["error"]["code"]) == (503, "overloaded")
                     assert int(answer.headers["Retry-After"]) >= 1
+            error = await refused_over_a_socket(idle)
+            assert error["code"] == "overloaded"
+            assert error["retry_after"] >= 1
             assert not any(task.done() for task in following)
             streams = await asyncio.gather(*following)
+            assert (await idle.receive()).data == RESTART
+            await idle.close()
     print(f"not ready after {took * 1000:.0f} ms; {len(streams)} streams ended whole")
+    assert {events[-1]["closed with"] for events in streams[1::2]} == {RESTART}
     for events in streams:
         assert events[-1]["type"] == "final"
         assert events[-1]["response"] == "".join(pieces)
