@@ -16,16 +16,17 @@ from typing import Literal
 import msgspec
 import uvloop
 
-from benchmarks.wire import Connection, MqttConnection, Server, Shape, WrongAnswer
+from benchmarks.wire import Connection, MqttConnection, Server, Shape, SocketConnection, WrongAnswer
 
 WARM_UP_S = 0.7
 
 
 class Order(msgspec.Struct, frozen=True):
     """What to do: `lanes` clients, each with one request at a time, for so many seconds. `live` begins
-    each lane's one stream of `tokens` within the first second."""
+    each lane's one stream of `tokens` within the first second, `live-sockets` the same over sockets.
+    `idle-sockets` are opened and say nothing; of `shared-sockets`, all on one session, one asks."""
 
-    kind: Literal["whole", "burst", "live", "mqtt"]
+    kind: Literal["whole", "burst", "live", "mqtt", "live-sockets", "idle-sockets", "shared-sockets"]
     port: int
     lanes: int
     seconds: float
@@ -57,8 +58,14 @@ def share(values: list[float], part: float) -> float:
 
 async def carry_out(order: Order) -> Seen:
     """Puts on the load."""
+    kinds = {
+        "live": live,
+        "live-sockets": live_sockets,
+        "idle-sockets": idle_sockets,
+        "shared-sockets": shared_sockets,
+    }
     try:
-        return await (live(order) if order.kind == "live" else rate(order))
+        return await kinds.get(order.kind, rate)(order)
     except (WrongAnswer, OSError) as error:
         return Seen(error=str(error))
 
@@ -131,12 +138,51 @@ async def live(order: Order) -> Seen:
         await asyncio.sleep(number / order.lanes)
         request = order.server.request(f"s{number}", "go on", stream=True)
         await connections[number].ask(request, order.tokens)
-        arrivals = connections[number].arrivals
-        return [later - earlier for earlier, later in pairwise(arrivals)]
+        return connections[number].arrivals
 
     async with asyncio.timeout(order.seconds + 60):
-        gaps = await asyncio.gather(*(stream(number) for number in range(order.lanes)))
-    return Seen(gaps_p99=share([gap for lane in gaps for gap in lane], 0.99))
+        return _gaps(await asyncio.gather(*(stream(number) for number in range(order.lanes))))
+
+
+def _gaps(arrivals: list[list[float]]) -> Seen:
+    gaps = [later - earlier for lane in arrivals for earlier, later in pairwise(lane)]
+    return Seen(gaps_p99=share(gaps, 0.99))
+
+
+async def live_sockets(order: Order) -> Seen:
+    """One long turn over a socket for each lane, all of them at once."""
+    sockets = await _sockets(order, [f"w{number}" for number in range(order.lanes)])
+
+    async def turn(number: int) -> list[float]:
+        await asyncio.sleep(number / order.lanes)
+        sockets[number].say({"type": "send_message", "message": "go on"})
+        await sockets[number].ended(order.tokens)
+        return sockets[number].arrivals
+
+    async with asyncio.timeout(order.seconds + 60):
+        return _gaps(await asyncio.gather(*(turn(number) for number in range(order.lanes))))
+
+
+async def shared_sockets(order: Order) -> Seen:
+    """One turn, which all sockets on its session are sent."""
+    sockets = await _sockets(order, ["shared"] * order.lanes)
+    sockets[0].say({"type": "send_message", "message": "go on"})
+    async with asyncio.timeout(order.seconds + 60):
+        await asyncio.gather(*(opened.ended(order.tokens) for opened in sockets))
+    return _gaps([opened.arrivals for opened in sockets])
+
+
+async def idle_sockets(order: Order) -> Seen:
+    """Sockets on sessions in which nothing happens, for so many seconds after the last was opened."""
+    sockets = await _sockets(order, [f"idle{number}" for number in range(order.lanes)])
+    await asyncio.sleep(order.seconds)
+    for opened in sockets:
+        opened.close()
+    return Seen()
+
+
+async def _sockets(order: Order, sessions: list[str]) -> list[SocketConnection]:
+    return [await SocketConnection.open(order.server, session) for session in sessions]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from benchmarks import real
+from benchmarks import real, sockets
 from benchmarks.load import Order
 from benchmarks.stage import Impossible, bridge, load, restarted, upstream
 
@@ -114,6 +114,25 @@ ROWS = (
     Row("mqtt", "MQTT request to reply, 16 sessions", "/s", "more", 1500, mqtt, MQTT),
     Row("mqtt-latency", "MQTT round trip, 1 session, median", "ms", "less", 3.0, mqtt_latency, MQTT),
     Row("memory", "resident memory, idle", "MB", "less", 110, memory, (*BRIDGES, "paho-sdk")),
+    Row("sockets-idle", "an idle WebSocket, of 1,000", "KB", "less", 60, sockets.idle_memory),
+    Row("sockets-cpu", "CPU of 1,000 idle WebSockets", "%", "less", 2, sockets.idle_cpu),
+    Row("sockets-memory", "memory with them and 200 live ones", "MB", "less", 200, sockets.live_memory),
+    Row(
+        "sockets-live",
+        "gaps at these at 20 tokens/s, p99 / mock's",
+        "x",
+        "less",
+        LIVE_MOST,
+        sockets.live_gaps,
+    ),
+    Row(
+        "sockets-shared",
+        "the same, 50 sockets on one session",
+        "x",
+        "less",
+        LIVE_MOST,
+        sockets.shared_gaps,
+    ),
     Row(
         "real-throughput",
         "8 sessions, llama.cpp: through it / straight",

@@ -1,4 +1,4 @@
-"""HTTP and MQTT clients that cost next to nothing: prepared bytes out, markers counted in what comes."""
+"""HTTP, WebSocket and MQTT clients that cost next to nothing: bytes made before, marks counted in answers."""
 
 from __future__ import annotations
 
@@ -129,6 +129,106 @@ class Connection(asyncio.Protocol):
             self._tail = seen[-LONGEST_MARK:]
         self._last = (self._last + data)[-5:]
         return self._last == b"0\r\n\r\n"
+
+
+class SocketConnection(asyncio.Protocol):
+    """A WebSocket on a session (RFC 6455, section 5), which counts what comes; without extensions, for
+    messages of under 64 KiB to the portal."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._buffer = b""
+        self._is_open = False
+        self.arrivals: list[float] = []
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._ended: asyncio.Future[None] = loop.create_future()
+
+    @classmethod
+    async def open(cls, server: Server, session: str) -> SocketConnection:
+        """Connects, and returns when the portal says that the socket is there. Raises `WrongAnswer`."""
+        head = (
+            f"GET /ws/chat/{session} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        )
+        head += f"Authorization: Bearer {server.token}\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+        request = f"{head}Sec-WebSocket-Version: 13\r\n\r\n".encode()
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: cls(request), HOST, server.port)
+        await connection._ready
+        return connection
+
+    def say(self, body: dict[str, str]) -> None:
+        """Sends a message."""
+        self._send(0x1, json.dumps(body).encode())
+
+    async def ended(self, tokens: int) -> None:
+        """Returns when a turn has ended; `arrivals` has then when each piece came, in seconds of
+        `perf_counter`. Raises `WrongAnswer` where there are not so many."""
+        await self._ended
+        if len(self.arrivals) < tokens:
+            raise WrongAnswer(f"{len(self.arrivals)} of {tokens} pieces")
+
+    def close(self) -> None:
+        """Disconnects."""
+        self._transport.close()
+
+    def _send(self, opcode: int, data: bytes) -> None:
+        """A frame, masked with zeros: it must be masked, and so it stays as it is."""
+        size = len(data)
+        length = bytes([128 | size]) if size < 126 else bytes([254]) + size.to_bytes(2, "big")
+        self._transport.write(bytes([0x80 | opcode]) + length + b"\0\0\0\0" + data)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.write(self._request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for waiting in (self._ready, self._ended):
+            if not waiting.done():
+                waiting.set_exception(WrongAnswer(f"the socket was closed: {exc}"))
+                waiting.exception()  # nobody may be waiting for it
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if not self._is_open:
+            head, mark, rest = self._buffer.partition(b"\r\n\r\n")
+            if not mark:
+                return
+            if not head.startswith(b"HTTP/1.1 101"):
+                self._ready.set_exception(WrongAnswer(head.split(b"\r\n", 1)[0].decode()))
+                return
+            self._is_open, self._buffer = True, rest
+        now = time.perf_counter()
+        while (frame := _frame(self._buffer)) is not None:
+            opcode, said, size = frame
+            self._buffer = self._buffer[size:]
+            self._take(opcode, said, now)
+
+    def _take(self, opcode: int, said: bytes, now: float) -> None:
+        if opcode == 0x9:
+            self._send(0xA, said)
+        elif b'"type":"ai_message_chunk"' in said:
+            self.arrivals += [now] * said.count(PIECE)
+        elif b'"type":"connection_established"' in said:
+            self._ready.set_result(None)
+        elif b'"type":"ai_message_complete"' in said and not self._ended.done():
+            self._ended.set_result(None)
+        elif b'"type":"error"' in said and not self._ended.done():
+            self._ended.set_exception(WrongAnswer(said[:200].decode()))
+
+
+def _frame(data: bytes) -> tuple[int, bytes, int] | None:
+    """The first frame, as its kind, what it says, and its length; None where it has not come wholly."""
+    if len(data) < 2:
+        return None
+    size, start = data[1], 2
+    if size == 126:
+        size, start = int.from_bytes(data[2:4], "big"), 4
+    elif size == 127:
+        size, start = int.from_bytes(data[2:10], "big"), 10
+    if len(data) < start + size:
+        return None
+    return data[0] & 0x0F, data[start : start + size], start + size
 
 
 class MqttConnection(asyncio.Protocol):

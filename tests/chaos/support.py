@@ -46,6 +46,8 @@ class Form:
     """Things done a second."""
     soak_growth_mb: float
     """How much memory may grow: in the short form caches still fill."""
+    soak_late: int
+    """How many files and threads may come late: in the short form some readers of the database."""
     slack: int
     """How many times as long as it should something may take: the short form runs beside other tests."""
 
@@ -64,6 +66,7 @@ FORMS = {
         soak_turn_s=2.5,
         soak_rate=60,
         soak_growth_mb=15,
+        soak_late=12,
         slack=3,
     ),
     "long": Form(
@@ -79,6 +82,7 @@ FORMS = {
         soak_turn_s=55,
         soak_rate=40,
         soak_growth_mb=5,
+        soak_late=0,
         slack=1,
     ),
 }
