@@ -23,7 +23,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_rows_are_measured_and_reported(tmp_path: Path) -> None:
-    rows = ["http", "burst", "mqtt", "memory"]
+    rows = ["http", "burst", "mqtt", "memory", "sockets-shared"]
     chosen = [option for row in rows for option in ("--row", row)]
     done = bench(*chosen, "--rounds", "1", "--seconds", "0.5", "--no-peers", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
