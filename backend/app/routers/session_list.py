@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
+from app.database import insist
 from app.routers.sessions import shown
 from app.services.memory import Memory
 from app.services.session_feed import News, SessionFeed
@@ -55,7 +56,7 @@ class ListSocket(Talk):
 
     async def _shown(self, batch: Sequence[News]) -> list[dict[str, Any]]:
         changed = [news.session for news in batch if news.type in CHANGES]
-        bodies = await shown(changed, self._templates, self._memory)
+        bodies = await insist(lambda: shown(changed, self._templates, self._memory))
         by_id = {row.id: body.model_dump(mode="json") for row, body in zip(changed, bodies, strict=True)}
         return [_message(news, by_id) for news in batch]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -101,22 +101,23 @@ class SessionFeed:
                 gathering.changed(Change(session, turn=turn))
             while True:
                 untold = await gathering.take(RECHECK_S)
-                if not untold and running:
+                if not untold:
                     await self._find_ended(running, gathering)
                     continue
-                found = await insist(lambda: self._store.sessions_with(list(untold)))  # noqa: B023 - at once
-                news = [
-                    item
-                    for id, (session, is_deleted) in found.items()
-                    if who.only_project in {None, session.project}
-                    for item in _news(session, untold[id], is_deleted)
-                ]
+                news = [item for item in await self._news(untold) if _may_see(who, item)]
                 for item in news:
                     _note(running, item)
                 if news:
                     yield news
 
+    async def _news(self, untold: Mapping[str, _Untold]) -> list[News]:
+        found = await insist(lambda: self._store.sessions_with(list(untold)))
+        known = [(*found[id], what) for id, what in untold.items() if id in found]
+        return [item for session, is_deleted, what in known for item in _news_of(session, what, is_deleted)]
+
     async def _find_ended(self, running: dict[str, str], gathering: _Gathering) -> None:
+        if not running:
+            return
         active = await insist(lambda: self._store.active_among(list(running)))
         for turn, session in running.items():
             if turn not in active:
@@ -131,7 +132,11 @@ def _note(running: dict[str, str], news: News) -> None:
         running.pop(news.turn, None)
 
 
-def _news(session: SessionRow, untold: _Untold, is_deleted: bool) -> Iterator[News]:
+def _may_see(who: Identity, news: News) -> bool:
+    return who.only_project in {None, news.session.project}
+
+
+def _news_of(session: SessionRow, untold: _Untold, is_deleted: bool) -> Iterator[News]:
     if untold.has_changed and not is_deleted:
         yield News("session_created" if untold.is_new else "session_updated", session)
     for turn, has_ended in untold.turns.items():
