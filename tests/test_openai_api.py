@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 
 from app.events import new_id
 from tests.fake_llm import USAGE, FakeLLM, Script, text
-from tests.support import MakePortal, Portal, ask, token_of
+from tests.support import MakePortal, Portal, Process, ask, child_environment, free_port, token_of
 
 pytestmark = pytest.mark.slow
 
@@ -588,3 +589,27 @@ def test_the_starter_model(tmp_path: Path, make_portal: MakePortal, llama: Any) 
         with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
             sdk.embeddings.create(model=model.id, input="x")
     portal.stop()
+
+
+def test_embeddings_of_a_real_server(tmp_path: Path, make_portal: MakePortal, starter_model: Path) -> None:
+    port = free_port()
+    server = Path(__file__).with_name("embedding_server.py")
+    command = [sys.executable, str(server), str(starter_model), str(port)]
+    process = Process(command, tmp_path / "embeddings.log", child_environment({}))
+    process.ready(port)
+    portal = make_portal(tmp_path, LLM_SERVER_URL=f"http://127.0.0.1:{port}").start()
+    with portal.client() as client, sdk_of(client) as sdk:
+        texts = ["The cat sleeps on the sofa.", "A cat is asleep on a couch.", "Invoice number 20417 is due."]
+        made = sdk.embeddings.create(model="embedder", input=texts)  # as base64, which the SDK asks for
+        plain = sdk.embeddings.create(model="embedder", input=texts[:1], encoding_format="float")
+        assert made.usage.prompt_tokens > 10
+        assert made.data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-5)
+        near, far = (
+            sum(a * b for a, b in zip(made.data[0].embedding, other.embedding, strict=True))
+            for other in made.data[1:]
+        )
+        assert near > far
+        (today,) = client.get("/api/stats").json()["days"]
+        assert today["prompt_tokens"] == made.usage.prompt_tokens + plain.usage.prompt_tokens
+    portal.stop()
+    process.stop()

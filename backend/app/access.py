@@ -166,6 +166,12 @@ class Identity:
         return self.role.allows(permission)
 
 
+def bearer_token(authorization: str | None) -> str:
+    """The token of an `Authorization` header (RFC 6750, 2.1), empty where there is none."""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 LOCAL = Identity("local", "local", ALL_RIGHTS, username="local", door="python")
 """Plain Python, and programs that hold the server's secret."""
 

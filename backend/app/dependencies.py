@@ -8,9 +8,8 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
 from fastapi.security.base import SecurityBase
-from fastapi.security.utils import get_authorization_scheme_param
 
-from app.access import Identity
+from app.access import Identity, bearer_token
 from app.config import Settings
 from app.errors import Unauthenticated
 from app.services.accounts import Accounts
@@ -252,8 +251,8 @@ class _SignedIn(SecurityBase):
     model = HTTPBearerModel(description="The access token of /api/auth/login, or an API key")
 
     async def __call__(self, request: Request) -> Identity:
-        scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
-        if scheme.lower() != "bearer" or not token:
+        token = bearer_token(request.headers.get("Authorization"))
+        if not token:
             raise Unauthenticated(
                 "Sign in first: send `Authorization: Bearer` with an access token or an API key."
             )

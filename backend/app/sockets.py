@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app.access import Identity
+from app.access import Identity, bearer_token
 from app.errors import Forbidden, Internal, InvalidRequest, PortalError, Unauthenticated, http_body
 from app.events import new_id
 from app.hardening import parse_json
@@ -217,9 +217,8 @@ async def _token(socket: WebSocket) -> str:
     origin = socket.headers.get("origin")
     if origin is not None and not _is_own(socket, origin) and origin not in origins:
         raise Forbidden("Origin: this page is not the portal's; CORS_ORIGINS names others that may connect.")
-    scheme, _, token = socket.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == SUBPROTOCOL and token:
-        return token.strip()
+    if token := bearer_token(socket.headers.get("authorization")):
+        return token
     protocols = list(socket.scope.get("subprotocols", ()))
     if len(protocols) == 2 and protocols[0] == SUBPROTOCOL:
         return str(protocols[1])

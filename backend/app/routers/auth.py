@@ -6,10 +6,9 @@ from datetime import datetime
 from typing import Annotated, Literal, TypedDict
 
 from fastapi import APIRouter, Cookie, Form, Request, Response
-from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, EmailStr, Field, model_validator
 
-from app.access import PERMISSIONS, Identity, Limits
+from app.access import PERMISSIONS, Identity, Limits, bearer_token
 from app.dependencies import AccountsDep, AdmissionDep, CurrentUser, SignInsDep, TicketsDep
 from app.errors import Unauthenticated
 from app.hardening import StrictRoute
@@ -248,7 +247,7 @@ async def reset_password(body: PasswordReset, request: Request, accounts: Accoun
 async def ws_ticket(request: Request, _identity: CurrentUser, tickets: TicketsDep) -> Ticket:
     """A ticket that opens one WebSocket (`?ticket=`), once, in the next seconds: for who cannot send a
     header, and must not write a token into an address."""
-    _, token = get_authorization_scheme_param(request.headers.get("Authorization"))
+    token = bearer_token(request.headers.get("Authorization"))
     return Ticket(ticket=await tickets.issue(token), expires_in=GOOD_S)
 
 
