@@ -14,9 +14,10 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from app.config import child_environment
 from app.events import new_id
 from tests.fake_llm import USAGE, FakeLLM, Script, text
-from tests.support import MakePortal, Portal, Process, ask, child_environment, free_port, token_of
+from tests.support import MakePortal, Portal, Process, ask, free_port, token_of
 
 pytestmark = pytest.mark.slow
 
