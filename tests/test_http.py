@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from app.routers.streaming import KEEP_ALIVE_S
 from tests.fake_llm import FakeLLM
-from tests.support import Portal, wait_until
+from tests.support import MakePortal, Portal, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -344,21 +344,24 @@ def test_the_openapi_document_describes_events_and_errors(portal: Portal, client
     assert time.monotonic() - began < 5
 
 
-def test_a_silent_stream_is_kept_open_by_comments(fake_thread: FakeLLM, tmp_path: Path) -> None:
-    fake_thread.script.before_first = KEEP_ALIVE_S + 1
-    portal = Portal(tmp_path, LLM_SERVER_URL=fake_thread.url)
-    portal.start()
+def test_a_silent_stream_is_kept_open_by_comments(
+    fake_thread: FakeLLM, tmp_path: Path, make_portal: MakePortal
+) -> None:
+    assert KEEP_ALIVE_S <= 15, "so long a stream may be silent"
+    fake_thread.script.gate = answers = threading.Event()
+    times = {"app.routers.streaming.KEEP_ALIVE_S": 1.0}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url).with_times(times).start()
     path, body = "/api/llm/chat/session/stream", {"session_id": "s", "message": "hello"}
     like_openai = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
-    try:
-        with (
-            portal.client() as client,
-            client.stream("POST", path, json=body) as answer,
-            client.stream("POST", "/v1/chat/completions", json=like_openai) as other,
-        ):
-            told = list(other.iter_lines())
-            lines = [line for line in answer.iter_lines() if line.startswith((":", "event"))]
-    finally:
-        portal.stop()
-    assert lines[:3] == ["event: accepted", ": still here", "event: token"]
-    assert (told[0], told[-2], other.status_code) == (": still here", "data: [DONE]", 200)
+    with (
+        portal.client() as client,
+        client.stream("POST", path, json=body) as answer,
+        client.stream("POST", "/v1/chat/completions", json=like_openai) as other,
+    ):
+        told, lines = other.iter_lines(), answer.iter_lines()
+        events = (line for line in lines if line.startswith((":", "event")))
+        assert next(told) == ": still here"
+        assert [next(events), next(events)] == ["event: accepted", ": still here"]
+        answers.set()
+        assert list(events)[-2:] == ["event: token", "event: final"]
+        assert (list(told)[-2], other.status_code) == ("data: [DONE]", 200)

@@ -320,7 +320,11 @@ def test_the_default_for_all(
         assert says(ada) == "from cloud"
         assert found(ada)["default"] == {"model": "clever", "chosen": None, "note": None}
         assert httpx.get(f"{pool.url}/api/llm/health").json()["model"] == "clever"
-        game.wait_for(lambda: json.loads(game.messages_unlocked("driving/status")[-1])["model"] == "clever")
+
+        def models() -> list[str]:
+            return [json.loads(status)["model"] for status in game.messages_unlocked("driving/status")]
+
+        game.wait_for(lambda: models()[-1:] == ["clever"])
         game.publish("driving/user_input/game-1", {"message": "hi"})
         assert game.reply("driving/assistant_response/game-1") == b"from cloud", "also who has no account"
         choose(ada, "big")
