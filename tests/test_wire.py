@@ -137,9 +137,11 @@ async def test_a_follower_goes_along_when_a_third_instance_takes_over(
     await follower.until(lambda: len(follower.tokens(attempt=2)) > 3)
     assert next(item.n for item in follower.seen if item.attempt == 2) == 1, "`restarted` comes first"
     await fake.until(lambda: fake.dropped == 1, 3.0)
-    assert turn.row.attempt == 2, "who has lost it follows it too"
+    mine = Follower(turn)
+    await mine.until(lambda: mine.tokens(attempt=2))  # who has lost it follows it too
     assert await three.sessions.stop(ADA, "s") == turn.id
     ending = await turn.ended()
     assert isinstance(ending, Cancelled)
     assert "".join(follower.tokens(attempt=2)) == ending.response[: len("".join(follower.tokens(attempt=2)))]
-    await follower.close()
+    for following in (follower, mine):
+        await following.close()

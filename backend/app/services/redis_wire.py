@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from redis.asyncio import Redis
@@ -56,5 +57,6 @@ class RedisLink:
 
     async def close(self) -> None:
         """See `Link`."""
-        await self._sender.aclose()
-        await self._listener.aclose()
+        for client in (self._sender, self._listener):
+            with suppress(RedisError, OSError):
+                await client.aclose()
