@@ -124,7 +124,7 @@ class SocketDoor(WebDoor):
         stack = ExitStack()
         opened = connect(f"{url}/ws/chat/{session}", additional_headers=headers)
         self._open[session] = stack.enter_context(opened)
-        self._open[session].send(json.dumps({"type": "send_message", "message": "hi", "request_id": "r"}))
+        self._open[session].send(json.dumps({"type": "send_message", "message": "hi"}))
         return stack.close
 
     def is_answered(self, session: str) -> bool:
@@ -132,7 +132,7 @@ class SocketDoor(WebDoor):
         return [message["status"] for message in history.get("messages", [])] == ["complete"] * 2
 
     def stop(self, session: str) -> None:
-        self._open[session].send(json.dumps({"type": "stop", "request_id": "r"}))
+        self._open[session].send(json.dumps({"type": "stop"}))
 
 
 class PythonDoor:
