@@ -352,9 +352,10 @@ class Runner:
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
         live.version = ended.version
+        self.settle(turn, ended)
+        await asyncio.sleep(0)  # whoever waits is answered first
         if ended.first:
             await self._accounting.settle(turn, used)
-        self.settle(turn, ended)
 
     def settle(self, turn: Turn, ended: Ended) -> None:
         """The ending of a turn is stored: tells its followers, and the outbox."""
