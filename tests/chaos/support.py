@@ -54,9 +54,9 @@ class Form:
 
 FORMS = {
     "short": Form(
-        requests=100,
-        bridge_kills=8,
-        broker_kills=3,
+        requests=200,
+        bridge_kills=20,
+        broker_kills=4,
         broker_restarts=3,
         takeovers=1,
         stops=1,
