@@ -111,6 +111,7 @@ class Lane:
             (4, self._sse_left),
             (4, self._ndjson_resumed),
             (8, self._socket_resumed),
+            (2, self._watched),
             (10, self._mqtt),
             (4, self._states),
             (4, self._openai),
@@ -206,7 +207,7 @@ class Lane:
             async with self._web.get(path) as answer:
                 assert answer.status == 200, await answer.text()
 
-    # --- a socket, which is left in the middle and comes back ---
+    # --- sockets: one is left in the middle and comes back ---
 
     async def _socket_resumed(self) -> None:
         request_id, path = new_id(), f"/ws/chat/{self._session}"
@@ -232,6 +233,16 @@ class Lane:
                 if resumed and event["type"] == "ai_message_complete":
                     break
         _whole(seen)
+
+    async def _watched(self) -> None:
+        async with self._web.ws_connect("/ws/sessions") as socket:
+            told = _told(socket)
+            assert (await anext(told))["type"] == "connection_established"
+            await self._rest()
+            async for event in told:
+                # Of one that is new in the list it is told that it was created.
+                if event.get("session", {}).get("session_id") == self._session:
+                    break
 
     # --- MQTT ---
 
