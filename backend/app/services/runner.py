@@ -356,6 +356,8 @@ class Runner:
         await asyncio.sleep(0)  # whoever waits is answered first
         if ended.first:
             await self._accounting.settle(turn, used)
+        elif turn.task is None:  # else its task counts it, when the generation is closed
+            self._count(turn)
 
     def settle(self, turn: Turn, ended: Ended) -> None:
         """The ending of a turn is stored: tells its followers, and the outbox."""
@@ -363,8 +365,6 @@ class Runner:
         if turn.ending is None:
             turn_log.ended(turn, ended.ending)
         turn.end(ended.ending)
-        if turn.task is None:  # else its task counts it, when the generation is closed
-            self._count(turn)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
         for watcher in self.watchers.of(turn):
@@ -390,6 +390,8 @@ class Runner:
         """A turn was ended in the database: it goes no further here."""
         self.interrupt(turn, "ended")
         self.settle(turn, ended)
+        if turn.task is None:
+            self._count(turn)
 
     async def _taken_over(self, live: LiveSession, turn: Turn) -> None:
         log.warning("a turn was taken over", turn=turn.id)
