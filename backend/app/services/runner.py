@@ -352,12 +352,9 @@ class Runner:
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
         live.version = ended.version
-        self.settle(turn, ended)
-        await asyncio.sleep(0)  # whoever waits is answered first
         if ended.first:
             await self._accounting.settle(turn, used)
-        elif turn.task is None:  # else its task counts it, when the generation is closed
-            self._count(turn)
+        self.settle(turn, ended)
 
     def settle(self, turn: Turn, ended: Ended) -> None:
         """The ending of a turn is stored: tells its followers, and the outbox."""
@@ -365,6 +362,8 @@ class Runner:
         if turn.ending is None:
             turn_log.ended(turn, ended.ending)
         turn.end(ended.ending)
+        if turn.task is None:  # else its task counts it, when the generation is closed
+            self._count(turn)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
         for watcher in self.watchers.of(turn):
@@ -390,8 +389,6 @@ class Runner:
         """A turn was ended in the database: it goes no further here."""
         self.interrupt(turn, "ended")
         self.settle(turn, ended)
-        if turn.task is None:
-            self._count(turn)
 
     async def _taken_over(self, live: LiveSession, turn: Turn) -> None:
         log.warning("a turn was taken over", turn=turn.id)
