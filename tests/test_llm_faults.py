@@ -191,8 +191,9 @@ async def test_a_hundred_hangs_end_in_time_and_hold_no_place(
 ) -> None:
     monkeypatch.setattr("app.services.server_state.COOL_OFF_S", 0.5)  # for which the next message waits
     seconds = 2.0
-    limits = {**LIMITS, "llm_first_token_timeout": 60, "llm_idle_timeout": 60, "llm_timeout": 120}
-    settings = settings_for(fake.url, **{**limits, limit: seconds}, llm_max_concurrency=100)
+    limits = {"llm_first_token_timeout": 60, "llm_idle_timeout": 60, "llm_timeout": 120, limit: seconds}
+    # A hundred at once may take longer to connect than one alone.
+    settings = settings_for(fake.url, **limits, llm_connect_timeout=seconds, llm_max_concurrency=100)
     async with portal_with(settings) as portal:
         fake.script = script
 

@@ -8,6 +8,7 @@ import queue
 import sqlite3
 import threading
 import time
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,9 @@ FORMS = {
 
 class Player:
     """A game that asks at a steady pace, in `SESSIONS` sessions by turns, on a thread of its own. The broker
-    keeps its session, so replies wait there while it is cut off. With `repeat_s` it sends a request again,
-    with the same id, whenever it has had no answer for so long."""
+    keeps its session, so replies wait there while it is cut off; requests wait here, as paho lets what is
+    published while it connects overtake what it has yet to send again. With `repeat_s` it sends a request
+    again, with the same id, whenever it has had no answer for so long."""
 
     def __init__(
         self, port: int, project: str, *, pace_s: float = 0.1, repeat_s: float | None = None
@@ -99,7 +101,8 @@ class Player:
         self._project = project
         self._pace_s = pace_s
         self._repeat_s = repeat_s
-        self._enough, self._done = threading.Event(), threading.Event()
+        self._enough, self._done, self._subscribed = threading.Event(), threading.Event(), threading.Event()
+        self._held: deque[str] = deque()
         self._said: dict[str, float] = {}
         self._texts: dict[str, set[str]] = {}
         self._other: list[dict[str, Any]] = []
@@ -117,8 +120,13 @@ class Player:
 
         def subscribed(_client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
             granted.put(not any(reason.is_failure for reason in reasons))
+            self._subscribed.set()
+
+        def disconnected(*_: Any) -> None:
+            self._subscribed.clear()
 
         self._client.on_connect, self._client.on_subscribe = connected, subscribed
+        self._client.on_disconnect = disconnected
         self._client.on_message = self._received
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
@@ -170,11 +178,16 @@ class Player:
         while not self._done.wait(self._pace_s):
             if not self._enough.is_set() and len(self.unanswered) < MOST_OPEN:
                 self._ask(f"r{len(self._said)}")
-            if self._repeat_s is not None and self._client.is_connected():
+            if self._repeat_s is not None and self._subscribed.is_set():
                 self._repeat(time.monotonic() - self._repeat_s)
+            while self._held and self._subscribed.is_set():
+                self._publish(self._held.popleft())
 
     def _ask(self, request: str) -> None:
         self._said[request] = time.monotonic()
+        self._held.append(request)
+
+    def _publish(self, request: str) -> None:
         body = {"message": f"message {request}", "requestId": request, "format": "json"}
         session = f"chaos-{int(request[1:]) % SESSIONS}"
         self._client.publish(f"{self._project}/user_input/{session}", json.dumps(body), qos=1)
@@ -214,7 +227,8 @@ def assert_stored_once(database: Path, asked: list[str], *, in_order: bool = Tru
     assert sorted(content for _, content in stored) == sorted(f"message {request}" for request in asked)
     for number in range(SESSIONS if in_order else 0):
         mine = [content for name, content in stored if name == f"chaos-{number}"]
-        assert mine == [f"message {request}" for request in asked[number::SESSIONS]]
+        sent = [f"message {request}" for request in asked[number::SESSIONS]]
+        assert mine == sent, f"session {number}: {mine}, sent as {sent}"
     return int(again)
 
 
