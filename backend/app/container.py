@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ from app.services.token_watch import TokenWatch
 from app.services.tracing import Tracing
 from app.services.usage import UsageBook
 from app.services.wire import Link, Wire
+from app.tasks import Tasks
 
 if TYPE_CHECKING:
     from app.services.webhooks import Webhook
@@ -432,16 +433,9 @@ def _open_in_background() -> Container:
 @asynccontextmanager
 async def _background(coroutine: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
     """Runs a task that never ends by itself for as long as the context is open."""
-    task = asyncio.create_task(coroutine, name=name)
-    task.add_done_callback(_report)
+    tasks = Tasks("background")
+    tasks.start(coroutine, name)
     try:
         yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.error("a background task died", task=task.get_name(), exc_info=task.exception())
+        await tasks.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +39,7 @@ from app.services.store import Store
 from app.services.succession import Succession
 from app.services.tally import Tally
 from app.services.turns import Position, Turn, recall
+from app.tasks import Tasks
 from app.trace_parent import note_trace
 
 LEASE_S = 10.0
@@ -81,7 +81,7 @@ class MqttBridge:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._doors: dict[str, ProjectDoor] = {}
-        self._looking: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("mqtt")
 
     async def open(self) -> None:
         """Starts serving. The broker need not be there."""
@@ -95,9 +95,7 @@ class MqttBridge:
 
     async def close(self) -> None:
         """Says goodbye on every status topic and disconnects."""
-        for task in self._looking:
-            task.cancel()
-        await asyncio.gather(*self._looking, return_exceptions=True)
+        await self._tasks.close()
         await asyncio.gather(*(door.close() for door in self._doors.values()))
 
     @property
@@ -120,9 +118,7 @@ class MqttBridge:
             door.deliver(delivery, turn)
 
     def _go_on(self, turn: Turn) -> None:
-        task = asyncio.create_task(self._stream_again(turn), name=f"streams of {turn.id}")
-        self._looking.add(task)
-        task.add_done_callback(self._looking.discard)
+        self._tasks.start(self._stream_again(turn), f"streams of {turn.id}")
 
     async def _stream_again(self, turn: Turn) -> None:
         """A turn was taken up: whoever follows its stream is told that it begins again."""
@@ -154,7 +150,7 @@ class ProjectDoor:
         """Since the outbox was read last: what was read then may be in it."""
         self._to_forget: list[Delivery] = []
         self._has_confirmed = asyncio.Event()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(f"mqtt {project}")
         # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
         self._connection = MqttConnection(
             Broker.of(settings),
@@ -177,30 +173,17 @@ class ProjectDoor:
 
     def open(self) -> None:
         """Starts serving."""
-        self._start(self._run(), "connection")
-        self._start(self._consume(), "requests")
-        self._start(self._forget_confirmed(), "confirmed replies")
+        self._tasks.start(self._run(), "connection")
+        self._tasks.start(self._consume(), "requests")
+        self._tasks.start(self._forget_confirmed(), "confirmed replies")
 
     async def close(self) -> None:
         """Stops serving; replies that are not confirmed stay in the outbox."""
         await self._connection.close(status_topic(self._project), self._render_status("offline"))
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         with suppress(StorageUnavailable):
             await self._forget()
             await self._parts.leases.release(self._lease, self._holder)
-
-    def _start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        task = asyncio.create_task(coroutine, name=f"mqtt {self._project}: {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("an MQTT task died", task=task.get_name(), exc_info=task.exception())
 
     # --- the connection ---
 
@@ -217,7 +200,7 @@ class ProjectDoor:
                     (self._report(), "status"),
                     (self._deliver_stored(), "outbox"),
                 ):
-                    task = self._start(coroutine, name)
+                    task = self._tasks.start(coroutine, name)
                     stack.push_async_callback(_cancelled, task)
                 has_lease = True
                 while has_lease:
@@ -281,7 +264,7 @@ class ProjectDoor:
             if message.qos == 0 and len(self._unacked) >= MOST_AT_ONCE:
                 log.warning("too many messages at once: one at QoS 0 is dropped", project=self._project)
                 continue
-            task = self._start(self._take(message), "request")
+            task = self._tasks.start(self._take(message), "request")
             self._unacked.append((message, task))
             task.add_done_callback(lambda _: self._acknowledge())
 
@@ -420,7 +403,7 @@ class ProjectDoor:
         topic = f"{target.stream}/{turn.row.request_id}"
         if (turn.id, topic) not in self._streaming:
             self._streaming.add((turn.id, topic))
-            self._start(self._publish_events(turn, topic, target, after), "stream")
+            self._tasks.start(self._publish_events(turn, topic, target, after), "stream")
 
     async def _publish_events(
         self, turn: Turn, topic: str, target: ReplyTarget, after: Position | None

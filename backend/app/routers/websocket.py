@@ -15,19 +15,18 @@ from starlette.websockets import WebSocketDisconnect
 
 from app.errors import InvalidRequest, NotFound
 from app.events import ID_PATTERN, Accepted, Final, Restarted, Token, TurnRequest
-from app.logs import get_logger
 from app.routers.llm import Regeneration, SessionChat
 from app.routers.times import moment
 from app.services.session_manager import SessionManager
 from app.services.turns import Numbered, Position, Turn, parse_position
 from app.sockets import Nothing, Opened, Talk, open_socket
+from app.tasks import Tasks
 
 MOST_BEHIND = 64
 """Turns that a socket may be behind with. Whoever reads so slowly is asked to come back and `resume`: events
 are kept in the database, and not for one reader in memory."""
 
 router = APIRouter(tags=["chat"])
-log = get_logger(__name__)
 
 
 class SendMessage(SessionChat):
@@ -74,7 +73,8 @@ class ChatSocket(Talk):
         self._sessions = sessions
         self._session_id = session_id
         self._told: WeakSet[Turn] = WeakSet()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Tasks("socket")
+        self._followed: dict[str, asyncio.Task[None]] = {}
 
     async def serve(self) -> None:
         """Serves until the socket is closed."""
@@ -82,9 +82,7 @@ class ChatSocket(Talk):
             try:
                 await self.opened.serve(self._begin())
             finally:
-                for task in self._tasks.values():
-                    task.cancel()
-                await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+                await self._tasks.close()
 
     async def _begin(self) -> None:
         running = self._sessions.live_turns(self.user, self._session_id)
@@ -144,25 +142,20 @@ class ChatSocket(Talk):
         """See `Watcher`: who follows a turn sees its end."""
 
     def _follow(self, turn: Turn, sending: Coroutine[Any, Any, None]) -> None:
-        earlier = self._tasks.pop(turn.id, None)
+        earlier = self._followed.pop(turn.id, None)
         if earlier is not None:
             earlier.cancel()
-        if len(self._tasks) >= MOST_BEHIND:
+        if len(self._followed) >= MOST_BEHIND:
             sending.close()
             self.fall_behind()
             return
-        self._run(turn.id, sending)
+        task = self._followed[turn.id] = self._tasks.start(sending, turn.id)
 
-    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        task = self._tasks[name] = asyncio.create_task(work, name=f"socket: {name}")
+        def ended(_: object) -> None:
+            if self._followed.get(turn.id) is task:
+                del self._followed[turn.id]
 
-        def done(_: object) -> None:
-            if self._tasks.get(name) is task:
-                del self._tasks[name]
-            if not task.cancelled() and task.exception() is not None:
-                log.error("something could not be sent over a WebSocket", exc_info=task.exception())
-
-        task.add_done_callback(done)
+        task.add_done_callback(ended)
 
     async def _send_rest(self, turn: Turn, given: str | None, after: Position | None) -> None:
         """What comes after the place that was `given`. A turn that runs was being sent from its beginning:
@@ -197,7 +190,7 @@ class ChatSocket(Talk):
         """See `Watcher`. It is of use only now: whoever is slow to read misses it."""
         if not self.sending.locked():
             said = {"type": what, "session_id": self._session_id, "user": who}
-            self._run(f"presence {what}", self._send_if_there(said))
+            self._tasks.start(self._send_if_there(said), what)
 
     async def _send_if_there(self, message: dict[str, Any]) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):  # it has gone, or is being closed

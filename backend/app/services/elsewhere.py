@@ -4,9 +4,8 @@ database; where there is a wire, their events come as they come there."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from app.database import insist
 from app.events import Cancelled
@@ -17,6 +16,7 @@ from app.services.store import StaleAttempt, Store
 from app.services.turns import Turn, recall
 from app.services.watchers import Watchers
 from app.services.wire import Wire
+from app.tasks import Tasks
 
 POLL_S = 0.25
 POLL_BESIDE_WIRE_S = 1.0
@@ -65,13 +65,11 @@ class Elsewhere:
         self._wire = wire
         self._observed: dict[str, _Observed] = {}
         self._heeded: dict[str, asyncio.Event] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("turns elsewhere")
 
     async def close(self) -> None:
         """Observes nothing any more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def turn(self, row: TurnRow, session: SessionRow) -> Turn:
         """A turn that is not, or no longer, this process's: recalled, or observed until it ends."""
@@ -87,12 +85,7 @@ class Elsewhere:
         self._live.turns[turn.id] = turn
         observed = self._observed[turn.id] = _Observed(turn)
         turn.on_followed, turn.on_abandoned = self._followed, self._abandoned
-        self._start(self._observe(observed), f"observe {turn.id}")
-
-    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(coroutine, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._observe(observed), f"observe {turn.id}")
 
     async def _observe(self, observed: _Observed) -> None:
         turn = observed.turn

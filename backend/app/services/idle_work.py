@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
 from sqlalchemy import Connection
@@ -24,6 +22,7 @@ from app.services.prompts import estimate_prompt, estimate_tokens
 from app.services.replies import Completion
 from app.services.store import Store
 from app.services.turns import Turn
+from app.tasks import Tasks
 
 MOST_TRIES = 3
 """How often the summary of a cut is begun: sessions that speak quickly would pay for it again and again."""
@@ -60,7 +59,7 @@ class IdleWork:
         self._memory = memory
         self._accounting = accounting
         self._drain = drain
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._counting = Tasks("idle work")
 
     def is_wanted(self, history: History) -> bool:
         """Whether there is something to do."""
@@ -118,7 +117,7 @@ class IdleWork:
             used = reply.usage if reply is not None else Usage(estimate_prompt(messages), 0, estimated=True)
             spent = self._accounting.work(turn, "summary", used if meter.model else Usage(), meter)
             if reply is None or not reply.response.strip():
-                self._aside(self._accounting.count_work(ticket, turn, spent))
+                self._counting.start(self._accounting.count_work(ticket, turn, spent), f"count {turn.id}")
         if reply is None or not (text := reply.response.strip()):
             return False
 
@@ -155,11 +154,6 @@ class IdleWork:
         text = "\n\n".join([*before, "What was said then:", *said])
         return [{"role": "system", "content": notes}, {"role": "user", "content": text}]
 
-    def _aside(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine, name="count idle work")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def close(self) -> None:
         """Waits until all that was used is written down."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._counting.wait()

@@ -4,7 +4,7 @@ of those that they follow, and stops what they want stopped. And it tells them w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, NoReturn
@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 from app.database import insist
 from app.errors import StorageUnavailable
 from app.events import Ending
-from app.logs import get_logger
 from app.services.elsewhere import RENEW_S, RUNS_OUT_S
 from app.services.letters import (
     AnyLetter,
@@ -34,11 +33,10 @@ from app.services.store import Store
 from app.services.turns import Position, Turn
 from app.services.watchers import Change, SessionKey
 from app.services.wire import Wire
+from app.tasks import Tasks
 
 TOGETHER_S = 0.02
 """Events of a turn that come within this time leave together."""
-
-log = get_logger(__name__)
 
 
 class _SessionElsewhere:
@@ -103,7 +101,7 @@ class Relay:
         self._watched: dict[tuple[str, SessionKey | str], _Interest] = {}
         self._followed: dict[tuple[str, str], _Interest] = {}
         self._meeting: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("relay")
         self._hear: dict[type[AnyLetter], Callable[[Any], None]] = {
             Watching: self._hear_watching,
             TurnBegan: self._hear_began,
@@ -121,7 +119,7 @@ class Relay:
         """Serves until it is cancelled."""
         self._wire.on_message, self._wire.on_up = self._take, self._came_up
         self._watchers.on_watched = self._announce_one
-        running = self._start(self._wire.run(), "the wire")
+        running = self._tasks.start(self._wire.run(), "the wire")
         try:
             while not running.done():
                 await asyncio.wait([running], timeout=RENEW_S)
@@ -129,20 +127,7 @@ class Relay:
                 self._forget_old()
             raise RuntimeError("the wire has ended")
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        task = asyncio.create_task(coroutine, name=f"relay: {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("something for another process failed", task=task.get_name(), exc_info=task.exception())
+            await self._tasks.close()
 
     def _take(self, message: bytes) -> None:
         letter = decode(message)
@@ -169,7 +154,7 @@ class Relay:
     def _hear_began(self, letter: TurnBegan) -> None:
         if letter.turn not in self._meeting:
             self._meeting.add(letter.turn)
-            self._start(self._meet(letter.turn), f"meet {letter.turn}")
+            self._tasks.start(self._meet(letter.turn), f"meet {letter.turn}")
 
     async def _meet(self, turn_id: str) -> None:
         try:
@@ -188,7 +173,7 @@ class Relay:
         self._elsewhere.hear_ended(letter.turn)
         turn = self._runner.turns.get(letter.turn)
         if turn is not None and self._runner.is_here(turn):
-            self._start(self._let_go(), "let go")
+            self._tasks.start(self._let_go(), "let go")
 
     async def _let_go(self) -> None:
         with suppress(StorageUnavailable):  # then it is looked at again in a second
@@ -253,7 +238,7 @@ class Relay:
         if followed is not None and not letter.anew:
             followed.renew()
         elif turn is not None and self._runner.is_here(turn):
-            task = self._start(self._forward(letter.by, turn, letter.last), f"forward {turn.id}")
+            task = self._tasks.start(self._forward(letter.by, turn, letter.last), f"forward {turn.id}")
             interest = self._followed[key] = _Interest(task.cancel)
             task.add_done_callback(lambda _: self._no_longer_followed(key, interest))
             if followed is not None:

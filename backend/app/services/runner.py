@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import Connection
 
@@ -36,6 +36,7 @@ from app.services.tracing import Tracing
 from app.services.turns import Interruption, Turn
 from app.services.watchers import Watchers
 from app.services.wire import Wire
+from app.tasks import Tasks
 
 T = TypeVar("T")
 
@@ -81,8 +82,7 @@ class Runner:
         self._tracing = tracing
         self.instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
-        self._side_tasks: set[asyncio.Task[None]] = set()
-        self._chores: set[asyncio.Task[None]] = set()
+        self._aside, self._chores = Tasks("turns"), Tasks("rest")
         self._closing = False
         self.watchers = Watchers()
         self.turns: dict[str, Turn] = {}
@@ -95,9 +95,9 @@ class Runner:
         tasks = [turn.task for turn in self.turns.values() if turn.task is not None]
         for turn in list(self.turns.values()):
             self.interrupt(turn, "shutdown")
-        for chore in self._chores:
-            chore.cancel()
-        await asyncio.gather(*tasks, *self._side_tasks, *self._chores, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._chores.close()
+        await self._aside.wait()
         await self.elsewhere.close()
         await self._idle_work.close()
 
@@ -146,10 +146,10 @@ class Runner:
         live.waiting.remove(turn)
         _cancel_expiry(turn)
         if why == "taken":
-            self._aside(self._taken_over(live, turn), f"leave {turn.id}")
+            self._aside.start(self._taken_over(live, turn), f"leave {turn.id}")
         elif why in {"stop", "expired"}:
             ending = ExpiredEvent(turn.id) if why == "expired" else Cancelled(turn.id, "", None)
-            self._aside(self._conclude(live, turn, ending, None), f"end {turn.id}")
+            self._aside.start(self._conclude(live, turn, ending, None), f"end {turn.id}")
 
     def abandon(self, accepting: asyncio.Task[Turn]) -> None:
         """Who asked for a turn was cancelled while it was accepted."""
@@ -191,12 +191,7 @@ class Runner:
     def _count(self, turn: Turn) -> None:
         """What the turn has used is written down, unless that was done with its ending."""
         if not turn.is_counted:
-            self._aside(self._accounting.count(turn), f"count {turn.id}")
-
-    def _aside(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(coroutine, name=name)
-        self._side_tasks.add(task)
-        task.add_done_callback(self._side_tasks.discard)
+            self._aside.start(self._accounting.count(turn), f"count {turn.id}")
 
     # --- running ---
 
@@ -232,13 +227,11 @@ class Runner:
             return
 
         def ended(chore: asyncio.Task[None]) -> None:
-            self._chores.discard(chore)
             if live.chore is chore:
                 live.chore = None
 
         chores = self._do_chores(live, turn, history, asked)
-        live.chore = asyncio.create_task(chores, name=f"rest {turn.id}")
-        self._chores.add(live.chore)
+        live.chore = self._chores.start(chores, turn.id)
         live.chore.add_done_callback(ended)
 
     async def _do_chores(self, live: LiveSession, turn: Turn, history: History, asked: Asked) -> None:
