@@ -19,7 +19,17 @@ from app.cli.stack import Stack
 from app.config import BACKEND_DIR, Settings
 from app.events import new_id
 from tests.fake_llm import FakeLLM, FakeThread, Script, serve
-from tests.support import SECRET, UNLIMITED, LlamaServer, Mosquitto, Portal, Redis, postgres, wait_until
+from tests.support import (
+    SECRET,
+    UNLIMITED,
+    LlamaServer,
+    Mosquitto,
+    Portal,
+    Redis,
+    new_database,
+    postgres,
+    wait_until,
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,10 +84,25 @@ def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """PostgreSQL, for the whole run."""
     with postgres(tmp_path_factory.mktemp("postgres")) as url:
         yield url
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """A new database in PostgreSQL."""
+    return new_database(postgres_server)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database of each kind, its driver named."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new' / 'portal.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url.replace("postgresql://", "postgresql+psycopg://")
 
 
 @pytest.fixture(scope="module")

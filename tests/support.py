@@ -478,6 +478,16 @@ def postgres(directory: Path) -> Iterator[str]:
         server.stop()
 
 
+def new_database(server: str) -> str:
+    """The URL of a new database beside the one of `postgres`."""
+    import psycopg
+
+    name = f"t{new_id()}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.removesuffix("postgres") + name
+
+
 def _accepts(url: str) -> bool:
     import psycopg
 

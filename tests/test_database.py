@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -14,18 +13,10 @@ from app.database import MIGRATIONS, Database, create_portal_engine, head_revisi
 from app.models.tables import metadata
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'new' / 'portal.db'}"
-    server: str = request.getfixturevalue("postgres_url")
-    return server.replace("postgresql://", "postgresql+psycopg://")
-
-
-def test_the_migrations_make_the_tables(url: str) -> None:
-    migrate(url)
-    migrate(url)
-    engine = create_portal_engine(url)
+def test_the_migrations_make_the_tables(database_url: str) -> None:
+    migrate(database_url)
+    migrate(database_url)
+    engine = create_portal_engine(database_url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

@@ -12,8 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy import text as sql
 from typer.testing import CliRunner
 
 from app.cli.__main__ import app
@@ -403,29 +401,14 @@ def test_a_sync_tells_what_has_changed_and_asks_rarely(root: httpx.Client, fakes
         llama.told = {"/props": LLAMA_PROPS}
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A database for several processes."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'shared.db'}"
-        return
-    server, name = request.getfixturevalue("postgres_url"), f"t{new_id()}"
-    driver = server.replace("postgresql://", "postgresql+psycopg://")
-    admin = create_engine(driver, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(sql(f"CREATE DATABASE {name}"))
-    admin.dispose()
-    yield server.replace("/postgres", f"/{name}")
-
-
 def test_other_processes_know_soon(
-    make_portal: MakePortal, tmp_path: Path, shared: str, fakes: dict[str, FakeLLM], models_toml: str
+    make_portal: MakePortal, tmp_path: Path, database_url: str, fakes: dict[str, FakeLLM], models_toml: str
 ) -> None:
     portals = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "models.toml").write_text(models_toml)
-        settings = {"LLM_SERVER_URL": fakes["llamacpp"].url, "DATABASE_URL": shared}
+        settings = {"LLM_SERVER_URL": fakes["llamacpp"].url, "DATABASE_URL": database_url}
         portals.append(make_portal(tmp_path / name, **settings).start())
     one, two = portals
     with ExitStack() as stack:

@@ -23,6 +23,9 @@ from tests.support import GameClient, Mosquitto, Portal, ask, token_of
 
 pytestmark = pytest.mark.slow
 
+PIECES = [f"{number} " for number in range(400)]
+CUTS = 20
+
 Say = Callable[[str], str]
 """Says something by one door, and returns the answer."""
 
@@ -42,7 +45,7 @@ def doors(
 
     def sse(message: str) -> str:
         streamed = client.post("/api/llm/chat/session/stream", json={**body, "message": message})
-        return "".join(event["content"] for event in events_of(streamed.text) if event["type"] == "token")
+        return said_in(events_of(streamed.text))
 
     def socket(message: str) -> str:
         url = fake_portal.url.replace("http://", "ws://")
@@ -134,8 +137,7 @@ def test_one_session_by_every_door_at_once(
 def test_a_stream_that_is_cut_twenty_times_gives_the_exact_text(
     fake_portal: Portal, client: httpx.Client, llm: FakeLLM, session: str
 ) -> None:
-    pieces = [f"{number} " for number in range(400)]
-    llm.script = Script(pieces=text(*pieces), between=0.005)
+    llm.script = Script(pieces=text(*PIECES), between=0.005)
     chance = random.Random(7)
     with closing(Proxy(fake_portal.port)) as proxy:
         seen: list[dict[str, Any]] = []
@@ -148,7 +150,7 @@ def test_a_stream_that_is_cut_twenty_times_gives_the_exact_text(
             headers = {"Authorization": client.headers["Authorization"]}
             if last:
                 headers["Last-Event-ID"] = last
-            until = chance.randrange(1, 20) if cuts < 20 else None
+            until = chance.randrange(1, 20) if cuts < CUTS else None
             with suppress(httpx.TransportError), httpx.stream(method, url, json=body, headers=headers) as got:
                 for line in got.iter_lines():
                     if line.startswith("id: "):
@@ -162,10 +164,7 @@ def test_a_stream_that_is_cut_twenty_times_gives_the_exact_text(
                         cuts += 1
                         proxy.cut()
                         break
-    assert cuts == 20
-    assert "".join(event["content"] for event in seen if event["type"] == "token") == "".join(pieces)
-    assert seen[-1]["response"] == "".join(pieces)
-    assert len(llm.requests) == 1, "it was generated once"
+    assert_whole(seen, llm, cuts)
 
 
 def rest_of(opened: ClientConnection, turn: str, after: str) -> Iterator[dict[str, Any]]:
@@ -184,11 +183,16 @@ def said_in(events: list[dict[str, Any]]) -> str:
     return "".join(event["content"] for event in events if event["type"] == "token")
 
 
+def assert_whole(seen: list[dict[str, Any]], llm: FakeLLM, cuts: int) -> None:
+    assert cuts == CUTS
+    assert said_in(seen) == seen[-1]["response"] == "".join(PIECES)
+    assert len(llm.requests) == 1, "it was generated once"
+
+
 def test_a_socket_that_is_cut_twenty_times_gives_the_exact_text(
     fake_portal: Portal, client: httpx.Client, llm: FakeLLM, session: str
 ) -> None:
-    pieces = [f"{number} " for number in range(400)]
-    llm.script = Script(pieces=text(*pieces), between=0.005)
+    llm.script = Script(pieces=text(*PIECES), between=0.005)
     chance = random.Random(7)
     headers = {"Authorization": client.headers["Authorization"]}
     accepted = {"session_id": session, "message": "go", "request_id": "r"}
@@ -198,7 +202,7 @@ def test_a_socket_that_is_cut_twenty_times_gives_the_exact_text(
         turn, last, cuts = seen[0]["turn_id"], "1.0", 0
         url = f"{proxy.url.replace('http://', 'ws://')}/ws/chat/{session}"
         while seen[-1]["type"] != "final":
-            until = chance.randrange(1, 20) if cuts < 20 else None
+            until = chance.randrange(1, 20) if cuts < CUTS else None
             with suppress(ConnectionClosed), connect(url, additional_headers=headers) as opened:
                 for event in rest_of(opened, turn, last):
                     seen.append(event)
@@ -210,9 +214,7 @@ def test_a_socket_that_is_cut_twenty_times_gives_the_exact_text(
                         cuts += 1
                         proxy.cut()
                         break
-    assert cuts == 20
-    assert said_in(seen) == seen[-1]["response"] == "".join(pieces)
-    assert len(llm.requests) == 1, "it was generated once"
+    assert_whole(seen, llm, cuts)
 
 
 def test_who_changes_the_door_misses_nothing_and_sees_nothing_twice(

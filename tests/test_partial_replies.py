@@ -19,19 +19,17 @@ ADA = person()
 BROKEN = Script(pieces=text("One", " two", " three"), cut_after=2, between=0.02)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def settings(
-    fake: FakeLLM, settings_for: Callable[..., Settings], request: pytest.FixtureRequest
+    fake: FakeLLM, settings_for: Callable[..., Settings], database_url: str
 ) -> Callable[[str], Settings]:
-    server = {"database_url": request.getfixturevalue("postgres_url")} if request.param != "sqlite" else {}
-    return lambda instance: settings_for(fake.url, instance=instance, **server)
+    return lambda instance: settings_for(fake.url, instance=instance, database_url=database_url)
 
 
 @pytest.fixture
 async def portal(settings: Callable[[str], Settings]) -> AsyncIterator[Container]:
     async with open_container(settings("one")) as container:
         yield container
-        await container.sessions.delete(ADA, "s")  # the database is that of all tests
 
 
 async def ask(sessions: SessionManager, message: str, **changes: Any) -> Turn:

@@ -13,13 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy import text as sql
 
 from app.events import new_id
 from app.services.elsewhere import HEED_S
 from tests.fake_llm import FakeLLM, Script, text
-from tests.support import GameClient, Mosquitto, Portal, Redis, ask, token_of, wait_until
+from tests.support import GameClient, Mosquitto, Portal, Redis, ask, new_database, token_of, wait_until
 from tests.test_session_list import watch
 from tests.test_websocket import Chat, chat, reply, types
 
@@ -55,7 +53,7 @@ def pair(
         redis = Redis(directory)
         settings |= {"DATABASE_URL": f"sqlite:///{directory / 'shared.db'}", "REDIS_URL": redis.url}
     else:
-        settings["DATABASE_URL"] = _database(request.getfixturevalue("postgres_url"))
+        settings["DATABASE_URL"] = new_database(request.getfixturevalue("postgres_server"))
     portals = []
     for name in ("one", "two"):
         (directory / name).mkdir()
@@ -67,17 +65,6 @@ def pair(
         portal.stop()
     if redis is not None:
         redis.stop()
-
-
-def _database(server: str) -> str:
-    """A database of its own."""
-    name = f"t{new_id()}"
-    url = server.replace("postgresql://", "postgresql+psycopg://")
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sql(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return server.replace("/postgres", f"/{name}")
 
 
 @dataclass

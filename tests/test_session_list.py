@@ -12,26 +12,20 @@ from typing import Any
 import httpx
 import pytest
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script
 from tests.support import Portal, ask
-from tests.test_websocket import REFUSED, Chat, Message, types
+from tests.test_websocket import REFUSED, Chat, Message, opened, types
 
 pytestmark = pytest.mark.slow
 
 
 @contextmanager
 def watch(portal: Portal, client: httpx.Client, **options: Any) -> Iterator[Chat]:
-    url = portal.url.replace("http://", "ws://")
-    options = options or {"additional_headers": {"Authorization": client.headers["Authorization"]}}
-    ticket = options.pop("ticket", None)
-    query = f"?ticket={ticket}" if ticket is not None else ""
-    with connect(f"{url}/ws/sessions{query}", **options) as connection:
-        opened = Chat(connection)
-        assert opened.next() == {"type": "connection_established"}
-        yield opened
+    with opened(portal, client, "/ws/sessions", **options) as socket:
+        assert socket.next() == {"type": "connection_established"}
+        yield socket
 
 
 @contextmanager

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 from app.database import Database, migrate
 from app.errors import Conflict, ErrorInfo, NotFound, Overloaded
@@ -26,20 +25,10 @@ from tests.support import person
 ADA, BO = person("1"), person("2")
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'store.db'}"
-    else:
-        server = request.getfixturevalue("postgres_url").replace("postgresql://", "postgresql+psycopg://")
-        name = f"t{new_id()}"
-        admin = create_engine(server, isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        admin.dispose()
-        url = server.replace("/postgres", f"/{name}")
-    await asyncio.to_thread(migrate, url)
-    opened = Database(url)
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    await asyncio.to_thread(migrate, database_url)
+    opened = Database(database_url)
     await opened.open()
     yield opened
     await opened.close()

@@ -50,15 +50,20 @@ class Chat:
 
 
 @contextmanager
-def chat(portal: Portal, client: httpx.Client, session: str, **options: Any) -> Iterator[Chat]:
-    url = portal.url.replace("http://", "ws://")
+def opened(portal: Portal, client: httpx.Client, path: str, **options: Any) -> Iterator[Chat]:
+    """A socket on a path, as the client unless the options say who, before anything was read from it."""
+    url = portal.url.replace("http://", "ws://") + path
     options = options or {"additional_headers": {"Authorization": client.headers["Authorization"]}}
     ticket = options.pop("ticket", None)
-    query = f"?ticket={ticket}" if ticket is not None else ""
-    with connect(f"{url}/ws/chat/{session}{query}", **options) as connection:
-        opened = Chat(connection)
-        assert opened.next() == {"type": "connection_established", "session_id": session}
-        yield opened
+    with connect(url if ticket is None else f"{url}?ticket={ticket}", **options) as connection:
+        yield Chat(connection)
+
+
+@contextmanager
+def chat(portal: Portal, client: httpx.Client, session: str, **options: Any) -> Iterator[Chat]:
+    with opened(portal, client, f"/ws/chat/{session}", **options) as socket:
+        assert socket.next() == {"type": "connection_established", "session_id": session}
+        yield socket
 
 
 def types(messages: list[Message]) -> list[str]:
