@@ -12,7 +12,7 @@ import secrets
 import socket
 import textwrap
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -438,7 +438,7 @@ class Settings(BaseSettings):
         """A file that a setting names, relative to the .env file."""
         return self._base / name
 
-    @property
+    @cached_property
     def broker_is_local(self) -> bool:
         """Whether the broker is reached over this machine's loopback interface."""
         return is_loopback(urlsplit(self.mqtt_broker_url).hostname or "")

@@ -41,7 +41,7 @@ _random_parts: deque[str] = deque()
 
 def is_id(text: str) -> bool:
     """Whether `text` may be a session id or a request id."""
-    return _ID.fullmatch(text) is not None and not text.endswith("\n")
+    return _ID.fullmatch(text) is not None
 
 
 def new_id() -> str:
@@ -108,13 +108,14 @@ class GenerationOptions(BaseModel):
 
     def given(self) -> dict[str, Any]:
         """Only the options that were given."""
-        fields = GenerationOptions.model_fields
         return {
             name: value
             for name in self.model_fields_set
-            if name in fields and (value := getattr(self, name)) is not None
+            if name in _OPTIONS and (value := getattr(self, name)) is not None
         }
 
+
+_OPTIONS = frozenset(GenerationOptions.model_fields)
 
 Kind = Literal["message", "state"]
 """What a turn answers: a message, or the state of a game."""

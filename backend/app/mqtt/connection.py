@@ -51,6 +51,24 @@ DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 log = get_logger(__name__)
 
 
+_TABLES = vars(Properties(PacketTypes.PUBLISH))  # type: ignore[no-untyped-call]
+
+
+def _make_properties(properties: Properties, packet_type: int) -> None:
+    """paho's `Properties.__init__`, with the tables of all properties shared: paho writes them down anew for
+    every packet, which takes longer than to read the packet."""
+    vars(properties).update(_TABLES, packetType=packet_type)
+
+
+def _clear_properties(properties: Properties) -> None:
+    """paho's `Properties.clear`, which looks for every property that there may be, in each new packet."""
+    for name in vars(properties).keys() - _TABLES.keys():
+        delattr(properties, name)
+
+
+Properties.__init__, Properties.clear = _make_properties, _clear_properties  # type: ignore[method-assign]
+
+
 class Incoming(msgspec.Struct, frozen=True):
     """A message from the broker. `connection` counts the connections of this process; `again` when the
     broker may have sent it before. The rest is MQTT 5's: `expiry` in seconds that are left, `user` the
