@@ -15,6 +15,9 @@ from app.models.tables import turns, usage
 
 INTERVAL_S = 60.0
 
+LONGEST_TURN_S = 24 * 3600
+"""Turns that took longer are left out: the ids, which begin with their time, are the index."""
+
 log = get_logger(__name__)
 
 
@@ -44,7 +47,8 @@ def _between(connection: Connection, since: float, until: float) -> dict[str, An
     # Ids begin with their time, so that this needs no index of its own.
     age = turns.c.id.between(f"{int(since * 1000):012x}", f"{int(until * 1000):012x}")
     requests = connection.scalar(select(func.count()).where(age, turns.c.door == "mqtt"))
-    ended = (usage.c.at > since, usage.c.at <= until, usage.c.door == "mqtt")
+    recent = usage.c.turn_id > f"{int((since - LONGEST_TURN_S) * 1000):012x}"
+    ended = (recent, usage.c.at > since, usage.c.at <= until, usage.c.door == "mqtt")
     sums = select(
         func.count(),
         func.coalesce(func.sum(usage.c.prompt_tokens + usage.c.completion_tokens), 0),

@@ -28,6 +28,9 @@ ACTIVE = "state IN ('waiting', 'running')"
 LIVE = "deleted_at IS NULL"
 """Sessions and templates that are not deleted; spelled out for the same reason."""
 
+RARE = "action <> 'turn'"
+"""What the audit log tells apart from turns, which are nearly all of it; spelled out for the same reason."""
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -236,8 +239,7 @@ messages = Table(
     Column("usage", JSON),
     Column("created_at", Float, nullable=False),
     Column("pinned", Boolean, comment="its exchange is sent to the model also after a cut"),
-    Index(None, "session"),
-    Index(None, "turn_id"),
+    Index(None, "session", "turn_id"),
     Index("ix_messages_pinned", "session", sqlite_where=text("pinned"), postgresql_where=text("pinned")),
 )
 
@@ -321,7 +323,6 @@ usage = Table(
     Column("cost", Float, nullable=False),
     Column("ttft_ms", Integer),
     Column("elapsed_ms", Integer, nullable=False),
-    Index(None, "at"),
     comment="What each attempt at a turn used.",
     sqlite_with_rowid=False,
 )
@@ -399,7 +400,7 @@ audit = Table(
     Column("details", JSON, nullable=False),
     Column("hash", String(64), nullable=False, comment="of this row and the hash of the one before"),
     Index(None, "actor", "seq"),
-    Index(None, "action", "seq"),
+    Index("ix_audit_rare", "seq", sqlite_where=text(RARE), postgresql_where=text(RARE)),
     comment="Who did what; rows are only ever added.",
 )
 

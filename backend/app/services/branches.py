@@ -118,8 +118,8 @@ def move(connection: Connection, session: SessionRow, turn: TurnRow) -> str | No
 def drop_reply(connection: Connection, session: SessionRow, turn: TurnRow) -> SessionRow:
     """Deletes what there was of the reply of a failed turn, which is begun again. Returns the session, whose
     leaf may be another one then."""
-    mine = (messages.c.turn_id == turn.id) & (messages.c.role == "assistant")
-    found = connection.execute(select(messages.c.id).where(mine)).scalar()
+    mine = (messages.c.session == session.id, messages.c.turn_id == turn.id, messages.c.role == "assistant")
+    found = connection.execute(select(messages.c.id).where(*mine)).scalar()
     if found is None:
         return session
     behind = update(messages).where(messages.c.session == session.id, messages.c.parent_id == found)

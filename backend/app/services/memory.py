@@ -35,11 +35,13 @@ _OF_QUESTION = (
     select(*MESSAGE_COLUMNS)
     .join(turns, turns.c.id == messages.c.turn_id)
     .where(
+        messages.c.session == bindparam("session"),
+        turns.c.session == bindparam("session"),
         turns.c.message_id
         == select(turns.c.message_id)
         .join(messages, messages.c.turn_id == turns.c.id)
         .where(messages.c.id == bindparam("message"), messages.c.session == bindparam("session"))
-        .scalar_subquery()
+        .scalar_subquery(),
     )
 )
 """A question, and all answers to it: an exchange is told by the message that its turns answer."""
