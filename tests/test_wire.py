@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from redis.asyncio import Redis
@@ -16,6 +16,7 @@ from app.container import open_container
 from app.events import Cancelled, Token, TurnRequest
 from app.models.tables import leases
 from app.services.turns import Numbered, Turn
+from app.services.wire import Letter, Wire, WireDown
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import person
 
@@ -145,3 +146,40 @@ async def test_a_follower_goes_along_when_a_third_instance_takes_over(
     assert "".join(follower.tokens(attempt=2)) == ending.response[: len("".join(follower.tokens(attempt=2)))]
     for following in (follower, mine):
         await following.close()
+
+
+class Flaky:
+    """A link whose first letters are lost."""
+
+    def __init__(self) -> None:
+        self.lost: list[bytes] = []
+        self.sent: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def listen(
+        self, _channels: Sequence[str], _heard: Callable[[bytes], None], ready: Callable[[], None]
+    ) -> NoReturn:
+        ready()
+        while True:
+            await asyncio.Event().wait()
+
+    async def send(self, letters: Sequence[Letter]) -> None:
+        if not self.lost:
+            self.lost += [message for _, message in letters]
+            raise WireDown("it is torn")
+        for _, message in letters:
+            self.sent.put_nowait(message)
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_what_was_lost_is_told_again_though_nothing_else_is_to_be_told() -> None:
+    link = Flaky()
+    wire = Wire(link, "shared", "one")
+    wire.on_up = lambda: wire.tell("two", b"a turn began")
+    running = asyncio.create_task(wire.run())
+    async with asyncio.timeout(10):
+        assert await link.sent.get() == b"a turn began"
+    assert link.lost == [b"a turn began"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

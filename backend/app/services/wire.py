@@ -100,10 +100,13 @@ class Wire:
 
     def _ready(self) -> None:
         self.is_up = True
+        self._works()
+        self.on_up()
+
+    def _works(self) -> None:
         if self._has_warned:
             log.info("the wire to other processes works again")
         self._has_warned = False
-        self.on_up()
 
     def _warn(self, error: WireDown) -> None:
         if not self._has_warned:
@@ -119,7 +122,6 @@ class Wire:
             log.exception("a message of another process could not be understood")
 
     async def _send(self) -> NoReturn:
-        has_failed = False
         while True:
             await self._has_letters.wait()
             self._has_letters.clear()
@@ -127,10 +129,10 @@ class Wire:
             try:
                 await self._link.send(letters)
             except WireDown as error:
-                has_failed = True
                 self._warn(error)
                 await asyncio.sleep(RETRY_FIRST_S)
+                if self.is_up:  # else it is when the listening goes on
+                    self.on_up()
                 continue
-            if has_failed and self.is_up:
-                has_failed = False
-                self._ready()
+            if self.is_up:
+                self._works()
