@@ -122,6 +122,7 @@ class Wire:
             log.exception("a message of another process could not be understood")
 
     async def _send(self) -> NoReturn:
+        pause = RETRY_FIRST_S
         while True:
             await self._has_letters.wait()
             self._has_letters.clear()
@@ -130,9 +131,11 @@ class Wire:
                 await self._link.send(letters)
             except WireDown as error:
                 self._warn(error)
-                await asyncio.sleep(RETRY_FIRST_S)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_MOST_S)
                 if self.is_up:  # else it is when the listening goes on
                     self.on_up()
                 continue
+            pause = RETRY_FIRST_S
             if self.is_up:
                 self._works()
