@@ -16,7 +16,7 @@ from app.models.tables import turns, usage
 INTERVAL_S = 60.0
 
 LONGEST_TURN_S = 24 * 3600
-"""Turns that took longer are left out: the ids, which begin with their time, are the index."""
+"""Turns that took longer are left out."""
 
 log = get_logger(__name__)
 
@@ -44,10 +44,9 @@ async def _tell(container: Container, since: float) -> float:
 
 
 def _between(connection: Connection, since: float, until: float) -> dict[str, Any]:
-    # Ids begin with their time, so that this needs no index of its own.
-    age = turns.c.id.between(f"{int(since * 1000):012x}", f"{int(until * 1000):012x}")
+    age = turns.c.id.between(_id_at(since), _id_at(until))
     requests = connection.scalar(select(func.count()).where(age, turns.c.door == "mqtt"))
-    recent = usage.c.turn_id > f"{int((since - LONGEST_TURN_S) * 1000):012x}"
+    recent = usage.c.turn_id > _id_at(since - LONGEST_TURN_S)
     ended = (recent, usage.c.at > since, usage.c.at <= until, usage.c.door == "mqtt")
     sums = select(
         func.count(),
@@ -63,3 +62,8 @@ def _between(connection: Connection, since: float, until: float) -> dict[str, An
         "tokens": tokens,
         "mean_latency_s": round(float(mean_ms or 0) / 1000, 2),
     }
+
+
+def _id_at(at: float) -> str:
+    """What ids begin with that are made at a Unix time: they need no index on when that was."""
+    return f"{int(at * 1000):012x}"
