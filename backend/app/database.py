@@ -19,15 +19,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError
 
 from app.distribution import Distribution
-from app.errors import Internal, InvalidRequest, StorageUnavailable
+from app.errors import Internal, InvalidRequest, PortalError, StorageUnavailable
 from app.logs import get_logger
 from app.prepared import Prepared
 from app.writing import UNAVAILABLE, BeforeCommit, Write, Writer
 
 T = TypeVar("T")
-Operation = Callable[[Connection], T]
+Operation = Callable[[Connection], T | PortalError]
 """Statements of one transaction. It may be run again after a rollback, so it must touch nothing but
-the connection; a result that is no error is better returned than raised."""
+the connection. An error is better returned than raised, which would undo what is committed with it."""
 
 READERS = 4
 LOCK_TIMEOUT_S = 2
@@ -74,15 +74,15 @@ class Database:
         """Runs `operation` in a transaction and returns its result once that is committed. `short` ones have
         a few statements that touch a few rows.
 
-        Operations are carried out in the order of the calls. What an operation raises, its caller
-        gets, and nothing of it is stored. Raises `StorageUnavailable` when the database could not
-        take it: locked, full, or away.
+        Operations are carried out in the order of the calls. What an operation raises, or returns as an
+        error, is raised; of one that raises nothing is stored. Raises `StorageUnavailable` when the
+        database could not take it: locked, full, or away.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._writer.submit(Write(operation, partial(_settle, future)), short=short)
         return await future
 
-    async def read(self, operation: Operation[T]) -> T:
+    async def read(self, operation: Callable[[Connection], T]) -> T:
         """Runs a reading `operation` and returns its result. Raises `StorageUnavailable`."""
 
         def run() -> T:
@@ -100,14 +100,15 @@ class Database:
 def _settle(future: asyncio.Future[Any], write: Write) -> None:
     if future.cancelled():
         return
-    if write.error is None:
+    error = write.result if isinstance(write.result, PortalError) else write.error
+    if error is None:
         future.set_result(write.result)
-    elif isinstance(write.error, UNAVAILABLE):
-        future.set_exception(_unavailable(write.error))
-    elif isinstance(write.error, DataError):
+    elif isinstance(error, UNAVAILABLE):
+        future.set_exception(_unavailable(error))
+    elif isinstance(error, DataError):
         future.set_exception(_unstorable())
     else:
-        future.set_exception(write.error)
+        future.set_exception(error)
 
 
 def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:

@@ -21,6 +21,9 @@ T = TypeVar("T")
 SSE = "text/event-stream"
 NDJSON = "application/x-ndjson"
 
+LOOK_AFTER_S = 0.05
+"""What is answered sooner is answered without looking whether the client has gone: that costs a task."""
+
 KEEP_ALIVE_S = 15.0
 """Silence after which an event stream gets a comment line, so that proxies keep it open."""
 
@@ -208,15 +211,19 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     has left."""
     task = asyncio.current_task()
     assert task is not None
-    has_left = False
+    has_left, leaving = False, None
 
     def left(_leaving: object) -> None:
         nonlocal has_left
         has_left = True
         task.cancel()
 
-    leaving = asyncio.create_task(_gone(request.receive), name="answer: client leaves")
-    leaving.add_done_callback(left)
+    def look() -> None:
+        nonlocal leaving
+        leaving = asyncio.create_task(_gone(request.receive), name="answer: client leaves")
+        leaving.add_done_callback(left)
+
+    timer = asyncio.get_running_loop().call_later(LOOK_AFTER_S, look)
     try:
         return await work
     except asyncio.CancelledError:
@@ -224,5 +231,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
             raise ClientDisconnect from None
         raise
     finally:
-        leaving.remove_done_callback(left)
-        leaving.cancel()
+        timer.cancel()
+        if leaving is not None:
+            leaving.remove_done_callback(left)
+            leaving.cancel()

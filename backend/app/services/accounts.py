@@ -102,8 +102,6 @@ class Accounts:
             row = await self._database.write(operation)
         except IntegrityError:
             raise Conflict("This username or email already has an account.") from None
-        if isinstance(row, PortalError):
-            raise row
         return self._policies.identity(row)
 
     def _role_of_new(self, connection: Connection, invitation: str | None) -> str | PortalError:

@@ -116,10 +116,7 @@ class People:
                 note(connection, who, "user.change", target=f"user:{user}", details=details)
             return Person(*connection.execute(select(*_COLUMNS).where(users.c.id == user)).one())
 
-        outcome = await self._known.change(operation)
-        if isinstance(outcome, PortalError):
-            raise outcome
-        return outcome
+        return await self._known.change(operation)
 
     async def password_link(self, who: Identity, user: str) -> Link:
         """A link with which the account's owner sets a new password. Raises `NotFound`."""

@@ -172,9 +172,7 @@ class Policies:
             note(connection, who, "role.delete", target=name)
             return None
 
-        problem = await self._database.write(operation)
-        if problem is not None:
-            raise problem
+        await self._database.write(operation)
         await self._refresh()
 
     # --- limits ---

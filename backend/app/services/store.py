@@ -71,10 +71,9 @@ class Store:
         Raises `Conflict` for a request id with another body, `Overloaded` when too many turns of the
         session wait, and `full` when it is given and the turn would be a new one.
         """
-        outcome = await self._database.write(
+        return await self._database.write(
             lambda c: acceptance.accept(c, request, turn_id, instance, time.time(), full), short=True
         )
-        return _raised(outcome)
 
     async def claim(self, turn_id: str, instance: str) -> SessionRow | None:
         """Makes a waiting turn the running one of its session; None while an earlier one is active,
@@ -129,7 +128,7 @@ class Store:
                 return session
             return session.id, [] if taken else endings.clear(connection, session, partial)
 
-        return _raised(await self._database.write(operation))
+        return await self._database.write(operation)
 
     async def choose(self, owner: str, session_id: str, message_id: str) -> str:
         """Lets the history of a session go through a message. Returns the newest message of that path. Raises
@@ -141,7 +140,7 @@ class Store:
                 return session
             return branches.choose(connection, session, message_id)
 
-        return _raised(await self._database.write(operation))
+        return await self._database.write(operation)
 
     async def branches(self, session: SessionRow) -> list[list[str]]:
         """The places of a session where there is more than one message: their ids, the oldest first."""
@@ -196,12 +195,12 @@ class Store:
             connection.execute(delete(session_keys).where(session_keys.c.session == session.id))
             return session.id, ended
 
-        return _raised(await self._database.write(operation))
+        return await self._database.write(operation)
 
     async def restore_session(self, owner: str, session_id: str, project: str | None = None) -> SessionRow:
         """Brings back the session of this name that was deleted last, of a project where one is given.
         Raises `NotFound`, and `Conflict` when the name is in use again."""
-        return _raised(await self._database.write(lambda c: _restore_session(c, owner, session_id, project)))
+        return await self._database.write(lambda c: _restore_session(c, owner, session_id, project))
 
     async def rename_session(self, session: str, title: str) -> None:
         """Gives a session another title."""
@@ -364,13 +363,6 @@ class Store:
 
 class StaleAttempt(Exception):
     """The turn is active in another attempt: what this one has made is void."""
-
-
-def _raised(outcome: T | PortalError) -> T:
-    """The result of an operation, which returns its errors: raising them would undo its whole group."""
-    if isinstance(outcome, PortalError):
-        raise outcome
-    return outcome
 
 
 def _restore_session(

@@ -223,9 +223,7 @@ def _latest(template_id: str) -> Any:
     return select(*COLUMNS).select_from(joined).where(templates.c.id == template_id, IS_LATEST)
 
 
-def _found(outcome: TemplateVersion | Conflict | None) -> TemplateVersion:
-    if isinstance(outcome, Conflict):
-        raise outcome
+def _found(outcome: TemplateVersion | None) -> TemplateVersion:
     if outcome is None:
         raise NotFound("There is no such template.")
     return outcome
