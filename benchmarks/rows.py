@@ -16,6 +16,10 @@ TOKENS = 64
 LIVE_RATE = 20.0
 LIVE_STEPS = (50, 100, 200, 300, 400, 500, 600, 800)
 LIVE_MOST = 2.0
+LIVE_S = 10.0
+"""How long each stream goes on at least. All begin within the first second, and end within the last: in
+shorter ones that would be most of what is measured."""
+
 IDLE_S = 5.0
 
 
@@ -64,7 +68,7 @@ def burst(column: str, seconds: float) -> float:
 def live(column: str, seconds: float) -> float:
     """How many streams of 20 pieces a second go on at once with the 99th percentile of the gaps between
     pieces at most twice the upstream's own."""
-    tokens = int(max(3.0, seconds) * LIVE_RATE)
+    tokens = int(max(LIVE_S, seconds) * LIVE_RATE)
     best = 0
     for lanes in LIVE_STEPS:
         # A bridge for each step, so that none carries the load of the one before.

@@ -235,9 +235,10 @@ class Turn:
         self._waiters.append(waiter)
         try:
             await waiter
-        finally:
-            with suppress(ValueError):
+        except asyncio.CancelledError:
+            with suppress(ValueError):  # where there is news, nobody waits any more
                 self._waiters.remove(waiter)
+            raise
 
     def _append(self, event: TurnEvent) -> None:
         if self.ending is not None:
