@@ -72,9 +72,9 @@ class Conversation(RuleBasedStateMachine):
     """One session: what is said in it, with and without tools, states, failures, pins, restarts, and servers
     that have less room than they say."""
 
-    @initialize(budget=st.integers(400, 2000), counts=st.booleans())
-    def begin(self, budget: int, counts: bool) -> None:
-        self.room = Room(budget)
+    @initialize(budget=st.integers(400, 2000), messages=st.just(0) | st.integers(2, 20), counts=st.booleans())
+    def begin(self, budget: int, messages: int, counts: bool) -> None:
+        self.room = Room(budget, messages)
         self.counts = counts
         self.history = History(SYSTEM["content"])
         self.turns: list[Stored] = []
@@ -200,6 +200,7 @@ class Conversation(RuleBasedStateMachine):
         self.turns.append(Stored(rows, question, kind, name=name))
         self.history.add(rows[0].id, question, answer, usage, kind)
         self.history.make_room(self.room)
+        assert any(question in m["content"] for m in self.history.prompt("next")), "the newest stays"
         self.window_start = self.history.window_start or self.window_start
         self.last = prompt
 
@@ -216,7 +217,10 @@ class Conversation(RuleBasedStateMachine):
         assert said == sorted(said), "in order"
         pinned = [turn.question for turn in self.turns if turn.pinned]
         least = [SYSTEM, prompt[-1], *(m for turn in self.turns if turn.pinned for m in sent(turn.rows))]
-        if in_tokens(least) <= self.room.budget:
+        longest = max((len(sent(turn.rows)) for turn in self.turns), default=0)
+        most = self.room.messages or len(prompt) + len(least) + longest
+        assert len(prompt) <= max(most, 2 + longest)
+        if in_tokens(least) <= self.room.budget and len(least) + longest <= most:
             assert set(pinned) <= {m["content"] for m in prompt}
         if self.last is not None and not states and kind == "message":
             kept = prompt[: len(self.last)] == self.last
@@ -343,6 +347,39 @@ def test_the_number_of_messages_can_be_bounded() -> None:
         assert len(prompt) <= 10
         history.add(f"m{number}", f"{number}", "a", None)
         history.make_room(Room(10_000, messages=10))
+
+
+@pytest.mark.parametrize("messages", range(1, 12))
+@pytest.mark.parametrize("pins", range(5))
+@pytest.mark.parametrize("system_prompt", ["", "s"])
+def test_the_newest_exchange_stays_however_few_messages_there_may_be(
+    messages: int, pins: int, system_prompt: str
+) -> None:
+    room = Room(10_000, messages)
+    stored = [
+        row_with(row(f"p{n}{role}", None, f"t{n}", role, f"pin {n}"), pinned=True)
+        for n in range(pins)
+        for role in ("user", "assistant")
+    ]
+    history = History.from_rows(system_prompt, stored)
+    for number in range(12):
+        prompt = list(run(history.fit(f"{number}", "message", room, count)))
+        least = len(prompt[:1] if system_prompt else ()) + 2 + 1
+        assert len(prompt) <= max(messages, least)
+        assert prompt[-1]["content"] == f"{number}"
+        if number:
+            assert [m["content"] for m in prompt[-3:-1]] == [f"{number - 1}", "a"]
+        history.add(f"m{number}", f"{number}", "a", None)
+        history.make_room(room)
+        assert history.window_start is not None
+
+
+def test_what_is_left_of_many_messages_stays_however_long_it_is() -> None:
+    history, room = History("s"), Room(100, messages=6)
+    for number in range(4):
+        history.add(f"m{number}", f"{number}", "a" * 400 * (number == 3), None)
+        history.make_room(room)
+    assert history.window_start == "m3"
 
 
 async def test_a_message_longer_than_the_context_is_refused_and_nothing_forgotten() -> None:

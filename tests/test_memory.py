@@ -350,6 +350,36 @@ def test_a_summary_takes_the_place_of_what_was_cut(start: Start, notes: FakeLLM,
         assert len(turns_of(notes)[-1]) == 2
 
 
+def test_a_summary_stays_in_its_branch(start: Start, notes: FakeLLM, session: str) -> None:
+    portal = start(LLM_HISTORY_SUMMARY="100")
+    with portal.client() as client:
+        asked = fill(client, notes, session)
+        say(client, session, asked)
+        assert SUMMARY in str(turns_of(notes)[-1])
+        old, early = history_of(client, session)[-1], history_of(client, session)[1]
+        notes.script.notes_status = 500
+        say(client, session, 100, edits=early["id"])
+        for number in range(101, 101 + asked):
+            say(client, session, number)
+            assert SUMMARY not in str(turns_of(notes)[-1])
+        assert 100 not in numbers(turns_of(notes)[-1]), "it was cut, and has no summary"
+        portal.stop()
+        portal.start()
+    with portal.client() as client:
+        say(client, session, 200)
+        assert 100 not in numbers(turns_of(notes)[-1])
+        assert SUMMARY not in str(turns_of(notes)[-1])
+        assert client.post(f"/api/sessions/{session}/messages/{old['id']}/choose").status_code == 200
+        say(client, session, asked + 1)
+        say(client, session, asked + 2)
+        portal.stop()
+        portal.start()
+    with portal.client() as client:
+        say(client, session, asked + 3)
+        assert 0 not in numbers(turns_of(notes)[-1])
+        assert SUMMARY in str(turns_of(notes)[-1]), "and where it was made, it is still there"
+
+
 def turns_of(llm: FakeLLM) -> list[Messages]:
     asked_for_notes = [request["messages"] for request in summaries(llm)]
     return [prompt for prompt in turns(llm) if prompt not in asked_for_notes]

@@ -17,7 +17,15 @@ import pytest
 from app.access import LOCAL
 from app.config import Settings, child_environment
 from app.container import Container, open_container
-from app.errors import Conflict, Expired, InvalidRequest, LLMUnavailable, NotFound, Overloaded
+from app.errors import (
+    Conflict,
+    Expired,
+    InvalidRequest,
+    LLMUnavailable,
+    NotFound,
+    Overloaded,
+    StorageUnavailable,
+)
 from app.events import (
     Cancelled,
     ExpiredEvent,
@@ -30,9 +38,11 @@ from app.events import (
     TurnRequest,
 )
 from app.loop import BackgroundLoop
+from app.services.prompts import estimate_tokens
 from app.services.session_manager import SessionManager
 from app.services.turns import Numbered, Position, Turn, answer_of
-from tests.fake_llm import FakeLLM, Script, serve, text
+from app.services.usage import today
+from tests.fake_llm import FakeLLM, Script, serve, size_of, text
 from tests.support import free_port, person
 
 SettingsFor = Callable[..., Settings]
@@ -480,3 +490,49 @@ print("".join(get_llm_client().generate_stream([{"role": "user", "content": "hi"
         timeout=60,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("Hello there\nHello there\n", "", 0)
+
+
+# --- summaries ---
+
+
+@pytest.mark.parametrize("why", ["the database is away", "the session speaks"])
+async def test_what_a_summary_has_used_is_counted_though_it_is_not_stored_at_once(
+    fake: FakeLLM, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    budget = 10_000
+    fake.script = Script(pieces=text("a" * 60), counts=True, notes="Ada likes tea.")
+    settings = settings_for(
+        fake.url,
+        llm_history_summary=50,
+        llm_max_history_tokens=600,
+        llm_max_tokens=60,
+        daily_token_budget=budget,
+    )
+    async with open_container(settings) as portal:
+        begun, go_on, stored = asyncio.Event(), asyncio.Event(), portal.memory.summarise
+
+        async def summarise(*given: Any) -> bool:
+            begun.set()
+            if why == "the database is away":
+                raise StorageUnavailable("It is locked.")
+            await go_on.wait()
+            return await stored(*given)
+
+        monkeypatch.setattr(portal.memory, "summarise", summarise)
+        starts: set[str | None] = set()
+        while len(starts) < 2:
+            await (await portal.sessions.submit(request("q" * 60))).ended()
+            session = await portal.store.session(ADA.owner, "s")
+            assert session is not None
+            starts.add(session.window_start)
+        async with asyncio.timeout(10):
+            await begun.wait()
+        if why == "the session speaks":
+            await (await portal.sessions.submit(request("q"))).ended()
+        go_on.set()
+        await portal.sessions.close()
+        spent = await portal.book.spent(ADA.owner, today())
+        assert spent.prompt_tokens == sum(size_of(asked["messages"]) for asked in fake.requests)
+        left = budget - spent.tokens - 2 * estimate_tokens("")  # of the message and the system prompt
+        rest = request("", options=GenerationOptions(max_tokens=left))
+        await portal.admission.admit(ADA, rest, "t", "fake-1")  # nothing is reserved any more

@@ -18,7 +18,7 @@ from app.services.endings import Reply
 from app.services.leases import Leases
 from app.services.memory import Memory
 from app.services.outbox import Outbox
-from app.services.rows import SessionRow
+from app.services.rows import MessageRow, SessionRow
 from app.services.store import StaleAttempt, Store
 from tests.support import person
 
@@ -368,18 +368,45 @@ async def test_pins_are_found_on_the_path_before_the_window(store: Store, memory
     parent = await store.message_parent(session, turns[3].message_id)
     assert parent is not None
     assert parent[0] is not None
-    kept = await memory.before(session, parent[0])
+    kept = await memory.before(session, await message(store, turns[3].message_id))
     assert [(row.content, row.pinned) for row in kept.pinned] == [("q1", True), ("a1", False)]
     # Before the pinned one there is nothing that is pinned.
-    earlier = await store.message_parent(session, turns[1].message_id)
-    assert earlier is not None
-    assert earlier[0] is not None
-    assert (await memory.before(session, earlier[0])).pinned == []
+    assert (await memory.before(session, await message(store, turns[1].message_id))).pinned == []
     assert [row.content for row in await memory.exchange(session, turns[1].message_id)] == ["q1", "a1"]
     assert await memory.exchange("another", turns[1].message_id) == []
     assert not await memory.pin(session, new_id(), pinned=True)
     assert await memory.pin(session, turns[1].message_id, pinned=False)
     assert await memory.pinned(session, parent[0]) == []
+
+
+async def test_a_summary_is_found_on_the_path_that_it_was_made_of(store: Store, memory: Memory) -> None:
+    old = []
+    for number in range(4):
+        accepted = await accept(store, request(f"q{number}"))
+        await finish(store, accepted, f"a{number}")
+        old.append(await message(store, accepted.turn.message_id))
+    session = accepted.turn.session
+    version = (await store.session(ADA.owner, "s") or raising()).version
+    assert await memory.summarise(session, version, "notes", old[2].id, lambda _: None)
+    edited = await accept(store, request("Q1", edits=old[1].id))
+    await finish(store, edited, "A1")
+    new = []
+    for number in range(2, 4):
+        accepted = await accept(store, request(f"Q{number}"))
+        await finish(store, accepted, f"A{number}")
+        new.append(await message(store, accepted.turn.message_id))
+    for start in old[2:]:
+        kept = await memory.before(session, start)
+        assert (kept.summary, kept.until) == ("notes", old[2].id)
+    for start in [old[1], *new]:
+        kept = await memory.before(session, start)
+        assert (kept.summary, kept.until) == (None, None)
+
+
+async def message(store: Store, id: str) -> MessageRow:
+    """A stored message."""
+    (row,) = await store.messages(id, limit=1)
+    return row
 
 
 async def test_an_exchange_has_the_answer_that_was_made_again(store: Store, memory: Memory) -> None:

@@ -50,6 +50,33 @@ def test_the_text_is_told_as_it_comes_whatever_it_is_cut_into(
     assert [json.loads(found["function"]["arguments"]) for found in calls] == [{"seconds": 3}]
 
 
+@given(st.text(st.sampled_from('\ud83d\ude00\ud8ff\udc00a"\\ud\n')), cuts)
+def test_lone_surrogates_are_told_as_a_sign_that_something_is_wrong(said: str, at: list[int]) -> None:
+    call = {"name": "reveal_map", "arguments": {"why": said}}
+    told, calls = read(json.dumps({"response": said, "tool_calls": [call]}), at)
+    whole = said.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    assert told == whole
+    assert [json.loads(found["function"]["arguments"]) for found in calls] == [{"why": whole}]
+
+
+@pytest.mark.parametrize(
+    ("escaped", "said"),
+    [
+        (r"abc \ud83d xyz", "abc \ufffd xyz"),
+        (r"abc \uD83D", "abc \ufffd"),
+        (r"\udc00", "\ufffd"),
+        (r"\ud83d\n\ud83d\ud83d\ude00", "\ufffd\n\ufffd\U0001f600"),
+        (r"\ud83d\u0041\ud83d\ud7ff\ud83d\\ude00", "\ufffdA\ufffd\ud7ff\ufffd\\ude00"),
+    ],
+)
+def test_surrogates_may_be_cut_anywhere(escaped: str, said: str) -> None:
+    raw = '{"response": "%s", "tool_calls": [{"name": "reveal_map", "arguments": {}}]}' % escaped  # noqa: UP031
+    for at in [*([cut] for cut in range(len(raw))), list(range(len(raw)))]:
+        told, calls = read(raw, at)
+        assert told == said
+        assert len(calls) == 1
+
+
 @given(st.text().filter(lambda said: not said.lstrip().startswith("{")), cuts)
 def test_a_server_that_does_not_keep_to_the_form_is_taken_at_its_word(said: str, at: list[int]) -> None:
     told, calls = read(said, at)
@@ -137,6 +164,19 @@ async def test_how_a_model_is_asked(fake: FakeLLM, mode: str, native: bool) -> N
     told = "".join(getattr(update, "content", "") for update in updates)
     assert told == (said if native else "Go.")
     assert len(updates[-1].tool_calls) == (0 if native else 1)  # type: ignore[union-attr]
+
+
+async def test_a_lone_surrogate_ends_no_turn(fake: FakeLLM) -> None:
+    said = r'{"response": "Go \ud83d on\udc00.", "tool_calls": []}'
+    fake.script = Script(pieces=text(said[:21], said[21:]))
+    client = LLMClient(Settings(_env_file=None, llm_server_url=fake.url, llm_tool_mode="constrained"))
+    await client.open()
+    try:
+        options = GenerationOptions(tools=TOOLS)
+        updates = [update async for update in client.stream([{"role": "user", "content": "x"}], options)]
+    finally:
+        await client.close()
+    assert "".join(getattr(update, "content", "") for update in updates) == "Go \ufffd on\ufffd."
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ class Accounting:
         return self._usage(turn, tokens, meter, outcome=what, ttft_ms=None, elapsed_ms=elapsed_ms, **ids)
 
     def write_work(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
-        """Writes it down, with this transaction."""
+        """Writes it down, with this transaction, unless that was done before."""
         if not usage.write(connection, used, turns=0):
             return
         details = {
@@ -156,15 +156,11 @@ class Accounting:
         }
         defer(connection, Entry(used.owner, used.outcome, turn.id, "made", used.door, details=details))
 
-    async def settle_work(self, ticket: Ticket, used: TurnUsage) -> None:
-        """It is written down: the budgets are charged."""
-        await self._charge(ticket, used, 0)
-
     async def count_work(self, ticket: Ticket, turn: Turn, used: TurnUsage) -> None:
-        """Writes work down of which nothing was kept, unless it came to no model, and charges for it."""
+        """Charges for work, and writes it down, unless it came to no model or that was done before."""
         if used.model:
             try:
                 await self._database.write(lambda c: self.write_work(c, turn, used))
             except PortalError as error:
                 log.error("what work has used could not be stored", turn=turn.id, reason=error.code)
-        await self.settle_work(ticket, used)
+        await self._charge(ticket, used, 0)

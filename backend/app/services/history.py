@@ -226,10 +226,10 @@ class History:
     def make_room(self, room: Room) -> None:
         """Right after an answer: cuts at once when another turn as long as those before would not fit, so
         that the server can read what is left before it is needed."""
-        if all(exchange.pinned for exchange in self._window[:-1]):
-            return
         if room.messages and self._count + 1 > room.messages:
             self._keep_messages(room.messages)
+        if all(exchange.pinned for exchange in self._window[:-1]):
+            return
         typical = self.size * (len(self._json) - self._fixed) // len(self._json) // len(self._window)
         if self.size + typical > room.budget:
             self._cut(self.size, len(self._json), room.budget)
@@ -334,9 +334,10 @@ class History:
         self._join()
 
     def _keep_messages(self, most: int) -> None:
-        """Drops the oldest exchanges until half as many messages are left as may be sent."""
+        """Drops the oldest exchanges until half as many messages are left as may be sent: the newest stays,
+        even where there is no room for it."""
         kept, dropped = self._count, 0
-        while dropped < len(self._window) and kept + 1 > int(most * CUT_TO):
+        while dropped < len(self._window) - 1 and kept + 1 > int(most * CUT_TO):
             kept -= 0 if self._window[dropped].pinned else self._window[dropped].count
             dropped += 1
         if dropped:

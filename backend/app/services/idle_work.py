@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from sqlalchemy import Connection
@@ -11,6 +12,7 @@ from app.errors import PortalError
 from app.events import GenerationOptions, Usage
 from app.logs import get_logger
 from app.services.accounting import Accounting
+from app.services.admission import Ticket
 from app.services.drain import Drain
 from app.services.exchanges import exchanges_in
 from app.services.history import History
@@ -22,6 +24,7 @@ from app.services.prompts import estimate_prompt, estimate_tokens
 from app.services.replies import Completion
 from app.services.store import Store
 from app.services.turns import Turn
+from app.services.usage import TurnUsage
 from app.tasks import Tasks
 
 MOST_TRIES = 3
@@ -114,21 +117,34 @@ class IdleWork:
         try:
             reply = await self._llm.in_spare_time(turn.session.id, messages, ours, meter)
         finally:
+            text = "" if reply is None else reply.response.strip()
             used = reply.usage if reply is not None else Usage(estimate_prompt(messages), 0, estimated=True)
             spent = self._accounting.work(turn, "summary", used if meter.model else Usage(), meter)
-            if reply is None or not reply.response.strip():
-                self._counting.start(self._accounting.count_work(ticket, turn, spent), f"count {turn.id}")
-        if reply is None or not (text := reply.response.strip()):
-            return False
+            keeping = self._keep(turn, ticket, spent, version, text, start)
+            kept = self._counting.start(keeping, f"count {turn.id}")
+        if await asyncio.shield(kept):
+            history.summarise(text, start)
+            return True
+        if text:
+            history.summary_tries = MOST_TRIES
+        return False
+
+    async def _keep(
+        self, turn: Turn, ticket: Ticket, spent: TurnUsage, version: int, text: str, until: str
+    ) -> bool:
+        """Stores a summary, unless it is empty, and in any case what it has used; tells whether the session
+        has it now. Whoever speaks does not end this: what was used is used."""
 
         def also(connection: Connection) -> None:
             self._accounting.write_work(connection, turn, spent)
 
-        is_kept = await self._memory.summarise(turn.session.id, version, text, start, also)
-        await self._accounting.settle_work(ticket, spent)
-        if is_kept:
-            history.summarise(text, start)
-        return is_kept
+        try:
+            return bool(text) and await self._memory.summarise(turn.session.id, version, text, until, also)
+        except PortalError as error:
+            log.warning("a summary could not be stored", turn=turn.id, reason=error.code)
+            return False
+        finally:
+            await self._accounting.count_work(ticket, turn, spent)
 
     async def _notes(
         self, history: History, turn: Turn, start: str, budget: int, longest: int

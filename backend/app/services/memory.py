@@ -30,7 +30,18 @@ _PINNED = text("""
 _ANY_PINNED = (
     select(literal(1)).where(messages.c.session == bindparam("session"), text("messages.pinned")).limit(1)
 )
-_SUMMARY = select(summaries.c.content, summaries.c.until).where(summaries.c.session == bindparam("session"))
+_SUMMARY = text("""
+    WITH RECURSIVE path(id, parent_id, content, until) AS (
+        SELECT m.id, m.parent_id, s.content, s.until
+        FROM messages m JOIN summaries s ON s.session = m.session WHERE m.id = :start
+        UNION ALL
+        SELECT m.id, m.parent_id, path.content, path.until
+        FROM messages m JOIN path ON m.id = path.parent_id WHERE path.id <> path.until
+    )
+    SELECT content, until FROM path WHERE id = until
+""")
+"""A session has one summary, and many branches: that of another branch tells what was never said in this."""
+
 _OF_QUESTION = (
     select(*MESSAGE_COLUMNS)
     .join(turns, turns.c.id == messages.c.turn_id)
@@ -63,13 +74,14 @@ class Memory:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def before(self, session: str, leaf: str) -> Remembered:
-        """What is remembered of the path that ends at `leaf`, the last message before the window."""
+    async def before(self, session: str, start: MessageRow) -> Remembered:
+        """What is remembered of the path to `start`, the first message of the window; of a summary only when
+        it was made on this path."""
 
         def operation(connection: Connection) -> Remembered:
-            found = connection.execute(_SUMMARY, {"session": session}).first()
+            found = connection.execute(_SUMMARY, {"start": start.id}).first()
             content, until = (None, None) if found is None else found
-            return Remembered(_pinned(connection, session, leaf), content, until)
+            return Remembered(_pinned(connection, session, start.parent_id), content, until)
 
         return await self._database.read(operation)
 
@@ -126,7 +138,7 @@ class Memory:
         return await self._database.write(operation)
 
 
-def _pinned(connection: Connection, session: str, leaf: str) -> list[MessageRow]:
+def _pinned(connection: Connection, session: str, leaf: str | None) -> list[MessageRow]:
     if connection.execute(_ANY_PINNED, {"session": session}).first() is None:
         return []
     rows = connection.execute(_PINNED, {"session": session, "leaf": leaf}).all()

@@ -100,7 +100,7 @@ class Prompting:
         turn.asked_at = rows[-1].created_at if rows else turn.asked_at
         history = History.from_rows(self.system_prompt(session, turn), rows)
         if rows and rows[0].parent_id is not None:
-            kept = await self._memory.before(session.id, rows[0].parent_id)
+            kept = await self._memory.before(session.id, rows[0])
             history.remember(kept.pinned, kept.summary, kept.until)
         if turn.row.kind == "state":
             before = await self._store.last_state(session.id)

@@ -28,8 +28,14 @@ CHARS_A_TOKEN = 2
 
 _BEGINNING = re.compile(r'\s*\{\s*"response"\s*:\s*"')
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-_UNITS = re.compile(rf'(?:[^"\\]|\\[^u]|{_HIGH}{_LOW}|(?!{_HIGH})\\u[0-9a-fA-F]{{4}})*')
-"""As much of a JSON string as can be told for sure: no half escape, no half surrogate pair."""
+_NO_LOW = r"[^\\]|\\[^u]|\\u[^dD]|\\u[dD][^c-fC-F]"
+_UNITS = re.compile(rf'(?:[^"\\]|\\[^u]|{_HIGH}{_LOW}|{_HIGH}(?={_NO_LOW})|(?!{_HIGH})\\u[0-9a-fA-F]{{4}})*')
+"""As much of a JSON string as can be told for sure: no half escape, no half of what may be a pair of
+surrogates."""
+
+_LONE = re.compile(rf"(\\[^u]|{_HIGH}{_LOW})|\\u[dD][89a-fA-F][0-9a-fA-F]{{2}}")
+"""Surrogates without their other half, which grammars of JSON allow and UTF-8 does not; in the group what
+must not be taken for one."""
 
 Tools = Sequence[Mapping[str, Any]]
 """Tools in OpenAI's form."""
@@ -130,13 +136,13 @@ class ConstrainedReply:
         found = _UNITS.match(self._raw, self._cursor)
         assert found is not None
         self._cursor = found.end()
-        return str(json.loads(f'"{found.group()}"', strict=False))
+        return str(json.loads(f'"{_encodable(found.group())}"', strict=False))
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
         """The calls in OpenAI's form, once everything has come; none when it broke off."""
         try:
-            reply = msgspec.json.decode(self._raw, type=_Reply)
+            reply = msgspec.json.decode(_encodable(self._raw), type=_Reply)
         except msgspec.MsgspecError:
             return []
         return [
@@ -147,6 +153,11 @@ class ConstrainedReply:
             }
             for call in reply.tool_calls
         ]
+
+
+def _encodable(raw: str) -> str:
+    """The JSON with U+FFFD in the place of each lone surrogate."""
+    return _LONE.sub(lambda found: found.group(1) or r"\ufffd", raw)
 
 
 class _Call(msgspec.Struct):
