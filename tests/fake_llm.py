@@ -88,6 +88,8 @@ class FakeLLM:
     """What was asked for, and what happens next."""
 
     script: Script = field(default_factory=Script)
+    failing: dict[str, Script] = field(default_factory=dict)
+    """How the next ones are answered, by model, where it is not as in `script`."""
     model: str = "fake-1"
     owner: str = "test"
     context: int | None = None
@@ -178,7 +180,7 @@ class FakeLLM:
         return web.json_response({"data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        script = self.script
+        script = self.failing.get(body.get("model", ""), self.script)
         await asyncio.sleep(script.before_warming if body.get("max_tokens") == 1 else script.before_headers)
         await _set(script.gate)
         if script.wire is not None:
