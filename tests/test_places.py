@@ -175,6 +175,16 @@ async def test_a_place_is_never_at_a_server_that_failed_before() -> None:
     assert again.load is second
 
 
+async def test_a_free_place_at_a_barred_server_makes_no_room() -> None:
+    first, second = Load(1), Load(1)
+    places = AllPlaces(Queue(1), [first, second])
+    running, waits = (places.ask("a", barred={first}) for _ in range(2))
+    assert (running.load, waits.load) == (second, None)
+    with pytest.raises(Overloaded):
+        places.ask("b", barred={first})
+    assert places.ask("b").load is first
+
+
 async def test_whoever_asks_again_goes_before_the_owners_others() -> None:
     places = Places(capacity=1, max_queue=1)
     running = places.ask("a")

@@ -99,6 +99,27 @@ async def test_a_session_does_not_wait_for_its_server_while_another_is_free(
     await asyncio.gather(*hanging, return_exceptions=True)
 
 
+async def test_the_queue_is_bounded_where_a_free_server_has_another_model(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    here, there, _ = fakes
+    here.model, there.model, here.script = "a", "b", Script(before_first=30)
+    limits = {"llm_max_concurrency": 1, "llm_max_queue": 2}
+    async with client_for(settings_for(urls([here, there]), **limits)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        asking = [asyncio.create_task(ask(client, owner=f"o{number}", model="a")) for number in range(3)]
+        while client.queue.waiting < 2:
+            await asyncio.sleep(0.01)
+        assert isinstance(client.full("a"), Overloaded)
+        with pytest.raises(Overloaded):
+            await ask(client, model="a")
+        assert client.full("b") is None
+        assert await ask(client, model="b") == "from 1", "which has a place free"
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
 # --- failover ------------------------------------------------------------------------------------
 
 

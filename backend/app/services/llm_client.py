@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.access import ANY
 from app.config import Settings
-from app.errors import PortalError
+from app.errors import Overloaded, PortalError
 from app.events import GenerationOptions, Usage
 from app.loop import LoopDoor
 from app.services.catalog import DEFAULT, Catalog
@@ -92,11 +92,12 @@ class LLMClient:
     @property
     def places(self) -> Places:
         """The places at the servers of the default model."""
-        return self.places_of(None)
+        return self.router.route(None).pool.places
 
-    def places_of(self, wanted: str | None) -> Places:
-        """The places at the servers of a model."""
-        return self.router.route(wanted).pool.places
+    def full(self, wanted: str | None) -> Overloaded | None:
+        """The error for whoever asks for a model now, when nobody more may wait."""
+        route = self.router.route(wanted)
+        return route.pool.places.full(route.pool.lacking(route.id))
 
     @property
     def servers(self) -> list[LLMServer]:
