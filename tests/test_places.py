@@ -165,6 +165,18 @@ async def test_nobody_is_passed_over_for_ever() -> None:
     )
 
 
+async def test_under_load_everybody_keeps_the_home() -> None:
+    places, *servers = two_servers()
+    running = [places.ask(f"x{number}", home=load) for number, load in enumerate(servers)]
+    waits = [places.ask(f"o{number}", home=servers[number % 2]) for number in range(40)]
+    for following in range(0, 40, 2):
+        for place in reversed(running):  # what falls free first is not the home of who comes first
+            place.leave()
+        running = waits[following : following + 2]
+        assert [place.load for place in running] == servers
+    assert places.waiting == 0
+
+
 async def test_a_place_is_never_at_a_server_that_failed_before() -> None:
     places, first, second = two_servers()
     running = places.ask("x", home=second)

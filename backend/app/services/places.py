@@ -210,16 +210,24 @@ class Places:
             rank = (held, not place.is_at_home(load), served)
             if best_rank is None or rank < best_rank:
                 best, best_rank = place, rank
-        if len(self.loads) > 1:
-            self._pass_over(best)
+        if best is not None and len(self.loads) > 1:
+            self._pass_over(best, load)
         return best
 
-    def _pass_over(self, chosen: Place | None) -> None:
-        for line in self._lines.values():
+    def _pass_over(self, chosen: Place, load: Load) -> None:
+        """Counts it for those whose turn it was before, by fairness alone."""
+        turn, came_first = self.queue.turn_of(chosen.owner), True
+        for owner, line in self._lines.items():
             place = line[0]
-            place.passed_over += place is not chosen
-            if place.passed_over > PATIENCE:
-                place.home = None
+            if owner == chosen.owner:
+                is_before, came_first = place is not chosen, False
+            else:
+                other = self.queue.turn_of(owner)
+                is_before = other < turn or (other == turn and came_first)
+            if is_before and load not in place.barred:
+                place.passed_over += 1
+                if place.passed_over > PATIENCE:
+                    place.home = None
 
     def _grant(self, place: Place, load: Load) -> None:
         place.load = load
