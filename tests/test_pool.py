@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
@@ -14,6 +15,7 @@ from app.config import Settings
 from app.errors import LLMError, LLMTimeout, LLMUnavailable, Overloaded
 from app.events import GenerationOptions
 from app.services.llm_client import LLMClient
+from app.services.places import Meter
 from app.services.replies import Completion
 from tests.fake_llm import FakeLLM, Script, serve, text
 from tests.support import LlamaServer, client_for, free_port
@@ -431,6 +433,55 @@ async def test_each_session_has_its_slot(fakes: list[FakeLLM], settings_for: Set
         together = [request.get("id_slot") for request in fake.requests]
         assert sorted(slot for slot in together if slot is not None) == [0, 1, 2], "none waits for a busy one"
         assert together.count(None) == 1
+
+
+async def test_a_summary_has_a_slot_that_no_turn_waits_for(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    fake = fakes[0]
+    fake.owner, fake.slots, held = "llamacpp", 3, threading.Event()
+    async with client_for(settings_for(fake.url, llm_max_concurrency=4)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        await ask(client, "a")
+        fake.script = Script(held=held)
+        work = asyncio.create_task(client.in_spare_time("a", HI, GenerationOptions(), Meter()))
+        await fake.until(lambda: fake.running == 1)
+        turns: list[asyncio.Task[str]] = []
+        for number, session in enumerate(("a", "b", "c"), 2):
+            turns.append(asyncio.create_task(ask(client, session)))
+            await fake.until(lambda so_many=number: len(fake.requests) > so_many)
+        slots = [request["id_slot"] for request in fake.requests]
+        own, summary, *_ = slots
+        assert summary != own, "the session's own keeps its beginning"
+        assert slots[2] == own
+        assert summary not in slots[2:4], "which is in use"
+        assert slots[4] == summary, "for the last turn the summary makes way"
+        assert await work is None
+        held.set()
+        await asyncio.gather(*turns)
+        work = asyncio.create_task(client.in_spare_time("a", HI, GenerationOptions(), Meter()))
+        assert await work is not None
+        await ask(client, "d")
+        assert fake.requests[-1]["id_slot"] == fake.requests[-2]["id_slot"], "it was given back"
+
+
+async def test_embeddings_take_no_slot(fakes: list[FakeLLM], settings_for: SettingsFor) -> None:
+    fake = fakes[0]
+    fake.owner, fake.slots, gate = "llamacpp", 2, threading.Event()
+    async with client_for(settings_for(fake.url)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        for session in ("a", "b"):
+            await ask(client, session)
+        fake.script = Script(gate=gate)
+        embedding = asyncio.create_task(client.embed(["text"], None, {}))
+        await fake.until(lambda: len(fake.requests) == 3)
+        fake.script = Script()
+        for session in ("a", "b"):
+            await ask(client, session)
+        gate.set()
+        await embedding
+    slots = [request["id_slot"] for request in fake.requests if "messages" in request]
+    assert slots == [0, 1, 0, 1]
 
 
 @pytest.mark.slow

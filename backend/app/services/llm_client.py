@@ -204,8 +204,8 @@ class LLMClient:
     ) -> AsyncGenerator[Piece | Done, None]:
         server, model = journey.arrive()
         body, tools = chat_body(self._settings, server, model, journey.route.entry, messages, options)
-        if journey.slot is not None:
-            body["id_slot"] = journey.slot
+        if (slot := journey.take_slot()) is not None:
+            body["id_slot"] = slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
         return server.generate(model, body, reader, clock, journey.key(), journey.headers)
 
@@ -218,7 +218,12 @@ class LLMClient:
         server = route.pool.home_of(session)
         if server is None or not server.spare_time.is_there:
             return None
-        return await server.spare_time.run(self._whole(route, server, messages, options, meter, None))
+        slots = server.slots
+        slot = slots.take(None)  # its prompt begins as no session does
+        if slot is None and slots.count:
+            return None
+        work = self._whole(route, server, messages, options, meter, slot)
+        return await server.spare_time.run(work, partial(slots.give_back, slot))
 
     async def warm(
         self, session: str, messages: Sequence[Message], options: GenerationOptions
@@ -251,6 +256,7 @@ class LLMClient:
         model = route.found(server)
         if model is None:
             raise route.pool.not_served()
+        server.state.check(model.id)
         completion, began, meter.model = Completion(), time.monotonic(), route.name_of(model)
         body, tools = chat_body(self._settings, server, model, route.entry, messages, options)
         if slot is not None:

@@ -192,13 +192,13 @@ class Journey:
         if self._spans is not None:
             self._spans.asks(server, self._meter.model)
         server.spare_time.make_way()
-        self._slots = server.slots
-        self._slot = server.slots.take(self._session)
         return server, model
 
-    @property
-    def slot(self) -> int | None:
-        """The slot of the server that is to be used."""
+    def take_slot(self) -> int | None:
+        """The slot of the server that is to be used, until the place is given back."""
+        assert self.server is not None
+        self._slots = self.server.slots
+        self._slot = self._slots.take(self._session)
         return self._slot
 
     def begin(self) -> None:
@@ -241,7 +241,7 @@ class Journey:
 
     def leave(self) -> None:
         """Gives back the place of this stage."""
-        if self._slots is not None and self._slot is not None:
+        if self._slots is not None:
             self._slots.give_back(self._slot)
         if self._place is not None:
             self._meter.gpu_seconds += self._place.leave()
