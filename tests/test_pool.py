@@ -484,6 +484,29 @@ async def test_embeddings_take_no_slot(fakes: list[FakeLLM], settings_for: Setti
     assert slots == [0, 1, 0, 1]
 
 
+async def test_asking_a_server_anew_frees_no_slot_that_is_in_use(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    fake = fakes[0]
+    fake.owner, fake.slots, held = "llamacpp", 2, threading.Event()
+    async with client_for(settings_for(fake.url)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        fake.script = Script(held=held)
+        running = asyncio.create_task(ask(client, "a"))
+        await fake.until(lambda: fake.running == 1)
+        await client.pools["default"].ask_anew()
+        other = asyncio.create_task(ask(client, "b"))
+        await fake.until(lambda: fake.running == 2)
+        held.set()
+        await asyncio.gather(running, other)
+        assert [request["id_slot"] for request in fake.requests] == [0, 1]
+        fake.slots = 3
+        await client.pools["default"].ask_anew()
+        for session in ("c", "d", "e"):
+            await ask(client, session)
+        assert [request["id_slot"] for request in fake.requests[2:]] == [0, 1, 2]
+
+
 @pytest.mark.slow
 async def test_sessions_that_take_turns_keep_their_prefix(
     llama: LlamaServer, settings_for: SettingsFor
