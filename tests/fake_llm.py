@@ -88,6 +88,8 @@ class FakeLLM:
     """What was asked for, and what happens next."""
 
     script: Script = field(default_factory=Script)
+    failing: dict[str, Script] = field(default_factory=dict)
+    """How the next ones are answered, by model, where it is not as in `script`."""
     model: str = "fake-1"
     owner: str = "test"
     context: int | None = None
@@ -169,6 +171,8 @@ class FakeLLM:
     async def embeddings(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append({**body, "headers": dict(request.headers), "path": request.path_qs})
+        await self._changed()
+        await _set(self.script.gate)
         if self.script.status != 200:
             error = {"message": self.script.error}
             return web.json_response({"error": error}, status=self.script.status)
@@ -178,7 +182,7 @@ class FakeLLM:
         return web.json_response({"data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        script = self.script
+        script = self.failing.get(body.get("model", ""), self.script)
         await asyncio.sleep(script.before_warming if body.get("max_tokens") == 1 else script.before_headers)
         await _set(script.gate)
         if script.wire is not None:

@@ -165,6 +165,18 @@ async def test_nobody_is_passed_over_for_ever() -> None:
     )
 
 
+async def test_under_load_everybody_keeps_the_home() -> None:
+    places, *servers = two_servers()
+    running = [places.ask(f"x{number}", home=load) for number, load in enumerate(servers)]
+    waits = [places.ask(f"o{number}", home=servers[number % 2]) for number in range(40)]
+    for following in range(0, 40, 2):
+        for place in reversed(running):  # what falls free first is not the home of who comes first
+            place.leave()
+        running = waits[following : following + 2]
+        assert [place.load for place in running] == servers
+    assert places.waiting == 0
+
+
 async def test_a_place_is_never_at_a_server_that_failed_before() -> None:
     places, first, second = two_servers()
     running = places.ask("x", home=second)
@@ -173,6 +185,16 @@ async def test_a_place_is_never_at_a_server_that_failed_before() -> None:
     assert (again.load, other.load) == (None, first), "the one that is free is nothing for it"
     running.leave()
     assert again.load is second
+
+
+async def test_a_free_place_at_a_barred_server_makes_no_room() -> None:
+    first, second = Load(1), Load(1)
+    places = AllPlaces(Queue(1), [first, second])
+    running, waits = (places.ask("a", barred={first}) for _ in range(2))
+    assert (running.load, waits.load) == (second, None)
+    with pytest.raises(Overloaded):
+        places.ask("b", barred={first})
+    assert places.ask("b").load is first
 
 
 async def test_whoever_asks_again_goes_before_the_owners_others() -> None:

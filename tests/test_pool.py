@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
@@ -14,6 +15,7 @@ from app.config import Settings
 from app.errors import LLMError, LLMTimeout, LLMUnavailable, Overloaded
 from app.events import GenerationOptions
 from app.services.llm_client import LLMClient
+from app.services.places import Meter
 from app.services.replies import Completion
 from tests.fake_llm import FakeLLM, Script, serve, text
 from tests.support import LlamaServer, client_for, free_port
@@ -97,6 +99,27 @@ async def test_a_session_does_not_wait_for_its_server_while_another_is_free(
     for task in hanging:
         task.cancel()
     await asyncio.gather(*hanging, return_exceptions=True)
+
+
+async def test_the_queue_is_bounded_where_a_free_server_has_another_model(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    here, there, _ = fakes
+    here.model, there.model, here.script = "a", "b", Script(before_first=30)
+    limits = {"llm_max_concurrency": 1, "llm_max_queue": 2}
+    async with client_for(settings_for(urls([here, there]), **limits)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        asking = [asyncio.create_task(ask(client, owner=f"o{number}", model="a")) for number in range(3)]
+        while client.queue.waiting < 2:
+            await asyncio.sleep(0.01)
+        assert isinstance(client.full("a"), Overloaded)
+        with pytest.raises(Overloaded):
+            await ask(client, model="a")
+        assert client.full("b") is None
+        assert await ask(client, model="b") == "from 1", "which has a place free"
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
 
 
 # --- failover ------------------------------------------------------------------------------------
@@ -410,6 +433,78 @@ async def test_each_session_has_its_slot(fakes: list[FakeLLM], settings_for: Set
         together = [request.get("id_slot") for request in fake.requests]
         assert sorted(slot for slot in together if slot is not None) == [0, 1, 2], "none waits for a busy one"
         assert together.count(None) == 1
+
+
+async def test_a_summary_has_a_slot_that_no_turn_waits_for(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    fake = fakes[0]
+    fake.owner, fake.slots, held = "llamacpp", 3, threading.Event()
+    async with client_for(settings_for(fake.url, llm_max_concurrency=4)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        await ask(client, "a")
+        fake.script = Script(held=held)
+        work = asyncio.create_task(client.in_spare_time("a", HI, GenerationOptions(), Meter()))
+        await fake.until(lambda: fake.running == 1)
+        turns: list[asyncio.Task[str]] = []
+        for number, session in enumerate(("a", "b", "c"), 2):
+            turns.append(asyncio.create_task(ask(client, session)))
+            await fake.until(lambda so_many=number: len(fake.requests) > so_many)
+        slots = [request["id_slot"] for request in fake.requests]
+        own, summary, *_ = slots
+        assert summary != own, "the session's own keeps its beginning"
+        assert slots[2] == own
+        assert summary not in slots[2:4], "which is in use"
+        assert slots[4] == summary, "for the last turn the summary makes way"
+        assert await work is None
+        held.set()
+        await asyncio.gather(*turns)
+        work = asyncio.create_task(client.in_spare_time("a", HI, GenerationOptions(), Meter()))
+        assert await work is not None
+        await ask(client, "d")
+        assert fake.requests[-1]["id_slot"] == fake.requests[-2]["id_slot"], "it was given back"
+
+
+async def test_embeddings_take_no_slot(fakes: list[FakeLLM], settings_for: SettingsFor) -> None:
+    fake = fakes[0]
+    fake.owner, fake.slots, gate = "llamacpp", 2, threading.Event()
+    async with client_for(settings_for(fake.url)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        for session in ("a", "b"):
+            await ask(client, session)
+        fake.script = Script(gate=gate)
+        embedding = asyncio.create_task(client.embed(["text"], None, {}))
+        await fake.until(lambda: len(fake.requests) == 3)
+        fake.script = Script()
+        for session in ("a", "b"):
+            await ask(client, session)
+        gate.set()
+        await embedding
+    slots = [request["id_slot"] for request in fake.requests if "messages" in request]
+    assert slots == [0, 1, 0, 1]
+
+
+async def test_asking_a_server_anew_frees_no_slot_that_is_in_use(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    fake = fakes[0]
+    fake.owner, fake.slots, held = "llamacpp", 2, threading.Event()
+    async with client_for(settings_for(fake.url)) as client, asyncio.timeout(10):
+        await client.ahealth()
+        fake.script = Script(held=held)
+        running = asyncio.create_task(ask(client, "a"))
+        await fake.until(lambda: fake.running == 1)
+        await client.pools["default"].ask_anew()
+        other = asyncio.create_task(ask(client, "b"))
+        await fake.until(lambda: fake.running == 2)
+        held.set()
+        await asyncio.gather(running, other)
+        assert [request["id_slot"] for request in fake.requests] == [0, 1]
+        fake.slots = 3
+        await client.pools["default"].ask_anew()
+        for session in ("c", "d", "e"):
+            await ask(client, session)
+        assert [request["id_slot"] for request in fake.requests[2:]] == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.config import Settings, load_settings
-from app.errors import InvalidRequest, LLMError, PortalError
+from app.errors import InvalidRequest, LLMError, LLMUnavailable, Overloaded, PortalError
 from app.events import GenerationOptions, Usage
 from app.services.catalog import Catalog
 from app.services.llm_client import LLMClient
@@ -266,6 +266,75 @@ async def test_there_is_no_fallback_after_the_first_piece(
         with pytest.raises(LLMError, match="broke off"):
             await ask(client)
     assert not other.requests
+
+
+def at_one_provider(other: FakeLLM, kind: str = "compatible") -> str:
+    return f"""
+        [providers.near]
+        kind = "{kind}"
+        url = "{other.url}"
+        [models.clever]
+        provider = "near"
+        id = "other-1"
+        fallbacks = ["small"]
+        [models.small]
+        provider = "near"
+        id = "other-2"
+    """
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+async def test_a_fallback_may_be_at_the_same_server(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path, status: int
+) -> None:
+    other.failing = {"other-1": Script(status=status)}
+    async with portal_with(tmp_path, fake.url, at_one_provider(other, "openai")) as client:
+        for _ in range(4):
+            reply, meter = await ask(client, "clever")
+            assert (reply, meter.model) == ("from the other", "small")
+        assert client.pools["near"].servers[0].state.state == "ok", "it answers, if not with each model"
+    asked = [request["model"] for request in other.requests]
+    assert asked.count("other-1") == (1 if status == 429 else 4), "who sends a 429 is left alone"
+
+
+@pytest.mark.parametrize("kind", ["compatible", "llamacpp"])
+async def test_with_no_fallback_left_the_error_is_the_first_models(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path, kind: str
+) -> None:
+    other.failing = {"other-1": Script(status=502), "other-2": Script(status=503)}
+    async with portal_with(tmp_path, fake.url, at_one_provider(other, kind)) as client:
+        with pytest.raises(LLMError, match="502"):
+            await ask(client, "clever")
+    assert [request["model"] for request in other.requests] == ["other-1", "other-2"]
+
+
+async def test_a_limit_is_for_a_model_at_a_provider_and_for_all_at_an_own_server(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path
+) -> None:
+    other.failing = {"other-1": Script(status=429, headers={"Retry-After": "30"})}
+    models = at_one_provider(other, "openai").replace("fallbacks", "aliases")
+    async with portal_with(tmp_path, fake.url, models.replace('["small"]', '["smart"]')) as client:
+        for _ in range(2):
+            with pytest.raises(Overloaded) as busy:
+                await ask(client, "clever")
+            assert busy.value.retry_after == pytest.approx(30, abs=2)
+        assert (await ask(client, "small"))[0] == "from the other"
+        assert len(other.requests) == 2, "it asked to be left alone with the one"
+    async with portal_with(tmp_path, fake.url, at_one_provider(other, "llamacpp")) as client:
+        for model in ("clever", "small"):
+            with pytest.raises(Overloaded):
+                await ask(client, model)
+        assert len(other.requests) == 3, "one's own server is busy for all of them"
+
+
+async def test_a_server_that_cannot_be_reached_is_not_tried_with_a_fallback(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path
+) -> None:
+    refused = FakeLLM(url=f"http://127.0.0.1:{free_port()}")
+    async with portal_with(tmp_path, fake.url, at_one_provider(refused, "openai")) as client:
+        with pytest.raises(LLMUnavailable, match="reached"):
+            await ask(client, "clever")
+        assert client.pools["near"].servers[0].state.failures == 1
 
 
 # --- dialects ------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ LOCAL: frozenset[ProviderKind] = frozenset({"compatible", "llamacpp", "vllm", "o
 """Kinds that are asked every few seconds how they are. The others are somebody else's service, for which
 that would be rude: how they are is learnt from what they answer."""
 
+OWN = LOCAL - {"compatible"}
+"""Kinds that one runs oneself. Of `compatible` that is not known: hosted services are that too."""
+
 OPENAI_FIELDS = frozenset(
     [
         "frequency_penalty",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.access import ANY
 from app.config import Settings
-from app.errors import PortalError
+from app.errors import Overloaded, PortalError
 from app.events import GenerationOptions, Usage
 from app.loop import LoopDoor
 from app.services.catalog import DEFAULT, Catalog
@@ -92,11 +92,12 @@ class LLMClient:
     @property
     def places(self) -> Places:
         """The places at the servers of the default model."""
-        return self.places_of(None)
+        return self.router.route(None).pool.places
 
-    def places_of(self, wanted: str | None) -> Places:
-        """The places at the servers of a model."""
-        return self.router.route(wanted).pool.places
+    def full(self, wanted: str | None) -> Overloaded | None:
+        """The error for whoever asks for a model now, when nobody more may wait."""
+        route = self.router.route(wanted)
+        return route.pool.places.full(route.pool.lacking(route.id))
 
     @property
     def servers(self) -> list[LLMServer]:
@@ -203,8 +204,8 @@ class LLMClient:
     ) -> AsyncGenerator[Piece | Done, None]:
         server, model = journey.arrive()
         body, tools = chat_body(self._settings, server, model, journey.route.entry, messages, options)
-        if journey.slot is not None:
-            body["id_slot"] = journey.slot
+        if (slot := journey.take_slot()) is not None:
+            body["id_slot"] = slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
         return server.generate(model, body, reader, clock, journey.key(), journey.headers)
 
@@ -217,7 +218,12 @@ class LLMClient:
         server = route.pool.home_of(session)
         if server is None or not server.spare_time.is_there:
             return None
-        return await server.spare_time.run(self._whole(route, server, messages, options, meter, None))
+        slots = server.slots
+        slot = slots.take(None)  # its prompt begins as no session does
+        if slot is None and slots.count:
+            return None
+        work = self._whole(route, server, messages, options, meter, slot)
+        return await server.spare_time.run(work, partial(slots.give_back, slot))
 
     async def warm(
         self, session: str, messages: Sequence[Message], options: GenerationOptions
@@ -250,6 +256,7 @@ class LLMClient:
         model = route.found(server)
         if model is None:
             raise route.pool.not_served()
+        server.state.check(model.id)
         completion, began, meter.model = Completion(), time.monotonic(), route.name_of(model)
         body, tools = chat_body(self._settings, server, model, route.entry, messages, options)
         if slot is not None:

@@ -147,18 +147,12 @@ class Places:
         capacity = sum(load.limit for load in self.loads) or sum(load.capacity for load in self.loads)
         return round(math.ceil(position / capacity) * self._mean_hold_s, 1)
 
-    @property
-    def full(self) -> Overloaded | None:
-        """The error for whoever comes now, when nobody more may wait."""
-        if self.queue.waiting < self.queue.most or any(load.taken < load.limit for load in self.loads):
+    def full(self, barred: Collection[Load] = ()) -> Overloaded | None:
+        """The error for whoever comes now, to servers but for those `barred`, when nobody more may wait."""
+        if self.queue.waiting < self.queue.most or self._free(barred):
             return None
         retry_after = max(1.0, self.eta(self._waiting))
         return Overloaded("Too many requests wait for the LLM server.", retry_after=retry_after)
-
-    def check(self) -> None:
-        """Raises `Overloaded` when nobody more may wait."""
-        if (full := self.full) is not None:
-            raise full
 
     def ask(
         self,
@@ -171,8 +165,8 @@ class Places:
         """A place for `owner`, or a position in the queue; at `home` rather than elsewhere, and not at those
         `barred`. Whoever asks `again`, because a server failed, has waited before: there is room for it, and
         it goes before the owner's others. Raises `Overloaded` when the queue is full."""
-        if not again:
-            self.check()
+        if not again and (full := self.full(barred)) is not None:
+            raise full
         place = Place(self, owner, home, barred)
         load = self._choose(place)
         if load is not None:
@@ -193,10 +187,13 @@ class Places:
             self._remove(following)
             self._grant(following, load)
 
+    def _free(self, barred: Collection[Load]) -> list[Load]:
+        return [load for load in self.loads if load.taken < load.limit and load not in barred]
+
     def _choose(self, place: Place) -> Load | None:
         """Where the place is to be, when one is free. Nobody who waits can take a place that is free: each
         was offered to them."""
-        free = [load for load in self.loads if load.taken < load.limit and load not in place.barred]
+        free = self._free(place.barred)
         if len(free) < 2 or place.home in free:
             return place.home if place.home in free else free[0] if free else None
         return min(free, key=lambda load: (load.taken / load.capacity, load.last_grant))
@@ -213,16 +210,24 @@ class Places:
             rank = (held, not place.is_at_home(load), served)
             if best_rank is None or rank < best_rank:
                 best, best_rank = place, rank
-        if len(self.loads) > 1:
-            self._pass_over(best)
+        if best is not None and len(self.loads) > 1:
+            self._pass_over(best, load)
         return best
 
-    def _pass_over(self, chosen: Place | None) -> None:
-        for line in self._lines.values():
+    def _pass_over(self, chosen: Place, load: Load) -> None:
+        """Counts it for those whose turn it was before, by fairness alone."""
+        turn, came_first = self.queue.turn_of(chosen.owner), True
+        for owner, line in self._lines.items():
             place = line[0]
-            place.passed_over += place is not chosen
-            if place.passed_over > PATIENCE:
-                place.home = None
+            if owner == chosen.owner:
+                is_before, came_first = place is not chosen, False
+            else:
+                other = self.queue.turn_of(owner)
+                is_before = other < turn or (other == turn and came_first)
+            if is_before and load not in place.barred:
+                place.passed_over += 1
+                if place.passed_over > PATIENCE:
+                    place.home = None
 
     def _grant(self, place: Place, load: Load) -> None:
         place.load = load

@@ -12,7 +12,7 @@ from typing import Literal
 from app.config import Settings
 from app.errors import InvalidRequest, LLMUnavailable, PortalError
 from app.services.catalog import DEFAULT, Model, Provider, secret
-from app.services.dialects import OWNERS
+from app.services.dialects import OWN, OWNERS
 from app.services.llm_server import LLMServer, ModelInfo, Upstream
 from app.services.places import Load, Place, Places, Queue
 from app.services.server_probe import Probe
@@ -69,6 +69,12 @@ class Pool:
     async def ask_anew(self) -> None:
         """Asks each server for everything that it tells. Raises nothing."""
         await asyncio.gather(*(probe.anew() for probe in self._probes))
+
+    @property
+    def limits_models(self) -> bool:
+        """Whether a server that is asked too much may be asked for another model all the same: the limits of
+        somebody else's service are for each model."""
+        return self.upstream.name != DEFAULT and self.upstream.kind not in OWN
 
     # --- choosing a server ---
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from app.access import matches
 from app.config import Settings
-from app.errors import Expired, InvalidRequest, LLMTimeout, Overloaded, PortalError
+from app.errors import Expired, InvalidRequest, LLMTimeout, LLMUnavailable, Overloaded, PortalError
 from app.services.catalog import DEFAULT, PLAIN, Catalog, Model
 from app.services.llm_server import Clock, LLMServer, ModelInfo
 from app.services.places import Load, Meter, Place
 from app.services.pool import Pool
 from app.services.replies import Fault
-from app.services.server_state import Refused
+from app.services.server_state import Loading, Refused, Resting
 from app.services.slots import Slots
 from app.services.tracing import current_spans
 from app.trace_parent import NONE
@@ -143,8 +143,10 @@ class Journey:
         self._slots: Slots | None = None
         self._slot: int | None = None
         self._failed: set[Load] = set()
+        self._away: set[Load] = set()
         self._doubtful: list[LLMServer] = []
         self._error: PortalError | None = None
+        self._asked = ""
         self._spans = current_spans()
 
     # --- one stage of the way ---
@@ -177,23 +179,26 @@ class Journey:
 
     def arrive(self) -> tuple[LLMServer, ModelInfo]:
         """The server of the place that was granted, and the model there. Raises `InvalidRequest` when it is
-        not served."""
+        not served, and `Overloaded` while the server is to be left alone with it."""
         assert self._place is not None
         server = self.server = self.route.pool.server_of(self._place, self._session)
         model = self.route.found(server)
         if model is None:
             raise self.route.pool.not_served()
         self._meter.model = self.route.name_of(model)
+        if not self._has_own_key:  # else it is that key's business
+            server.state.check(model.id)
+        self._asked = model.id
         if self._spans is not None:
             self._spans.asks(server, self._meter.model)
         server.spare_time.make_way()
-        self._slots = server.slots
-        self._slot = server.slots.take(self._session)
         return server, model
 
-    @property
-    def slot(self) -> int | None:
-        """The slot of the server that is to be used."""
+    def take_slot(self) -> int | None:
+        """The slot of the server that is to be used, until the place is given back."""
+        assert self.server is not None
+        self._slots = self.server.slots
+        self._slot = self._slots.take(self._session)
         return self._slot
 
     def begin(self) -> None:
@@ -227,12 +232,16 @@ class Journey:
                 f"model: {upstream.name} takes only keys of sessions; give the session one with "
                 "PUT /api/sessions/{session_id}/key"
             )
-        self._meter.own_key = own is not None and own.provider == upstream.name
+        self._meter.own_key = self._has_own_key
         return own.key if own is not None and self._meter.own_key else None
+
+    @property
+    def _has_own_key(self) -> bool:
+        return self._own_key is not None and self._own_key.provider == self.route.pool.upstream.name
 
     def leave(self) -> None:
         """Gives back the place of this stage."""
-        if self._slots is not None and self._slot is not None:
+        if self._slots is not None:
             self._slots.give_back(self._slot)
         if self._place is not None:
             self._meter.gpu_seconds += self._place.leave()
@@ -258,26 +267,35 @@ class Journey:
         if self.begun:
             raise error
         self._failed.add(server.state.load)
+        if isinstance(error, LLMUnavailable) and not isinstance(error, Loading):
+            self._away.add(server.state.load)
+        self._error = self._error or error
         if not self.route.pool.is_open(self._failed):
             self._fall_back(error)
-        self._error = error
 
     def stranded(self) -> None:
         """No server is left that could give the place. Raises why, when there is no other way."""
-        self._fall_back(self._error or self.route.pool.problem())
+        self._fall_back(self.route.pool.problem())
 
     def _fall_back(self, error: PortalError) -> None:
+        """On to the next model, which servers that failed may have, but for those that could not be reached.
+        Raises the first of all errors when there is none: it is that of the model that was asked for."""
         self._error = self._error or error
         following = next(self._fallbacks, None)
         if following is None:
-            raise error
-        self.route = following
+            raise self._error
+        if following.pool is self.route.pool:  # all of it failed, so it was not one server's own fault
+            self._doubtful.clear()
+        self.route, self._failed = following, set(self._away)
 
     def _note(self, server: LLMServer, error: PortalError) -> None:
         """What the failure says of the server."""
+        if isinstance(error, Resting):  # that was known
+            return
         if isinstance(error, Overloaded):
             if not self._meter.own_key:  # else it is that key's business
-                server.state.busy(error.retry_after or 1.0)
+                limits_models = self.route.pool.limits_models
+                server.state.busy(error.retry_after or 1.0, self._asked if limits_models else None)
         elif isinstance(error, Fault) and not self.begun:
             self._doubtful.append(server)
         elif not isinstance(error, Refused):  # of that is known more by asking it

@@ -140,7 +140,9 @@ class Probe:
         server, kind = self._server, self._kind(models)
         props = await props_of(server) if kind == "llamacpp" else NO_PROPS
         server.contexts.clear()
-        server.slots = Slots(props.total_slots) if props.total_slots > 1 else Slots()
+        slots = props.total_slots if props.total_slots > 1 else 0
+        if slots != server.slots.count or server.state.problem is not None:  # else turns hold some of them
+            server.slots = Slots(slots)
         server.spare_time.most = props.total_slots or None
         self._build = _digest([props.build_info, props.model_path, props.chat_template])
         self._facts_of_all = props.facts if len(models) == 1 else UNKNOWN

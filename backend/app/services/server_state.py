@@ -41,6 +41,10 @@ class Refused(LLMUnavailable):
     """Nobody accepts connections at its address."""
 
 
+class Resting(Overloaded):
+    """It asked to be left alone with this model."""
+
+
 NEVER_ASKED = LLMUnavailable("The LLM server has not been asked yet.")
 
 
@@ -59,6 +63,7 @@ class ServerState:
         self._cool_off = COOL_OFF_S
         self._closed_by: PortalError | None = None
         self._closed_until = 0.0
+        self._resting: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.since, self._last = time.time(), self.state
 
@@ -96,8 +101,7 @@ class ServerState:
             return LLMUnavailable("The LLM server is being taken out of service.", retry_after=COOL_OFF_S)
         if self.problem is None and self._closed_by is not None:
             left = self._closed_until - asyncio.get_running_loop().time()
-            left = max(1.0, math.ceil(left * 10) / 10)  # who comes then does not come too early
-            return type(self._closed_by)(self._closed_by.message, retry_after=left)
+            return type(self._closed_by)(self._closed_by.message, retry_after=_rounded(left))
         return self.problem or LLMUnavailable("The LLM server cannot answer now.", retry_after=1)
 
     # --- what happens ---
@@ -131,10 +135,22 @@ class ServerState:
         if self.failures:
             self.failures, self._cool_off = 0, COOL_OFF_S
 
-    def busy(self, seconds: float) -> None:
-        """It asked to be left alone for so long."""
-        busy = Overloaded("The LLM server is busy.")
-        self._closed_for(min(seconds, LONGEST_PAUSE_S), busy)
+    def busy(self, seconds: float, model: str | None = None) -> None:
+        """It asked to be left alone for so long: with one model, or altogether."""
+        seconds = min(seconds, LONGEST_PAUSE_S)
+        if model is None:
+            self._closed_for(seconds, Overloaded("The LLM server is busy."))
+            return
+        now = asyncio.get_running_loop().time()
+        until = max(self._resting.get(model, 0.0), now + seconds)
+        self._resting = {name: end for name, end in self._resting.items() if end > now} | {model: until}
+
+    def check(self, model: str) -> None:
+        """Raises `Resting` while it is to be left alone with a model."""
+        if self._resting:
+            left = self._resting.get(model, 0.0) - asyncio.get_running_loop().time()
+            if left > 0:
+                raise Resting("The LLM server is busy.", retry_after=_rounded(left))
 
     def failed(self) -> None:
         """It did not answer, or not to the end, by no fault of the request."""
@@ -168,3 +184,8 @@ class ServerState:
             self.since, self._last = time.time(), state
         if more:
             self.on_offer(self.load)
+
+
+def _rounded(left: float) -> float:
+    """Seconds to wait: who comes then does not come too early."""
+    return max(1.0, math.ceil(left * 10) / 10)

@@ -195,7 +195,7 @@ class SessionManager:
                 request,
                 turn_id=turn_id,
                 instance=self._runner.instance,
-                full=self._llm.places_of(model).full,
+                full=self._llm.full(model),
             )
         except BaseException:
             await self._admission.give_back(ticket)
@@ -276,7 +276,8 @@ class SessionManager:
             messages = [redacted_message(message) for message in messages]
         messages = with_system(messages, before=who.role.system_prompt)
         options = self._with_model(request)
-        self._llm.places_of(options.model).check()
+        if (full := self._llm.full(options.model)) is not None:
+            raise full
         turn_id, model = new_id(), self._llm.known_model(options.model)
         ticket = await self._admission.admit(who, request, turn_id, model)
         turn = unstored(turn_id, who, request.project, text)

@@ -45,8 +45,10 @@ class Slots:
         self._free[slot] = None
         return slot
 
-    def give_back(self, slot: int) -> None:
+    def give_back(self, slot: int | None) -> None:
         """The request has ended. A slot that holds no session's beginning is the next to be used."""
+        if slot is None:
+            return
         self._free[slot] = None
         if self._sessions[slot] is None:
             self._free = {slot: None, **self._free}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from app.services.places import Load
 
 T = TypeVar("T")
+
+
+def _nothing() -> None:
+    pass
 
 
 class SpareTime:
@@ -19,7 +23,7 @@ class SpareTime:
     def __init__(self, load: Load) -> None:
         self.most: int | None = None
         self._load = load
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._tasks: dict[asyncio.Task[Any], Callable[[], None]] = {}
 
     @property
     def is_there(self) -> bool:
@@ -31,19 +35,22 @@ class SpareTime:
         most = self._load.limit if self.most is None else min(self.most, self._load.limit)
         return most - self._load.taken - len(self._tasks)
 
-    async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """The result of the work; None when there is not enough time for it. Raises what it raises."""
+    async def run(self, work: Coroutine[Any, Any, T], give_back: Callable[[], None] = _nothing) -> T | None:
+        """The result of the work; None when there is not enough time for it. Raises what it raises. What the
+        work holds is given back as soon as it is to end, so that the turn in its place can have that."""
         task = asyncio.create_task(work, name="spare time")
-        self._tasks.append(task)
+        self._tasks[task] = give_back
         try:
             await asyncio.wait((task,))
         finally:
-            if task in self._tasks:
-                self._tasks.remove(task)
-            task.cancel()
+            self._end(task)
         return None if task.cancelled() else task.result()
 
     def make_way(self) -> None:
         """A turn has got a place: ends what is in its way."""
         while self._tasks and self._free < 0:
-            self._tasks.pop().cancel()
+            self._end(next(reversed(self._tasks)))
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        task.cancel()
+        self._tasks.pop(task, _nothing)()
