@@ -66,10 +66,11 @@ def test_lone_surrogates_are_told_as_a_sign_that_something_is_wrong(said: str, a
         (r"abc \uD83D", "abc \ufffd"),
         (r"\udc00", "\ufffd"),
         (r"\ud83d\n\ud83d\ud83d\ude00", "\ufffd\n\ufffd\U0001f600"),
+        (r"C:\users\d \ud83d\u12 \n\u", "C:\\users\\d \ufffd\\u12 \n\\u"),
         (r"\ud83d\u0041\ud83d\ud7ff\ud83d\\ude00", "\ufffdA\ufffd\ud7ff\ufffd\\ude00"),
     ],
 )
-def test_surrogates_may_be_cut_anywhere(escaped: str, said: str) -> None:
+def test_escapes_may_be_odd_and_cut_anywhere(escaped: str, said: str) -> None:
     raw = '{"response": "%s", "tool_calls": [{"name": "reveal_map", "arguments": {}}]}' % escaped  # noqa: UP031
     for at in [*([cut] for cut in range(len(raw))), list(range(len(raw)))]:
         told, calls = read(raw, at)

@@ -29,13 +29,16 @@ CHARS_A_TOKEN = 2
 _BEGINNING = re.compile(r'\s*\{\s*"response"\s*:\s*"')
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _NO_LOW = r"[^\\]|\\[^u]|\\u[^dD]|\\u[dD][^c-fC-F]"
-_UNITS = re.compile(rf'(?:[^"\\]|\\[^u]|{_HIGH}{_LOW}|{_HIGH}(?={_NO_LOW})|(?!{_HIGH})\\u[0-9a-fA-F]{{4}})*')
+_HEX, _NO_HEX = "[0-9a-fA-F]{4}", "[0-9a-fA-F]{0,3}[^0-9a-fA-F]"
+_UNITS = re.compile(
+    rf'(?:[^"\\]|\\[^u]|{_HIGH}{_LOW}|{_HIGH}(?={_NO_LOW})|(?!{_HIGH})\\u{_HEX}|\\u(?={_NO_HEX}))*'
+)
 """As much of a JSON string as can be told for sure: no half escape, no half of what may be a pair of
 surrogates."""
 
-_LONE = re.compile(rf"(\\[^u]|{_HIGH}{_LOW})|\\u[dD][89a-fA-F][0-9a-fA-F]{{2}}")
-"""Surrogates without their other half, which grammars of JSON allow and UTF-8 does not; in the group what
-must not be taken for one."""
+_ESCAPE = re.compile(rf'(\\["\\/bfnrt]|{_HIGH}{_LOW}|\\u(?![dD][89a-fA-F]){_HEX})|(\\u{_HEX})|\\')
+"""An escape; in the second group half a pair of surrogates, which grammars of JSON allow and UTF-8 does not;
+else a backslash that escapes nothing, which servers write that keep to no grammar."""
 
 Tools = Sequence[Mapping[str, Any]]
 """Tools in OpenAI's form."""
@@ -136,13 +139,13 @@ class ConstrainedReply:
         found = _UNITS.match(self._raw, self._cursor)
         assert found is not None
         self._cursor = found.end()
-        return str(json.loads(f'"{_encodable(found.group())}"', strict=False))
+        return str(json.loads(f'"{_mended(found.group())}"', strict=False))
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
         """The calls in OpenAI's form, once everything has come; none when it broke off."""
         try:
-            reply = msgspec.json.decode(_encodable(self._raw), type=_Reply)
+            reply = msgspec.json.decode(_mended(self._raw), type=_Reply)
         except msgspec.MsgspecError:
             return []
         return [
@@ -155,9 +158,9 @@ class ConstrainedReply:
         ]
 
 
-def _encodable(raw: str) -> str:
-    """The JSON with U+FFFD in the place of each lone surrogate."""
-    return _LONE.sub(lambda found: found.group(1) or r"\ufffd", raw)
+def _mended(raw: str) -> str:
+    """The JSON with U+FFFD for each lone surrogate, and with backslashes that escape nothing as such."""
+    return _ESCAPE.sub(lambda found: found[1] or (r"\ufffd" if found[2] else r"\\"), raw)
 
 
 class _Call(msgspec.Struct):
