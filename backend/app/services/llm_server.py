@@ -210,13 +210,32 @@ class LLMServer:
             headers = await self._headers_with(key, until)
             if more:
                 headers = {**headers, **more}
-            return await self._http.request("POST", url, headers, body, until=until)
+            return await self._send("POST", url, headers, body, own_key=key is not None, until=until)
         except TimeoutError:
             raise LLMTimeout(clock.complaint()) from None
         except NoAnswer as error:
             raise self._unreachable(refused=isinstance(error, NoConnection)) from None
         except BrokenAnswer as error:
             raise LLMError(str(error)) from None
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        own_key: bool,
+        until: float | None = None,
+    ) -> Answer:
+        try:
+            return await self._http.request(method, url, headers, body, until=until)
+        except ValueError:  # it may repeat the key
+            whose = "the session's own key" if own_key else self.upstream.whose_key
+            raise LLMError(
+                f"The LLM server cannot be asked: there is a character in {whose}, in a header or in its "
+                "address that cannot be sent."
+            ) from None
 
     async def _headers_with(self, key: str | None, until: float) -> Mapping[str, str]:
         upstream = self.upstream
@@ -330,7 +349,7 @@ class LLMServer:
         most: int = LONGEST_LINE,
     ) -> bytes:
         """A whole answer. Raises `NoAnswer`, `BrokenAnswer`, and a `PortalError` for a refusal."""
-        answer = await self._http.request(method, url, headers, body)
+        answer = await self._send(method, url, headers, body, own_key=key is not None)
         is_read = False
         try:
             if answer.status != 200:
