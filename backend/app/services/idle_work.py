@@ -115,7 +115,7 @@ class IdleWork:
             reply = await self._llm.in_spare_time(turn.session.id, messages, ours, meter)
         finally:
             used = reply.usage if reply is not None else Usage(estimate_prompt(messages), 0, estimated=True)
-            spent = self._accounting.work(turn, "summary", used if meter.model else Usage(), meter)
+            spent = self._accounting.work(turn, "summary", used if meter.has_read else Usage(), meter)
             if reply is None or not reply.response.strip():
                 self._counting.start(self._accounting.count_work(ticket, turn, spent), f"count {turn.id}")
         if reply is None or not (text := reply.response.strip()):

@@ -32,6 +32,7 @@ from app.logs import get_logger
 from app.services import dialects
 from app.services.catalog import DEFAULT, ProviderKind
 from app.services.overflows import overflow_in
+from app.services.places import Meter
 from app.services.prompts import encode_body
 from app.services.replies import LONGEST_LINE, NO_JSON, Done, Fault, Piece, ReplyReader, error_text
 from app.services.server_state import NEVER_ASKED, Loading, Refused, ServerState
@@ -171,19 +172,25 @@ class LLMServer:
         body: Mapping[str, Any],
         reader: ReplyReader,
         clock: Clock,
+        meter: Meter,
         key: str | None,
         more: Mapping[str, str] = NONE,
     ) -> AsyncGenerator[Piece | Done, None]:
         """Posts a chat completion, with another `key` than the provider's where one is given and with `more`
-        headers, and yields the reply as `reader` reads it, within the limits of `clock`. Closing the
-        generator closes the request to the server."""
-        answer = await self._post(model, encode_body(body), clock, key, more)
+        headers, and yields the reply as `reader` reads it, within the limits of `clock`. It tells `meter`
+        when the server has taken the prompt up. Closing the generator closes the request to the server."""
+        try:
+            answer = await self._post(model, encode_body(body), clock, key, more)
+        except (LLMTimeout, asyncio.CancelledError):  # many show nothing before they have read all of it
+            meter.has_read = True
+            raise
         try:
             if answer.status != 200:
                 refusal = await self._refusal(answer, model.name, key)
                 if isinstance(refusal, ContextExceeded) and refusal.limit is not None:
                     self.contexts[model.id] = refusal.limit
                 raise refusal
+            meter.has_read = True
             while not reader.complete:
                 data = answer.take() or await self._read(answer, clock)
                 if not data:
