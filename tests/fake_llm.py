@@ -169,6 +169,7 @@ class FakeLLM:
     async def embeddings(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append({**body, "headers": dict(request.headers), "path": request.path_qs})
+        await asyncio.sleep(self.script.before_headers)
         if self.script.status != 200:
             error = {"message": self.script.error}
             return web.json_response({"error": error}, status=self.script.status)

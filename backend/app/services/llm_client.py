@@ -284,9 +284,9 @@ class LLMClient:
         Raises what `generate` raises: `InvalidRequest` where the server makes none."""
         journey = Journey(self.router, model, (), None, meter or Meter(), None)
 
-        async def made(_clock: Clock) -> AsyncGenerator[Embedded, None]:
+        async def made(clock: Clock) -> AsyncGenerator[Embedded, None]:
             server, found = journey.arrive()
-            yield await server.embed(found, texts, asked, journey.key())
+            yield await server.embed(found, texts, asked, clock, journey.key())
 
         async with aclosing(self._updates(journey, made, None, owner)) as updates:
             async for update in updates:

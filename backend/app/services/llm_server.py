@@ -61,6 +61,8 @@ MOST_TOKENS = 1000
 LONGEST_EMBEDDINGS = 64 << 20
 """Bytes of an answer with embeddings."""
 
+TOO_LONG = "The LLM server's answer is too long."
+
 _JSON = {"Content-Type": "application/json"}
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -179,8 +181,9 @@ class LLMServer:
         """Posts a chat completion, with another `key` than the provider's where one is given and with `more`
         headers, and yields the reply as `reader` reads it, within the limits of `clock`. It tells `meter`
         when the server has taken the prompt up. Closing the generator closes the request to the server."""
+        url = dialects.chat_url(self.upstream.kind, self.url, model.id, self.upstream.api_version)
         try:
-            answer = await self._post(model, encode_body(body), clock, key, more)
+            answer = await self._post(url, encode_body(body), clock, key, more)
         except (LLMTimeout, asyncio.CancelledError):  # many show nothing before they have read all of it
             meter.has_read = True
             raise
@@ -208,10 +211,8 @@ class LLMServer:
             await answer.leave(is_read=reader.complete)
 
     async def _post(
-        self, model: ModelInfo, body: bytes, clock: Clock, key: str | None, more: Mapping[str, str]
+        self, url: str, body: bytes, clock: Clock, key: str | None, more: Mapping[str, str] = NONE
     ) -> Answer:
-        kind = self.upstream.kind
-        url = dialects.chat_url(kind, self.url, model.id, self.upstream.api_version)
         try:
             until = clock.next_limit()
             headers = await self._headers_with(key, until)
@@ -306,30 +307,43 @@ class LLMServer:
     # --- embeddings ---
 
     async def embed(
-        self, model: ModelInfo, texts: Sequence[str], asked: Mapping[str, Any], key: str | None
+        self,
+        model: ModelInfo,
+        texts: Sequence[str],
+        asked: Mapping[str, Any],
+        clock: Clock,
+        key: str | None,
     ) -> Embedded:
-        """The embeddings of `texts`, with another `key` than the provider's where one is given; `asked` is
-        what else the server is told. Raises `InvalidRequest` where it makes none."""
+        """The embeddings of `texts`, within the limits of `clock` and with another `key` than the provider's
+        where one is given; `asked` is what else the server is told. Raises `InvalidRequest` where it makes
+        none."""
         kind, body = self.upstream.kind, encode_body({**asked, "model": model.id, "input": texts})
         url = dialects.embeddings_url(kind, self.url, model.id, self.upstream.api_version)
-        end = asyncio.get_running_loop().time() + self._settings.llm_timeout
+        answer = await self._post(url, body, clock, key)
+        is_read = False
         try:
-            async with asyncio.timeout_at(end):
-                headers = await self._headers_with(key, end)
-                whole = await self._fetch("POST", url, headers, body, key, LONGEST_EMBEDDINGS)
+            if answer.status != 200:
+                raise await self._refusal(answer, None, key)
+            whole = await self._read_whole(answer, clock)
+            is_read = True
             return msgspec.json.decode(whole, type=_Embeddings).as_told()
-        except TimeoutError:
-            raise LLMTimeout(
-                f"The LLM server did not answer within {self._settings.llm_timeout:g} s."
-            ) from None
-        except NoAnswer as error:
-            raise self._unreachable(refused=isinstance(error, NoConnection)) from None
         except NotOffered:
             raise InvalidRequest("model: the LLM server makes no embeddings with this one") from None
-        except BrokenAnswer as error:
-            raise LLMError(str(error)) from None
         except NO_JSON:
             raise LLMError("What the LLM server sent are no embeddings.") from None
+        finally:
+            await answer.leave(is_read=is_read)
+
+    async def _read_whole(self, answer: Answer, clock: Clock) -> bytes:
+        parts: list[bytes] = []
+        length = 0
+        while part := await self._read(answer, clock):
+            clock.has_begun = True
+            parts.append(part)
+            length += len(part)
+            if length > LONGEST_EMBEDDINGS:
+                raise LLMError(TOO_LONG)
+        return b"".join(parts)
 
     # --- other questions ---
 
@@ -353,7 +367,6 @@ class LLMServer:
         headers: Mapping[str, str],
         body: bytes = b"",
         key: str | None = None,
-        most: int = LONGEST_LINE,
     ) -> bytes:
         """A whole answer. Raises `NoAnswer`, `BrokenAnswer`, and a `PortalError` for a refusal."""
         answer = await self._send(method, url, headers, body, own_key=key is not None)
@@ -361,9 +374,9 @@ class LLMServer:
         try:
             if answer.status != 200:
                 raise await self._refusal(answer, None, key)
-            whole = await answer.read_whole(most + 1)
-            if len(whole) > most:
-                raise LLMError("The LLM server's answer is too long.")
+            whole = await answer.read_whole(LONGEST_LINE + 1)
+            if len(whole) > LONGEST_LINE:
+                raise LLMError(TOO_LONG)
             is_read = True
             return whole
         finally:
