@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import pytest
 
@@ -195,6 +197,21 @@ async def test_an_answer_without_a_length_ends_with_its_connection() -> None:
 
     async with serving(serve) as http:
         assert await ask(http) == b"all there is"
+
+
+class _Endless:
+    """A connection over which comes whatever is read of it."""
+
+    async def read(self, _until: float | None = None) -> bytes:
+        return bytes(4096)
+
+
+async def test_the_time_for_an_answer_grows_with_its_length_and_no_faster() -> None:
+    most = 64 << 20
+    began = time.process_time()
+    whole = await Answer(cast("Any", _Endless()), 200, {}).read_whole(most)
+    assert time.process_time() - began < 2
+    assert len(whole) == most
 
 
 async def test_a_server_waits_for_a_slow_reader() -> None:

@@ -155,10 +155,12 @@ class Answer:
 
     async def read_whole(self, most: int) -> bytes:
         """All of it, or its first `most` bytes. Raises `BrokenAnswer`."""
-        body = b""
-        while len(body) < most and (part := await self.read()):
-            body += part
-        return body[:most]
+        parts: list[bytes] = []
+        length = 0
+        while length < most and (part := await self.read()):
+            parts.append(part)
+            length += len(part)
+        return b"".join(parts)[:most]
 
     async def leave(self, *, is_read: bool) -> None:
         """Gives the connection back. Unless the answer `is_read`, and ends soon, it is closed, which tells
