@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.config import Settings, load_settings
-from app.errors import InvalidRequest, LLMError, PortalError
+from app.errors import InvalidRequest, LLMError, LLMUnavailable, Overloaded, PortalError
 from app.events import GenerationOptions, Usage
 from app.services.catalog import Catalog
 from app.services.llm_client import LLMClient
@@ -408,6 +408,49 @@ async def test_each_kind_is_spoken_to_in_its_dialect(
     if kind == "watsonx":
         form = {"grant_type": "urn:ibm:params:oauth:grant-type:apikey", "apikey": "k"}
         assert other.token_requests == [form], "once for both requests"
+
+
+@pytest.mark.parametrize("own_keys", [False, True])
+@pytest.mark.parametrize(
+    ("status", "kind", "complaint"),
+    [
+        (400, LLMError, "The token service did not accept {whose}"),
+        (401, LLMError, "The token service did not accept {whose}"),
+        (404, LLMError, "The token service answered with status 404"),
+        (429, Overloaded, "The token service is busy"),
+        (503, LLMError, "The token service answered with status 503"),
+        (None, LLMUnavailable, "The token service cannot be reached"),
+    ],
+)
+async def test_what_the_token_service_refuses_is_no_fault_of_the_llm_server(
+    fake: FakeLLM,
+    other: FakeLLM,
+    tmp_path: Path,
+    own_keys: bool,
+    status: int | None,
+    kind: type[PortalError],
+    complaint: str,
+) -> None:
+    models = f"""
+        [providers.p]
+        kind = "watsonx"
+        url = "{other.url}/v1"
+        key = "k"
+        own_keys = true
+        token_url = "{DOWN if status is None else other.url}/identity/token"
+        [models.m]
+        provider = "p"
+    """
+    other.token_status = status or 200
+    own_key = OwnKey("p", "mine") if own_keys else None
+    whose = "the session's own key" if own_keys else r"the portal's key \(providers\.p\.key\)"
+    async with portal_with(tmp_path, fake.url, models) as client:
+        with pytest.raises(kind, match=complaint.format(whose=whose)):
+            await ask(client, "m", own_key=own_key)
+    async with portal_with(tmp_path, fake.url, models) as client:  # whose servers have not failed
+        with pytest.raises(kind, match=complaint.format(whose=r"the portal's key \(providers\.p\.key\)")):
+            await client.embed(["one"], "m", {})
+    assert not other.requests
 
 
 @pytest.mark.parametrize("url", ["{url}/v1", "{url}/openai/v1", "{url}/v1beta/openai"])
