@@ -104,6 +104,7 @@ class FakeLLM:
     dropped: int = 0
     models_status: int = 200
     props_status: int = 200
+    token_status: int = 200
     before_models: float = 0.0
     listed: list[dict[str, Any]] | None = None
     """What it says of its models, in place of the one `model`."""
@@ -145,6 +146,8 @@ class FakeLLM:
 
     async def token(self, request: web.Request) -> web.Response:
         self.token_requests.append(dict(await request.post()))
+        if self.token_status != 200:
+            return web.json_response({"errorMessage": "as told"}, status=self.token_status)
         return web.json_response({"access_token": f"token-{len(self.token_requests)}", "expires_in": 3600})
 
     async def count(self, request: web.Request) -> web.Response:
@@ -173,6 +176,7 @@ class FakeLLM:
         self.requests.append({**body, "headers": dict(request.headers), "path": request.path_qs})
         await self._changed()
         await _set(self.script.gate)
+        await asyncio.sleep(self.script.before_headers)
         if self.script.status != 200:
             error = {"message": self.script.error}
             return web.json_response({"error": error}, status=self.script.status)

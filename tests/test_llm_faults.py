@@ -17,6 +17,7 @@ from app.config import Settings
 from app.container import Container, open_container
 from app.events import Failed, Final, TurnRequest
 from app.services.turns import Turn
+from app.services.usage import today
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import person
 
@@ -154,6 +155,43 @@ async def test_a_fault_has_its_error_and_leaves_nothing(fault: str, fake: FakeLL
     assert "".join(message.content for message in messages[1:]).rstrip("x") == partial.rstrip("x")
     assert len(messages) == (2 if partial else 1)
     await assert_at_rest(portal, fake)
+
+
+async def tokens_of_ada(portal: Container) -> int:
+    return (await portal.book.spent(ADA.owner, today())).tokens
+
+
+@pytest.mark.parametrize(
+    "script",
+    [Script(status=401), Script(status=429), Script(status=500), Script(status=502), FAULTS["reset"][0]],
+)
+async def test_a_request_that_was_refused_costs_no_tokens(
+    script: Script, fake: FakeLLM, portal: Container
+) -> None:
+    fake.script = script
+    assert isinstance((await ask(portal)).ending, Failed)
+    assert fake.requests
+    assert await tokens_of_ada(portal) == 0
+
+
+@pytest.mark.parametrize("fault", ["closed after the headers", "never an answer", "never a first piece"])
+async def test_a_prompt_that_a_server_may_have_read_is_paid_for(
+    fault: str, fake: FakeLLM, portal: Container
+) -> None:
+    fake.script = FAULTS[fault][0]
+    assert isinstance((await ask(portal)).ending, Failed)
+    assert await tokens_of_ada(portal) > 0
+
+
+async def test_a_turn_that_is_stopped_while_its_prompt_is_read_pays_for_it(
+    fake: FakeLLM, portal: Container
+) -> None:
+    fake.script = Script(before_headers=60)
+    turn = await portal.sessions.submit(TurnRequest(who=ADA, session_id="s", message="hi"))
+    await fake.until(lambda: fake.running == 1)
+    await portal.sessions.stop(ADA, "s")
+    await turn.ended()
+    assert await tokens_of_ada(portal) > 0
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,28 @@ async def test_the_queue_is_bounded_where_a_free_server_has_another_model(
 # --- failover ------------------------------------------------------------------------------------
 
 
+async def test_embeddings_are_another_servers_turn_when_one_is_silent(
+    client: LLMClient, fakes: list[FakeLLM]
+) -> None:
+    for fake in fakes[:2]:
+        fake.script = Script(before_headers=60)
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            assert (await client.embed(["one"], None, {})).tokens == 3
+
+
+async def test_the_longest_time_for_embeddings_holds_over_all_attempts(
+    fakes: list[FakeLLM], settings_for: SettingsFor
+) -> None:
+    for fake in fakes:
+        fake.script = Script(before_headers=0.7, status=502)
+    async with client_for(settings_for(urls(fakes), llm_timeout=1.0, llm_connect_timeout=1.0)) as client:
+        await client.ahealth()
+        with pytest.raises(LLMTimeout, match="within 1 s"):
+            await client.embed(["one"], None, {})
+    assert sum(asked(fakes)) == 2
+
+
 @pytest.mark.parametrize(
     "script",
     [

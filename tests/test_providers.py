@@ -200,6 +200,56 @@ async def test_keys_stand_where_the_file_says(fake: FakeLLM, other: FakeLLM, tmp
     assert "X-Team" not in fake.requests[-1]["headers"]
 
 
+FROM_A_VARIABLE = """
+[providers.near]
+url = "{other}"
+key = {{ env = "NEAR_KEY" }}
+headers = {{ X-Team = {{ env = "TEAM" }} }}
+[models.m]
+provider = "near"
+"""
+
+
+async def test_a_key_may_end_with_the_line_break_that_echo_leaves(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LLM_API_KEY": "ours\n", "NEAR_KEY": "theirs\r\n", "TEAM": "blue\n"}.items():
+        monkeypatch.setenv(name, value)
+    async with portal_with(tmp_path, fake.url, FROM_A_VARIABLE.format(other=other.url)) as client:
+        await ask(client, "m")
+        await ask(client)
+    shown = other.requests[-1]["headers"]
+    assert (shown["Authorization"], shown["X-Team"]) == ("Bearer theirs", "blue")
+    assert fake.requests[-1]["headers"]["Authorization"] == "Bearer ours"
+
+
+@pytest.mark.parametrize("wrong", ["canary\nkey", "canary-k\u20acy", "canary\x07key"])
+@pytest.mark.parametrize(
+    ("variable", "setting"),
+    [
+        ("LLM_API_KEY", "^LLM_API_KEY: "),
+        ("NEAR_KEY", r"^models\.toml: providers\.near\.key: "),
+        ("TEAM", r"^models\.toml: providers\.near\.headers\.X-Team: "),
+    ],
+)
+def test_a_key_that_no_header_can_have_is_told_by_its_setting(
+    settings_for: SettingsFor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
+    variable: str,
+    setting: str,
+) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text(FROM_A_VARIABLE.format(other=DOWN))
+    values = {"LLM_API_KEY": "k", "NEAR_KEY": "k", "TEAM": "blue", variable: wrong}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidRequest, match=setting) as caught:
+        LLMClient(settings_for(), Catalog(file))
+    assert "canary" not in caught.value.message
+
+
 def test_the_examples_of_the_documentation_are_right(tmp_path: Path) -> None:
     examples = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "providers.md").read_text(), re.DOTALL)
     seen: set[str] = set()
@@ -429,6 +479,49 @@ async def test_each_kind_is_spoken_to_in_its_dialect(
         assert other.token_requests == [form], "once for both requests"
 
 
+@pytest.mark.parametrize("own_keys", [False, True])
+@pytest.mark.parametrize(
+    ("status", "kind", "complaint"),
+    [
+        (400, LLMError, "The token service did not accept {whose}"),
+        (401, LLMError, "The token service did not accept {whose}"),
+        (404, LLMError, "The token service answered with status 404"),
+        (429, Overloaded, "The token service is busy"),
+        (503, LLMError, "The token service answered with status 503"),
+        (None, LLMUnavailable, "The token service cannot be reached"),
+    ],
+)
+async def test_what_the_token_service_refuses_is_no_fault_of_the_llm_server(
+    fake: FakeLLM,
+    other: FakeLLM,
+    tmp_path: Path,
+    own_keys: bool,
+    status: int | None,
+    kind: type[PortalError],
+    complaint: str,
+) -> None:
+    models = f"""
+        [providers.p]
+        kind = "watsonx"
+        url = "{other.url}/v1"
+        key = "k"
+        own_keys = true
+        token_url = "{DOWN if status is None else other.url}/identity/token"
+        [models.m]
+        provider = "p"
+    """
+    other.token_status = status or 200
+    own_key = OwnKey("p", "mine") if own_keys else None
+    whose = "the session's own key" if own_keys else r"the portal's key \(providers\.p\.key\)"
+    async with portal_with(tmp_path, fake.url, models) as client:
+        with pytest.raises(kind, match=complaint.format(whose=whose)):
+            await ask(client, "m", own_key=own_key)
+    async with portal_with(tmp_path, fake.url, models) as client:  # whose servers have not failed
+        with pytest.raises(kind, match=complaint.format(whose=r"the portal's key \(providers\.p\.key\)")):
+            await client.embed(["one"], "m", {})
+    assert not other.requests
+
+
 @pytest.mark.parametrize("url", ["{url}/v1", "{url}/openai/v1", "{url}/v1beta/openai"])
 async def test_a_url_with_a_path_is_taken_as_it_is(
     fake: FakeLLM, other: FakeLLM, tmp_path: Path, url: str
@@ -509,3 +602,15 @@ async def test_an_own_key_goes_to_its_provider_alone(fake: FakeLLM, other: FakeL
             await ask(client, "second")
         assert len(other.requests) == so_far, "a fallback that needs a key is none for who has none"
     assert "canary" not in repr(mine)
+
+
+@pytest.mark.parametrize("key", ["canary\nkey", "canary-k\u20acy"])
+async def test_an_own_key_that_cannot_be_sent_is_told_to_be_wrong(
+    fake: FakeLLM, other: FakeLLM, tmp_path: Path, key: str
+) -> None:
+    models = f'[providers.p]\nurl = "{other.url}"\nown_keys = true\n[models.m]\nprovider = "p"'
+    mine = OwnKey("p", key)
+    async with portal_with(tmp_path, fake.url, models) as client:
+        with pytest.raises(LLMError, match="the session's own key") as caught:
+            await ask(client, "m", own_key=mine)
+    assert "canary" not in caught.value.message

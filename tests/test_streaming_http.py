@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import pytest
 
@@ -131,6 +133,62 @@ async def test_a_connection_that_the_server_closed_meanwhile_is_made_anew() -> N
     assert connections == 2
 
 
+async def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    connections = 0
+    closed = asyncio.Semaphore(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        try:
+            while True:
+                await request_of(reader)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        finally:
+            closed.release()
+
+    async with serving(serve) as http:
+        await asyncio.gather(ask(http), ask(http))
+        await ask(http)
+        assert connections == 2
+        monkeypatch.setattr("app.services.streaming_http.MOST_IDLE_S", 0.0)
+        await ask(http)
+        assert connections == 3
+        async with asyncio.timeout(5):
+            for _ in range(2):
+                await closed.acquire()
+
+
+@pytest.mark.parametrize(
+    ("sent", "send_again_s"),
+    [
+        pytest.param(b"", 0.0, id="late"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-", 60.0, id="after the first bytes of an answer"),
+    ],
+)
+async def test_a_request_that_a_server_may_have_worked_on_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes, send_again_s: float
+) -> None:
+    monkeypatch.setattr("app.services.streaming_http.SEND_AGAIN_S", send_again_s)
+    requests = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        await request_of(reader)
+        requests += 1
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await request_of(reader)
+        requests += 1
+        writer.write(sent)
+        await writer.drain()
+
+    async with serving(serve) as http:
+        assert await ask(http) == b"ok"
+        with pytest.raises(NoAnswer):
+            await ask(http)
+    assert requests == 2
+
+
 async def test_leaving_an_answer_closes_its_connection() -> None:
     closed = asyncio.Event()
 
@@ -195,6 +253,21 @@ async def test_an_answer_without_a_length_ends_with_its_connection() -> None:
 
     async with serving(serve) as http:
         assert await ask(http) == b"all there is"
+
+
+class _Endless:
+    """A connection over which comes whatever is read of it."""
+
+    async def read(self, _until: float | None = None) -> bytes:
+        return bytes(4096)
+
+
+async def test_the_time_for_an_answer_grows_with_its_length_and_no_faster() -> None:
+    most = 64 << 20
+    began = time.process_time()
+    whole = await Answer(cast("Any", _Endless()), 200, {}).read_whole(most)
+    assert time.process_time() - began < 2
+    assert len(whole) == most
 
 
 async def test_a_server_waits_for_a_slow_reader() -> None:

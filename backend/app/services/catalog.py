@@ -226,7 +226,7 @@ def secret(settings: Settings, where: str, given: Secret) -> str:
     if isinstance(given, SecretStr):
         return given.get_secret_value()
     found = settings.variable(given.env) if given.env else settings.secret_file(given.file or "")
-    if not found:
+    if not found.strip():
         place = f"the variable {given.env}" if given.env else f"the file {given.file}"
         raise InvalidRequest(f"{where}: there is nothing in {place}")
     return found

@@ -87,7 +87,7 @@ class Generating:
         """Finds out what a turn has used that the server has not reported, as well as that can be told. The
         turn cannot be interrupted any more."""
         turn.interruptible = False
-        if not turn.meter.model:
+        if not turn.meter.has_read:
             return
         usage = await self._llm.count(turn.prompt, turn.written, options.model)
         if usage is None:

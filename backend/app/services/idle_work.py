@@ -119,7 +119,7 @@ class IdleWork:
         finally:
             text = "" if reply is None else reply.response.strip()
             used = reply.usage if reply is not None else Usage(estimate_prompt(messages), 0, estimated=True)
-            spent = self._accounting.work(turn, "summary", used if meter.model else Usage(), meter)
+            spent = self._accounting.work(turn, "summary", used if meter.has_read else Usage(), meter)
             keeping = self._keep(turn, ticket, spent, version, text, start)
             kept = self._counting.start(keeping, f"count {turn.id}")
         if await asyncio.shield(kept):

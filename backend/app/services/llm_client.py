@@ -163,7 +163,9 @@ class LLMClient:
         """
         meter = meter or Meter()
         journey = Journey(self.router, options.model, allowed, session, meter, own_key)
-        updates = self._updates(journey, partial(self._reply, journey, messages, options), deadline, owner)
+        updates = self._updates(
+            journey, partial(self._reply, journey, meter, messages, options), deadline, owner
+        )
         if self._cache is None or own_key is not None:
             return updates
         question = self._cache.question(journey.route, owner, messages, options)
@@ -200,14 +202,19 @@ class LLMClient:
                 journey.leave()
 
     def _reply(
-        self, journey: Journey, messages: Sequence[Message], options: GenerationOptions, clock: Clock
+        self,
+        journey: Journey,
+        meter: Meter,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        clock: Clock,
     ) -> AsyncGenerator[Piece | Done, None]:
         server, model = journey.arrive()
         body, tools = chat_body(self._settings, server, model, journey.route.entry, messages, options)
         if (slot := journey.take_slot()) is not None:
             body["id_slot"] = slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
-        return server.generate(model, body, reader, clock, journey.key(), journey.headers)
+        return server.generate(model, body, reader, clock, meter, journey.key(), journey.headers)
 
     async def in_spare_time(
         self, session: str, messages: Sequence[Message], options: GenerationOptions, meter: Meter
@@ -263,7 +270,7 @@ class LLMClient:
             body["id_slot"] = slot
         reader = ReplyReader(self._settings.llm_skip_thinking, tools)
         try:
-            generating = server.generate(model, body, reader, Clock(self._settings), None)
+            generating = server.generate(model, body, reader, Clock(self._settings), meter, None)
             async with aclosing(generating) as updates:
                 async for update in updates:
                     completion.add(update)
@@ -284,9 +291,9 @@ class LLMClient:
         Raises what `generate` raises: `InvalidRequest` where the server makes none."""
         journey = Journey(self.router, model, (), None, meter or Meter(), None)
 
-        async def made(_clock: Clock) -> AsyncGenerator[Embedded, None]:
+        async def made(clock: Clock) -> AsyncGenerator[Embedded, None]:
             server, found = journey.arrive()
-            yield await server.embed(found, texts, asked, journey.key())
+            yield await server.embed(found, texts, asked, clock, journey.key())
 
         async with aclosing(self._updates(journey, made, None, owner)) as updates:
             async for update in updates:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlencode
 
@@ -32,6 +32,7 @@ from app.logs import get_logger
 from app.services import dialects
 from app.services.catalog import DEFAULT, ProviderKind
 from app.services.overflows import overflow_in
+from app.services.places import Meter
 from app.services.prompts import encode_body
 from app.services.replies import LONGEST_LINE, NO_JSON, Done, Fault, Piece, ReplyReader, error_text
 from app.services.server_state import NEVER_ASKED, Loading, Refused, ServerState
@@ -59,6 +60,8 @@ MOST_TOKENS = 1000
 
 LONGEST_EMBEDDINGS = 64 << 20
 """Bytes of an answer with embeddings."""
+
+TOO_LONG = "The LLM server's answer is too long."
 
 _JSON = {"Content-Type": "application/json"}
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -171,19 +174,26 @@ class LLMServer:
         body: Mapping[str, Any],
         reader: ReplyReader,
         clock: Clock,
+        meter: Meter,
         key: str | None,
         more: Mapping[str, str] = NONE,
     ) -> AsyncGenerator[Piece | Done, None]:
         """Posts a chat completion, with another `key` than the provider's where one is given and with `more`
-        headers, and yields the reply as `reader` reads it, within the limits of `clock`. Closing the
-        generator closes the request to the server."""
-        answer = await self._post(model, encode_body(body), clock, key, more)
+        headers, and yields the reply as `reader` reads it, within the limits of `clock`. It tells `meter`
+        when the server has taken the prompt up. Closing the generator closes the request to the server."""
+        url = dialects.chat_url(self.upstream.kind, self.url, model.id, self.upstream.api_version)
+        try:
+            answer = await self._post(url, encode_body(body), clock, key, more)
+        except (LLMTimeout, asyncio.CancelledError):  # many show nothing before they have read all of it
+            meter.has_read = True
+            raise
         try:
             if answer.status != 200:
-                refusal = await self._refusal(answer, model.name, key)
+                refusal = await self._refusal(answer, model.name, own_key=key is not None)
                 if isinstance(refusal, ContextExceeded) and refusal.limit is not None:
                     self.contexts[model.id] = refusal.limit
                 raise refusal
+            meter.has_read = True
             while not reader.complete:
                 data = answer.take() or await self._read(answer, clock)
                 if not data:
@@ -201,16 +211,14 @@ class LLMServer:
             await answer.leave(is_read=reader.complete)
 
     async def _post(
-        self, model: ModelInfo, body: bytes, clock: Clock, key: str | None, more: Mapping[str, str]
+        self, url: str, body: bytes, clock: Clock, key: str | None, more: Mapping[str, str] = NONE
     ) -> Answer:
-        kind = self.upstream.kind
-        url = dialects.chat_url(kind, self.url, model.id, self.upstream.api_version)
         try:
             until = clock.next_limit()
             headers = await self._headers_with(key, until)
             if more:
                 headers = {**headers, **more}
-            return await self._http.request("POST", url, headers, body, until=until)
+            return await self._send("POST", url, headers, body, own_key=key is not None, until=until)
         except TimeoutError:
             raise LLMTimeout(clock.complaint()) from None
         except NoAnswer as error:
@@ -218,26 +226,49 @@ class LLMServer:
         except BrokenAnswer as error:
             raise LLMError(str(error)) from None
 
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        own_key: bool,
+        until: float | None = None,
+    ) -> Answer:
+        try:
+            return await self._http.request(method, url, headers, body, until=until)
+        except ValueError:  # it may repeat the key
+            raise LLMError(
+                f"The LLM server cannot be asked: there is a character in {self._whose(own_key)}, in a "
+                "header or in its address that cannot be sent."
+            ) from None
+
     async def _headers_with(self, key: str | None, until: float) -> Mapping[str, str]:
         upstream = self.upstream
         if upstream.kind == "watsonx":
-            async with asyncio.timeout_at(until):
-                key = await self._token_for(upstream.key if key is None else key)
+            own_key = key is not None
+            key = await self._token_for(upstream.key if key is None else key, until, own_key=own_key)
         elif key is None:
             return self._headers
         return {**self._headers, **dialects.key_headers(upstream.kind, key)}
 
-    async def _token_for(self, key: str) -> str:
-        """IBM Cloud's token for an API key: good for an hour, and what its services want to see."""
+    async def _token_for(self, key: str, limit: float, *, own_key: bool) -> str:
+        """IBM Cloud's token for an API key: good for an hour, and what its services want to see. Raises
+        errors that say whose fault it is where there is none."""
         token, until = self._tokens.get(key, ("", 0.0))
         if time.monotonic() < until:
             return token
         form = {"grant_type": "urn:ibm:params:oauth:grant-type:apikey", "apikey": key}
-        whole = await self._fetch("POST", self.upstream.token_url, _FORM, urlencode(form).encode(), key)
+        url, body = self.upstream.token_url, urlencode(form).encode()
         try:
+            async with asyncio.timeout_at(limit):
+                whole = await self._fetch("POST", url, _FORM, body, partial(self._no_token, own_key=own_key))
             found = msgspec.json.decode(whole, type=_Token)
-        except NO_JSON:
-            raise LLMError("What answers where tokens are given out gave none.") from None
+        except (TimeoutError, NoAnswer):
+            raise LLMUnavailable("The token service cannot be reached.", retry_after=LOOK_AGAIN_S) from None
+        except (BrokenAnswer, *NO_JSON):
+            raise LLMError("The token service gave no token.") from None
         if len(self._tokens) >= MOST_TOKENS:
             self._tokens.clear()
         self._tokens[key] = (found.access_token, time.monotonic() + found.expires_in - TOKEN_RESERVE_S)
@@ -259,51 +290,84 @@ class LLMServer:
             self.look_again.set()
         return error
 
-    async def _refusal(self, answer: Answer, model: str | None, own_key: str | None = None) -> PortalError:
-        """The error for an answer that is not 200. What the server says may tell of its insides, so it
-        goes to the debug log and not to the client."""
+    def _whose(self, own_key: bool) -> str:
+        return "the session's own key" if own_key else self.upstream.whose_key
+
+    async def _refusal(
+        self, answer: Answer, model: str | None = None, *, own_key: bool = False
+    ) -> PortalError:
+        """The error for an answer that is not 200."""
+        status, body = answer.status, await self._reason(answer, own_key=own_key)
+        if status in {401, 403}:
+            return LLMError(f"The LLM server did not accept {self._whose(own_key)}.")
+        if status in {400, 413, 422} and (overflow := overflow_in(body)) is not None:
+            return overflow
+        return _error_of(status, model, _seconds(answer.headers.get("retry-after")))
+
+    async def _no_token(self, answer: Answer, *, own_key: bool) -> PortalError:
+        """The error for an answer of the token service that is not 200."""
         status = answer.status
+        await self._reason(answer, own_key=own_key)
+        if status in {400, 401, 403}:  # IBM Cloud calls a key that it does not know a bad request
+            return LLMError(f"The token service did not accept {self._whose(own_key)}.")
+        if status == 429:
+            retry_after = _seconds(answer.headers.get("retry-after"))
+            return Overloaded("The token service is busy.", retry_after=retry_after or 5)
+        return LLMError(f"The token service answered with status {status}.", retryable=status >= 500)
+
+    async def _reason(self, answer: Answer, *, own_key: bool) -> bytes:
+        """Why a request was refused. It may tell of a server's insides, so it goes to the debug log and not
+        to the client."""
         try:
             async with asyncio.timeout(REFUSAL_S):
                 body = await answer.read_whole(LONGEST_REFUSAL)
         except (TimeoutError, BrokenAnswer):
             body = b""
-        if own_key is None:  # a provider may repeat a key that it does not know
-            log.debug("LLM server refused a request", server=self.name, status=status, said=error_text(body))
-        if status in {401, 403}:
-            whose = "the session's own key" if own_key is not None else self.upstream.whose_key
-            return LLMError(f"The LLM server did not accept {whose}.")
-        if status in {400, 413, 422} and (overflow := overflow_in(body)) is not None:
-            return overflow
-        return _error_of(status, model, _seconds(answer.headers.get("retry-after")))
+        if not own_key:  # a provider may repeat a key that it does not know
+            said = error_text(body)
+            log.debug("LLM server refused a request", server=self.name, status=answer.status, said=said)
+        return body
 
     # --- embeddings ---
 
     async def embed(
-        self, model: ModelInfo, texts: Sequence[str], asked: Mapping[str, Any], key: str | None
+        self,
+        model: ModelInfo,
+        texts: Sequence[str],
+        asked: Mapping[str, Any],
+        clock: Clock,
+        key: str | None,
     ) -> Embedded:
-        """The embeddings of `texts`, with another `key` than the provider's where one is given; `asked` is
-        what else the server is told. Raises `InvalidRequest` where it makes none."""
+        """The embeddings of `texts`, within the limits of `clock` and with another `key` than the provider's
+        where one is given; `asked` is what else the server is told. Raises `InvalidRequest` where it makes
+        none."""
         kind, body = self.upstream.kind, encode_body({**asked, "model": model.id, "input": texts})
         url = dialects.embeddings_url(kind, self.url, model.id, self.upstream.api_version)
-        end = asyncio.get_running_loop().time() + self._settings.llm_timeout
+        answer = await self._post(url, body, clock, key)
+        is_read = False
         try:
-            async with asyncio.timeout_at(end):
-                headers = await self._headers_with(key, end)
-                whole = await self._fetch("POST", url, headers, body, key, LONGEST_EMBEDDINGS)
+            if answer.status != 200:
+                raise await self._refusal(answer, None, own_key=key is not None)
+            whole = await self._read_whole(answer, clock)
+            is_read = True
             return msgspec.json.decode(whole, type=_Embeddings).as_told()
-        except TimeoutError:
-            raise LLMTimeout(
-                f"The LLM server did not answer within {self._settings.llm_timeout:g} s."
-            ) from None
-        except NoAnswer as error:
-            raise self._unreachable(refused=isinstance(error, NoConnection)) from None
         except NotOffered:
             raise InvalidRequest("model: the LLM server makes no embeddings with this one") from None
-        except BrokenAnswer as error:
-            raise LLMError(str(error)) from None
         except NO_JSON:
             raise LLMError("What the LLM server sent are no embeddings.") from None
+        finally:
+            await answer.leave(is_read=is_read)
+
+    async def _read_whole(self, answer: Answer, clock: Clock) -> bytes:
+        parts: list[bytes] = []
+        length = 0
+        while part := await self._read(answer, clock):
+            clock.has_begun = True
+            parts.append(part)
+            length += len(part)
+            if length > LONGEST_EMBEDDINGS:
+                raise LLMError(TOO_LONG)
+        return b"".join(parts)
 
     # --- other questions ---
 
@@ -326,18 +390,17 @@ class LLMServer:
         url: str,
         headers: Mapping[str, str],
         body: bytes = b"",
-        key: str | None = None,
-        most: int = LONGEST_LINE,
+        refused: Callable[[Answer], Awaitable[PortalError]] | None = None,
     ) -> bytes:
         """A whole answer. Raises `NoAnswer`, `BrokenAnswer`, and a `PortalError` for a refusal."""
-        answer = await self._http.request(method, url, headers, body)
+        answer = await self._send(method, url, headers, body, own_key=False)
         is_read = False
         try:
             if answer.status != 200:
-                raise await self._refusal(answer, None, key)
-            whole = await answer.read_whole(most + 1)
-            if len(whole) > most:
-                raise LLMError("The LLM server's answer is too long.")
+                raise await (refused or self._refusal)(answer)
+            whole = await answer.read_whole(LONGEST_LINE + 1)
+            if len(whole) > LONGEST_LINE:
+                raise LLMError(TOO_LONG)
             is_read = True
             return whole
         finally:

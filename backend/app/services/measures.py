@@ -15,8 +15,8 @@ CHARS_A_TOKEN = 4
 
 
 def estimated(turn: Turn) -> Usage:
-    """Roughly what a turn has used: nothing when it came to no model."""
-    if not turn.meter.model:
+    """Roughly what a turn has used: nothing when no server took it up."""
+    if not turn.meter.has_read:
         return Usage(estimated=True)
     # A piece is a token, or several that came together.
     return Usage(estimate_prompt(turn.prompt), max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)

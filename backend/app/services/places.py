@@ -36,10 +36,11 @@ _SMOOTHING = 0.2
 @dataclass(slots=True)
 class Meter:
     """What a generation used: the model that answered, and its share of the time in which the LLM server
-    was busy. Of two that run side by side each has half of that time. `own_key` when somebody else than the
-    portal pays for it."""
+    was busy. Of two that run side by side each has half of that time. `has_read` when some server took the
+    prompt up, and did not refuse it. `own_key` when somebody else than the portal pays for it."""
 
     model: str = ""
+    has_read: bool = False
     gpu_seconds: float = 0.0
     own_key: bool = False
 

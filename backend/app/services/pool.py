@@ -11,7 +11,7 @@ from typing import Literal
 
 from app.config import Settings
 from app.errors import InvalidRequest, LLMUnavailable, PortalError
-from app.services.catalog import DEFAULT, Model, Provider, secret
+from app.services.catalog import DEFAULT, Model, Provider, Secret, secret
 from app.services.dialects import OWN, OWNERS
 from app.services.llm_server import LLMServer, ModelInfo, Upstream
 from app.services.places import Load, Place, Places, Queue
@@ -212,19 +212,21 @@ def _named(models: list[ModelInfo], wanted: str | None) -> ModelInfo | None:
 
 
 def default_upstream(settings: Settings) -> Upstream:
-    """The provider that `LLM_SERVER_URL` names."""
-    return Upstream(key=settings.llm_api_key.get_secret_value(), capacity=settings.llm_max_concurrency)
+    """The provider that `LLM_SERVER_URL` names. Raises `InvalidRequest` for a key that cannot be sent."""
+    key = _sendable("LLM_API_KEY", settings.llm_api_key.get_secret_value())
+    return Upstream(key=key, capacity=settings.llm_max_concurrency)
 
 
 def upstream_of(settings: Settings, name: str, provider: Provider, file: str) -> Upstream:
-    """A provider of `models.toml`, with its secrets. Raises `InvalidRequest` when one is missing."""
+    """A provider of `models.toml`, with its secrets. Raises `InvalidRequest` when one is missing, or cannot
+    be sent."""
     where = f"{file}: providers.{name}"
     return Upstream(
         name=name,
         kind=provider.kind,
-        key=secret(settings, f"{where}.key", provider.key),
+        key=_secret(settings, f"{where}.key", provider.key),
         headers={
-            header: secret(settings, f"{where}.headers.{header}", value)
+            header: _secret(settings, f"{where}.headers.{header}", value)
             for header, value in provider.headers.items()
         },
         own_keys=provider.own_keys,
@@ -232,3 +234,15 @@ def upstream_of(settings: Settings, name: str, provider: Provider, file: str) ->
         api_version=provider.api_version,
         token_url=provider.token_url,
     )
+
+
+def _secret(settings: Settings, where: str, given: Secret) -> str:
+    return _sendable(where, secret(settings, where, given))
+
+
+def _sendable(where: str, value: str) -> str:
+    """What a header is to say, without the line break that `echo` leaves behind a secret."""
+    value = value.strip()
+    if not value.isprintable() or max(value, default="") > "\xff":
+        raise InvalidRequest(f"{where}: there is a character in it that no header can have")
+    return value

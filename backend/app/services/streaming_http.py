@@ -25,6 +25,14 @@ MOST_HEADERS = 64 * 1024
 END_S = 0.5
 """How long the end of an answer is waited for whose reader has all it wants, to use its connection again."""
 
+MOST_IDLE_S = 30.0
+"""How long a connection may have been idle that is used again: who is between may have dropped it since, and
+told nobody."""
+
+SEND_AGAIN_S = 1.0
+"""A request is sent again where its connection was lost so soon: the server had closed it while it was idle.
+Where it was lost later the server may have worked on the request, and failed by it."""
+
 
 class NoAnswer(Exception):
     """The connection ended before its answer began."""
@@ -88,16 +96,21 @@ class StreamingHttp:
         """Sends a request, and returns once the headers of the answer are there. Raises `NoConnection`,
         `NoAnswer`, `BrokenAnswer`, `TimeoutError` where that is not `until` then (the loop's time), and
         `ValueError` for what cannot be sent. Whoever cancels it closes the connection."""
-        place = _place_of(url)
+        place, loop = _place_of(url), asyncio.get_running_loop()
         request = _request(method, place, headers, body)
         idle = self._idle.setdefault((place.host, place.port, place.has_tls), [])
+        while idle and loop.time() - idle[0].idle_since >= MOST_IDLE_S:  # the first has been so longest
+            idle.pop(0).close()
         while idle:
             connection = idle.pop()
             if not connection.is_open:
                 continue
+            sent_at = loop.time()
             try:
                 return await connection.ask(request, until)
-            except NoAnswer:  # the server had closed it meanwhile, and has done nothing
+            except NoAnswer:
+                if connection.has_news or loop.time() - sent_at >= SEND_AGAIN_S:
+                    raise
                 break
         return await (await self._connect(place, idle, until)).ask(request, until)
 
@@ -155,10 +168,12 @@ class Answer:
 
     async def read_whole(self, most: int) -> bytes:
         """All of it, or its first `most` bytes. Raises `BrokenAnswer`."""
-        body = b""
-        while len(body) < most and (part := await self.read()):
-            body += part
-        return body[:most]
+        parts: list[bytes] = []
+        length = 0
+        while length < most and (part := await self.read()):
+            parts.append(part)
+            length += len(part)
+        return b"".join(parts)[:most]
 
     async def leave(self, *, is_read: bool) -> None:
         """Gives the connection back. Unless the answer `is_read`, and ends soon, it is closed, which tells
@@ -188,6 +203,7 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.is_open = True
         self.is_whole = False
+        self.idle_since = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -222,6 +238,11 @@ class _Connection(asyncio.Protocol):
             raise
         return Answer(self, self._status, self._headers)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something has come since a request was sent."""
+        return self._before_body > 0
+
     def take(self) -> bytes:
         """See `Answer`."""
         parts = self._parts
@@ -251,6 +272,7 @@ class _Connection(asyncio.Protocol):
         """The answer is of no more use; the connection is, where the answer was whole."""
         if self.is_open and self.is_whole and self._may_go_on and self._problem is None:
             self.take()
+            self.idle_since = self._loop.time()
             self._idle.append(self)
         else:
             self.close()
