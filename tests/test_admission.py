@@ -161,6 +161,18 @@ def test_a_budget_is_reserved_before_and_settled_after(client: httpx.Client, adm
     assert ask(client, max_tokens=40).status_code == 200
 
 
+def test_as_much_is_reserved_as_the_model_may_write(
+    make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM
+) -> None:
+    (tmp_path / "models.toml").write_text("[models.fake-1]\noptions = { max_tokens = 500 }\n")
+    limits = {"LLM_MAX_TOKENS": "10", "DAILY_TOKEN_BUDGET": "200"}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, LLM_MODEL="fake-1", **limits).start()
+    with portal.client() as client:
+        refused = ask(client)
+        assert (refused.status_code, code(refused)) == (429, "budget_exceeded")
+        assert ask(client, max_tokens=40).status_code == 200
+
+
 def test_what_runs_at_once_cannot_share_what_is_left(
     client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM
 ) -> None:

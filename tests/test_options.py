@@ -72,6 +72,7 @@ WRONG: list[tuple[str, Any, str, str]] = [
     ("reasoning_effort", "huge", "reasoning_effort", "'high'"),
     ("extra", {"messages": []}, "extra", "messages is set by the portal"),
     ("extra", {"n": 4}, "extra", "n is set by the portal"),
+    ("extra", {"models": ["dear"]}, "extra", "models is set by the portal"),
     ("extra", {"temperature": 1}, "extra", "temperature has a field of its own"),
     ("extra", {"top-k": 1}, "extra", "no name of an option"),
 ]

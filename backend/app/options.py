@@ -195,6 +195,7 @@ OF_THE_PORTAL = frozenset(
         *("max_new_tokens", "id_slot", "slot_id", "response_fields", "return_progress", "priority"),
         *("request_id", "api_key", "api_base", "base_url", "chat_template", "chat_template_kwargs"),
         *("fallbacks", "metadata", "store", "service_tier", "kv_transfer_params"),
+        *("models", "route", "provider", "plugins", "preset", "web_search_options"),  # OpenRouter's
     }
 )
 """Keys of a request that the portal sets itself, or that would change how many replies there are, how long

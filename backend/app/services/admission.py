@@ -129,9 +129,17 @@ class Admission:
             raise InvalidRequest(f"max_tokens: at most {most} for you")
         return most if wanted is None and default() > most else wanted
 
-    async def admit(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
-        """Lets a turn in. Raises `RateLimited` and `BudgetExceeded`, and takes nothing then."""
-        ticket = self._ticket(who, request, turn_id, model)
+    async def admit(
+        self,
+        who: Identity,
+        request: TurnRequest,
+        turn_id: str,
+        model: str,
+        longest: Callable[[], int] | None = None,
+    ) -> Ticket:
+        """Lets a turn in. `longest` tells how long its reply may get where the request does not. Raises
+        `RateLimited` and `BudgetExceeded`, and takes nothing then."""
+        ticket = self._ticket(who, request, turn_id, model, longest)
         if ticket.windows:
             quotas = await self._ledger.take(turn_id, ticket.windows)
             _check_windows(quotas)
@@ -188,7 +196,14 @@ class Admission:
 
     # --- what counts for a turn ---
 
-    def _ticket(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
+    def _ticket(
+        self,
+        who: Identity,
+        request: TurnRequest,
+        turn_id: str,
+        model: str,
+        longest: Callable[[], int] | None = None,
+    ) -> Ticket:
         own = self.limits_of(who)
         others = [(subject, self._limits_beside(subject, request)) for subject in _subjects(who, request)]
         windows = [
@@ -199,7 +214,7 @@ class Admission:
         if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
             key = f"{who.owner}|{request.session_id}|1m"
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
-        holds, budgets = self._holds([(who.owner, own), *others], request, model)
+        holds, budgets = self._holds([(who.owner, own), *others], request, model, longest)
         return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
 
     def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
@@ -210,7 +225,11 @@ class Admission:
         return found
 
     def _holds(
-        self, subjects: Sequence[tuple[str, Limits]], request: TurnRequest, model: str
+        self,
+        subjects: Sequence[tuple[str, Limits]],
+        request: TurnRequest,
+        model: str,
+        longest: Callable[[], int] | None,
     ) -> tuple[list[Hold], dict[str, tuple[str, str]]]:
         holds, budgets = [], {}
         estimate: Spent | None = None
@@ -220,7 +239,7 @@ class Admission:
             for budget, counted in BUDGETS.items():
                 amount = getattr(limits, budget)
                 if amount:
-                    estimate = estimate or self._estimate(request, model)
+                    estimate = estimate or self._estimate(request, model, longest)
                     day = day_of(time.time())
                     period = day if budget.startswith("daily") else day[:7]
                     key = f"{subject}|{budget}|{period}"
@@ -228,14 +247,15 @@ class Admission:
                     budgets[key] = (subject, budget)
         return holds, budgets
 
-    def _estimate(self, request: TurnRequest, model: str) -> Spent:
+    def _estimate(self, request: TurnRequest, model: str, longest: Callable[[], int] | None) -> Spent:
         """What a turn may spend at most, but for the history, whose length is not known yet."""
         prompt = estimate_tokens(request.message) + estimate_tokens(request.system_prompt or "")
-        longest = request.options.max_tokens or self._settings.llm_max_tokens
-        usage = Usage(prompt, longest)
+        default = self._settings.llm_max_tokens if longest is None else longest()
+        written = request.options.max_tokens or default
+        usage = Usage(prompt, written)
         return Spent(
             prompt_tokens=prompt,
-            completion_tokens=longest,
+            completion_tokens=written,
             gpu_seconds=TYPICAL_GPU_S,
             cost=self.cost(model, usage, TYPICAL_GPU_S),
         )

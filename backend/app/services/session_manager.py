@@ -214,7 +214,8 @@ class SessionManager:
         have its answer, is not refused it."""
         try:
             self._drain.check()
-            return await self._admission.admit(request.who, request, turn_id, model)
+            longest = partial(self._default_length, request)
+            return await self._admission.admit(request.who, request, turn_id, model, longest)
         except (RateLimited, Draining):
             if request.request_id is None:
                 raise
@@ -279,7 +280,8 @@ class SessionManager:
         if (full := self._llm.full(options.model)) is not None:
             raise full
         turn_id, model = new_id(), self._llm.known_model(options.model)
-        ticket = await self._admission.admit(who, request, turn_id, model)
+        longest = partial(self._default_length, request)
+        ticket = await self._admission.admit(who, request, turn_id, model, longest)
         turn = unstored(turn_id, who, request.project, text)
         turn.ticket = ticket
         turn_log.accepted(turn, model)
