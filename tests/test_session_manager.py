@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -299,6 +300,22 @@ async def test_thinking_is_streamed_apart_when_it_is_wanted(fake: FakeLLM, setti
         assert (thoughts, answer_of(await turn.ended()).response) == ("hmso", "Yes")
         recalled = await portal.sessions.find(ADA, turn.id)
         assert [event.event for event in await events(recalled)] == seen
+
+
+async def test_the_reasoning_of_an_answer_that_was_finished_elsewhere_is_known(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    held = threading.Event()
+    fake.script = Script(pieces=[{"reasoning_content": "hm"}, *text("Yes")], held=held)
+    async with (
+        open_container(settings_for(fake.url, instance="one", llm_skip_thinking=False)) as one,
+        open_container(settings_for(fake.url, instance="two")) as two,
+    ):
+        turn = await one.sessions.submit(request())
+        followed = await two.sessions.find(ADA, turn.id)
+        held.set()
+        assert answer_of(await followed.ended()).response == "Yes"
+        assert followed.reasoning == turn.reasoning == "hm"
 
 
 async def test_a_follower_can_come_back_at_any_event(fake: FakeLLM, sessions: SessionManager) -> None:

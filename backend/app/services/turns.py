@@ -166,7 +166,7 @@ class Turn:
     def take_events(self, other: Turn) -> None:
         """Takes over the events of the same turn as it ended elsewhere."""
         self.row, self.ending, self.is_whole = other.row, None, other.is_whole
-        self._events = other._events[:-1]
+        self._events, self._trace = other._events[:-1], other._trace
         self._append(other._events[-1].event)
 
     def restart(self, row: TurnRow) -> None:
