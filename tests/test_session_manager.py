@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,8 @@ from tests.support import free_port, person
 SettingsFor = Callable[..., Settings]
 
 ADA, BO = person("1"), person("2")
+
+LONG = Script(pieces=text(*["more "] * 500), between=0.01)
 
 
 @pytest.fixture
@@ -299,6 +302,22 @@ async def test_thinking_is_streamed_apart_when_it_is_wanted(fake: FakeLLM, setti
         assert [event.event for event in await events(recalled)] == seen
 
 
+async def test_the_reasoning_of_an_answer_that_was_finished_elsewhere_is_known(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    held = threading.Event()
+    fake.script = Script(pieces=[{"reasoning_content": "hm"}, *text("Yes")], held=held)
+    async with (
+        open_container(settings_for(fake.url, instance="one", llm_skip_thinking=False)) as one,
+        open_container(settings_for(fake.url, instance="two")) as two,
+    ):
+        turn = await one.sessions.submit(request())
+        followed = await two.sessions.find(ADA, turn.id)
+        held.set()
+        assert answer_of(await followed.ended()).response == "Yes"
+        assert followed.reasoning == turn.reasoning == "hm"
+
+
 async def test_a_follower_can_come_back_at_any_event(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(pieces=text(*[f"{n} " for n in range(40)]), between=0.002)
     turn = await sessions.submit(request())
@@ -426,6 +445,47 @@ async def test_who_resumes_after_a_clear_hears_the_ending(fake: FakeLLM, session
     await sessions.clear(ADA, "s")
     resumed = await events(await sessions.find(ADA, turn.id), (1, 5))
     assert isinstance(resumed[-1].event, Cancelled)
+
+
+@pytest.mark.parametrize("how", ["clear", "fail"])
+@pytest.mark.parametrize("attempt", [1, 2])
+async def test_who_saw_one_event_hears_the_ending_that_was_stored_with_its_number(
+    fake: FakeLLM, sessions: SessionManager, how: str, attempt: int
+) -> None:
+    if attempt == 2:
+        fake.script = Script(status=500)
+        await (await sessions.submit(request(request_id="r"))).ended()
+    fake.script = LONG if how == "clear" else Script(cut_after=1, then="eof")
+    turn = await sessions.submit(request(request_id="r"))
+    if how == "clear":
+        async with aclosing(turn.follow()) as batches:
+            async for batch in batches:
+                if isinstance(batch[-1].event, Token):
+                    break
+        await sessions.clear(ADA, "s")
+    ending = await turn.ended()
+    assert await events(turn, turn.last) == [], "who has seen the ending is not told again"
+    seen = (attempt, attempt)  # the first token
+    assert isinstance((await events(turn))[seen[1]].event, Token)
+    resumed = await events(await sessions.find(ADA, turn.id), seen)
+    assert [event.event for event in resumed] == [ending]
+
+
+@pytest.mark.parametrize("by", ["one", "two"])
+async def test_who_goes_on_in_another_process_hears_an_ending_that_has_no_trace(
+    fake: FakeLLM, settings_for: SettingsFor, by: str
+) -> None:
+    fake.script = LONG
+    async with (
+        open_container(settings_for(fake.url, instance="one")) as one,
+        open_container(settings_for(fake.url, instance="two")) as two,
+    ):
+        turn = await one.sessions.submit(request())
+        following = asyncio.create_task(events(await two.sessions.find(ADA, turn.id), (1, 1)))
+        await fake.until(lambda: fake.running == 1)
+        await (one if by == "one" else two).sessions.clear(ADA, "s")
+        async with asyncio.timeout(10):
+            assert [type(event.event) for event in await following] == [Cancelled]
 
 
 async def test_a_retry_has_a_deadline_of_its_own(fake: FakeLLM, sessions: SessionManager) -> None:

@@ -84,7 +84,7 @@ class Elsewhere:
         turn.task = None
         self._live.turns[turn.id] = turn
         observed = self._observed[turn.id] = _Observed(turn)
-        turn.on_followed, turn.on_abandoned = self._followed, self._abandoned
+        self._attend(turn)
         self._tasks.start(self._observe(observed), f"observe {turn.id}")
 
     async def _observe(self, observed: _Observed) -> None:
@@ -124,12 +124,16 @@ class Elsewhere:
         turn = observed.turn
         if row.attempt != turn.row.attempt:
             turn.restart(row)
-            turn.on_followed, turn.on_abandoned = self._followed, self._abandoned
+            self._attend(turn)
             observed.has_gap = True
         elif row.instance != turn.row.instance:
             turn.row = row
             observed.has_gap = True
         self._ask_for_events(observed)
+
+    def _attend(self, turn: Turn) -> None:
+        turn.is_whole = False  # what has come of it is known only as far as it was heard
+        turn.on_followed, turn.on_abandoned = self._followed, self._abandoned
 
     # --- by the wire ---
 

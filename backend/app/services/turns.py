@@ -103,6 +103,9 @@ class Turn:
         self.spans: TurnSpans | None = None
         self.on_followed: Callable[[Turn], None] | None = None
         self.on_abandoned: Callable[[Turn], None] | None = None
+        self.is_whole = True
+        """Whether all events of this attempt are known here, so that their numbers are those that they came
+        with: not while it is observed, and not when it ended without a trace."""
         self._events: list[Numbered] = []
         self._trace: list[Any] = []
         self._waiters: list[asyncio.Future[None]] = []
@@ -162,8 +165,8 @@ class Turn:
 
     def take_events(self, other: Turn) -> None:
         """Takes over the events of the same turn as it ended elsewhere."""
-        self.row, self.ending = other.row, None
-        self._events = other._events[:-1]
+        self.row, self.ending, self.is_whole = other.row, None, other.is_whole
+        self._events, self._trace = other._events[:-1], other._trace
         self._append(other._events[-1].event)
 
     def restart(self, row: TurnRow) -> None:
@@ -174,6 +177,7 @@ class Turn:
         self.response, self._trace, self._events, self.ending = [], [], [], None
         self.meter, self.usage, self.is_counted = Meter(), None, False
         self.pieces = self.chars = 0
+        self.is_whole = True
         self._announce()
 
     @property
@@ -194,18 +198,21 @@ class Turn:
 
     async def follow(self, after: Position | None = None) -> AsyncGenerator[Sequence[Numbered], None]:
         """Yields the events that come after `after`, in lists of all that are there, up to the
-        ending."""
+        ending. Nobody misses that: where events are missing before it, its number may be that of another one
+        that was seen, so it is told whatever `after` is."""
         with self._attended():
             attempt, n = _start(after, self.row.attempt)
             while True:
                 if attempt != self.row.attempt:
                     attempt, n = self.row.attempt, 1
-                if self.ending is not None and n > len(self._events):
-                    n = len(self._events) - 1  # a clear forgot how the reply was cut: at least its ending
+                if self.ending is not None and (not self.is_whole or n > len(self._events)):
+                    n = min(n, len(self._events) - 1)
                 batch = self._events[n:]
                 if batch:
                     yield batch
                     n += len(batch)
+                    if isinstance(batch[-1].event, Ending):
+                        return
                 elif self.ending is None:
                     await self._change()
                 else:
@@ -295,6 +302,7 @@ def recall(row: TurnRow, session: SessionRow) -> Turn:
     assert row.ending is not None
     ending = decode_ending(row.ending)
     turn = Turn(row, session)
+    turn.is_whole = row.trace is not None
     text = ending.response if isinstance(ending, Final | Cancelled) else ""
     cursor = 0
     for item in _decode_trace(row.trace) if row.trace else ():
