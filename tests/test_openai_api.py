@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,26 @@ def test_what_goes_on_from_an_older_response_is_a_branch(
     ada.delete(f"/api/llm/chat/session/{first.conversation.id}")
     with pytest.raises(openai.NotFoundError, match="not in the session any more"):
         said("Six", third)
+
+
+def test_a_new_response_with_a_key_is_made_once(sdk: OpenAI, door: Portal, llm: FakeLLM) -> None:
+    key = {"Idempotency-Key": f'"{new_id()}"'}
+    llm.script = Script(held=threading.Event())
+    with sdk.responses.create(model="big", input="One", stream=True, extra_headers=key) as lost:
+        first = next(delta for delta in lost if delta.type == "response.created").response
+    assert llm.script.held is not None
+    llm.script.held.set()
+    again = sdk.responses.create(model="big", input="One", extra_headers=key)
+    assert (again.id, again.conversation, again.output_text) == (first.id, first.conversation, "Hello there")
+    assert len(llm.requests) == 1
+    with pytest.raises(openai.ConflictError):
+        sdk.responses.create(model="big", input="Two", extra_headers=key)
+    with door.client("bo") as client, sdk_of(client) as other:
+        theirs = other.responses.create(model="big", input="Two", extra_headers=key)
+    assert theirs.id != first.id
+    assert len(llm.requests[-1]["messages"]) == 1
+    with pytest.raises(openai.BadRequestError, match="request_id"):
+        sdk.responses.create(model="big", input="One", extra_headers={"Idempotency-Key": "a b"})
 
 
 def test_a_response_is_deleted(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str) -> None:
