@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 from app.config import child_environment
 from app.events import new_id
 from tests.fake_llm import USAGE, FakeLLM, Script, text
-from tests.support import MakePortal, Portal, Process, ask, free_port, token_of
+from tests.support import MakePortal, Portal, Process, ask, free_port, token_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -473,6 +474,38 @@ def test_a_new_response_with_a_key_is_made_once(sdk: OpenAI, door: Portal, llm: 
     assert len(llm.requests[-1]["messages"]) == 1
     with pytest.raises(openai.BadRequestError, match="request_id"):
         sdk.responses.create(model="big", input="One", extra_headers={"Idempotency-Key": "a b"})
+
+
+def test_what_goes_on_from_an_unfinished_response_can_be_sent_again(
+    sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    llm.script = Script(held=threading.Event())
+
+    def second(after: str) -> Any:
+        key = {"Idempotency-Key": "second"}
+        return sdk.responses.create(model="big", input="Two", previous_response_id=after, extra_headers=key)
+
+    def waits() -> bool:
+        history = ada.get(f"/api/llm/chat/session/{session}/history").json()["messages"]
+        return [message["content"] for message in history] == ["One", "Two"]
+
+    with (
+        sdk.responses.create(model="big", input="One", conversation=session, stream=True) as events,
+        ThreadPoolExecutor() as threads,
+    ):
+        first = next(event for event in events if event.type == "response.created").response
+        waiting = threads.submit(second, first.id)
+        try:
+            wait_until(waits)
+        finally:
+            assert llm.script.held is not None
+            llm.script.held.set()
+        assert [event.type for event in events][-1] == "response.completed"
+        made = waiting.result()
+    assert second(first.id).id == made.id
+    assert len(llm.requests) == 2
+    with pytest.raises(openai.ConflictError):
+        second(made.id)
 
 
 def test_a_response_is_deleted(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str) -> None:

@@ -121,7 +121,15 @@ async def create_response(
     if _is_kept(body, session, messages):
         prompt, message = new_message(messages, "input", NOT_STORED)
         name = session or _new_session(idempotency_key)
-        asked = TurnRequest(user, name, message, system_prompt=prompt, options=options, follows=follows)
+        asked = TurnRequest(
+            user,
+            name,
+            message,
+            system_prompt=prompt,
+            options=options,
+            follows=follows,
+            previous=body.previous_response_id,
+        )
         turn = await submit(sessions, asked, idempotency_key)
     else:
         turn = await sessions.chat(user, messages, options)
