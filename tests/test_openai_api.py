@@ -521,6 +521,22 @@ def test_a_response_is_deleted(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, ses
     assert ada.get(f"/api/sessions/{session}").status_code == 404
 
 
+def test_no_response_is_deleted_with_one_of_another_branch(
+    sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    first = sdk.responses.create(model="big", input="One", conversation=session)
+    edits = ada.get(f"/api/llm/chat/session/{session}/history").json()["messages"][0]["id"]
+    second = f"resp_{ask(ada, session, message='ONE', edits=edits).json()['turn_id']}"
+    for made in (first.id, second):
+        with pytest.raises(openai.ConflictError, match="other responses"):
+            sdk.responses.delete(made)
+    ada.delete(f"/api/llm/chat/session/{session}")
+    third = sdk.responses.create(model="big", input="One", conversation=session)
+    with pytest.raises(openai.ConflictError, match="other responses"):
+        sdk.responses.delete(third.id)
+    assert sdk.responses.retrieve(first.id).output_text == "Hello there"
+
+
 def test_events_of_a_response(sdk: OpenAI, llm: FakeLLM) -> None:
     llm.script = Script(
         pieces=[{"reasoning_content": "Hm."}, *text("Hello", " you"), *CALLS],
