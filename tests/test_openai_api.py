@@ -570,6 +570,17 @@ def test_events_of_a_response(sdk: OpenAI, llm: FakeLLM) -> None:
         assert list(replayed) == events
 
 
+def test_events_of_a_response_that_has_failed(sdk: OpenAI, llm: FakeLLM) -> None:
+    llm.script = Script(pieces=text("Hello", " you"), cut_after=1, between=0.05)
+    with sdk.responses.create(model="big", input="One", stream=True) as stream:
+        failed: Any = list(stream)[-1]
+    assert failed.type == "response.failed"
+    with sdk.responses.retrieve(failed.response.id, stream=True) as replayed:
+        told = list(replayed)[-1]
+    assert (told.type, told.response.error) == (failed.type, failed.response.error)  # type: ignore[union-attr]
+    assert sdk.responses.retrieve(failed.response.id).status == "failed"
+
+
 def test_a_response_in_a_form_and_cut_short(sdk: OpenAI, llm: FakeLLM) -> None:
     llm.script = Script(pieces=text('{"city": ', '"Rome"}'))
     parsed = sdk.responses.parse(model="big", input="Where?", text_format=Answer, store=False)
