@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pydantic import BaseModel
 from app.config import child_environment
 from app.events import new_id
 from tests.fake_llm import USAGE, FakeLLM, Script, text
-from tests.support import MakePortal, Portal, Process, ask, free_port, token_of
+from tests.support import MakePortal, Portal, Process, ask, free_port, token_of, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -454,6 +456,58 @@ def test_what_goes_on_from_an_older_response_is_a_branch(
         said("Six", third)
 
 
+def test_a_new_response_with_a_key_is_made_once(sdk: OpenAI, door: Portal, llm: FakeLLM) -> None:
+    key = {"Idempotency-Key": f'"{new_id()}"'}
+    llm.script = Script(held=threading.Event())
+    with sdk.responses.create(model="big", input="One", stream=True, extra_headers=key) as lost:
+        first = next(delta for delta in lost if delta.type == "response.created").response
+    assert llm.script.held is not None
+    llm.script.held.set()
+    again = sdk.responses.create(model="big", input="One", extra_headers=key)
+    assert (again.id, again.conversation, again.output_text) == (first.id, first.conversation, "Hello there")
+    assert len(llm.requests) == 1
+    with pytest.raises(openai.ConflictError):
+        sdk.responses.create(model="big", input="Two", extra_headers=key)
+    with door.client("bo") as client, sdk_of(client) as other:
+        theirs = other.responses.create(model="big", input="Two", extra_headers=key)
+    assert theirs.id != first.id
+    assert len(llm.requests[-1]["messages"]) == 1
+    with pytest.raises(openai.BadRequestError, match="request_id"):
+        sdk.responses.create(model="big", input="One", extra_headers={"Idempotency-Key": "a b"})
+
+
+def test_what_goes_on_from_an_unfinished_response_can_be_sent_again(
+    sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    llm.script = Script(held=threading.Event())
+
+    def second(after: str) -> Any:
+        key = {"Idempotency-Key": "second"}
+        return sdk.responses.create(model="big", input="Two", previous_response_id=after, extra_headers=key)
+
+    def waits() -> bool:
+        history = ada.get(f"/api/llm/chat/session/{session}/history").json()["messages"]
+        return [message["content"] for message in history] == ["One", "Two"]
+
+    with (
+        sdk.responses.create(model="big", input="One", conversation=session, stream=True) as events,
+        ThreadPoolExecutor() as threads,
+    ):
+        first = next(event for event in events if event.type == "response.created").response
+        waiting = threads.submit(second, first.id)
+        try:
+            wait_until(waits)
+        finally:
+            assert llm.script.held is not None
+            llm.script.held.set()
+        assert [event.type for event in events][-1] == "response.completed"
+        made = waiting.result()
+    assert second(first.id).id == made.id
+    assert len(llm.requests) == 2
+    with pytest.raises(openai.ConflictError):
+        second(made.id)
+
+
 def test_a_response_is_deleted(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str) -> None:
     made = sdk.responses.create(model="big", input="One", extra_headers={"X-Session-Id": session})
     sdk.responses.delete(made.id)
@@ -465,6 +519,22 @@ def test_a_response_is_deleted(sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, ses
         with pytest.raises(openai.NotFoundError):
             use()
     assert ada.get(f"/api/sessions/{session}").status_code == 404
+
+
+def test_no_response_is_deleted_with_one_of_another_branch(
+    sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    first = sdk.responses.create(model="big", input="One", conversation=session)
+    edits = ada.get(f"/api/llm/chat/session/{session}/history").json()["messages"][0]["id"]
+    second = f"resp_{ask(ada, session, message='ONE', edits=edits).json()['turn_id']}"
+    for made in (first.id, second):
+        with pytest.raises(openai.ConflictError, match="other responses"):
+            sdk.responses.delete(made)
+    ada.delete(f"/api/llm/chat/session/{session}")
+    third = sdk.responses.create(model="big", input="One", conversation=session)
+    with pytest.raises(openai.ConflictError, match="other responses"):
+        sdk.responses.delete(third.id)
+    assert sdk.responses.retrieve(first.id).output_text == "Hello there"
 
 
 def test_events_of_a_response(sdk: OpenAI, llm: FakeLLM) -> None:
@@ -498,6 +568,17 @@ def test_events_of_a_response(sdk: OpenAI, llm: FakeLLM) -> None:
     assert llm.requests[-1]["tools"] == [GO]
     with sdk.responses.retrieve(done.response.id, stream=True) as replayed:
         assert list(replayed) == events
+
+
+def test_events_of_a_response_that_has_failed(sdk: OpenAI, llm: FakeLLM) -> None:
+    llm.script = Script(pieces=text("Hello", " you"), cut_after=1, between=0.05)
+    with sdk.responses.create(model="big", input="One", stream=True) as stream:
+        failed: Any = list(stream)[-1]
+    assert failed.type == "response.failed"
+    with sdk.responses.retrieve(failed.response.id, stream=True) as replayed:
+        told = list(replayed)[-1]
+    assert (told.type, told.response.error) == (failed.type, failed.response.error)  # type: ignore[union-attr]
+    assert sdk.responses.retrieve(failed.response.id).status == "failed"
 
 
 def test_a_response_in_a_form_and_cut_short(sdk: OpenAI, llm: FakeLLM) -> None:

@@ -159,7 +159,7 @@ class TurnRequest(msgspec.Struct, frozen=True):
     `template_version` is the version that the prompt was rendered from. A state takes the place of one that
     waits in the same session. With `regenerate` the last user message of the session is answered again, and
     `message` is empty; with `edits` the message takes the place of that one, and with `follows` it comes
-    behind that one: the history goes on from there.
+    behind that one: the history goes on from there. `previous` is the response that was named for that.
     """
 
     who: Identity
@@ -180,6 +180,7 @@ class TurnRequest(msgspec.Struct, frozen=True):
     regenerate: bool = False
     edits: str | None = None
     follows: str | None = None
+    previous: str | None = None
 
     @property
     def needs_session(self) -> bool:
@@ -195,8 +196,8 @@ class TurnRequest(msgspec.Struct, frozen=True):
             given.append("regenerate")
         if self.edits is not None:
             given.append(["edits", self.edits])
-        if self.follows is not None:
-            given.append(["follows", self.follows])
+        if self.previous is not None:  # which message that is, and whether there is one yet, changes
+            given.append(["previous", self.previous])
         return hashlib.sha256(msgspec.json.encode(given, order="deterministic")).hexdigest()
 
 

@@ -306,10 +306,15 @@ async def check_served(llm: LLMClient, model: str | None) -> None:
             raise NotFound(error.message) from None
 
 
+def request_id_of(key: str) -> str:
+    """The request id of an idempotency key, which the draft of the IETF (draft-ietf-httpapi-idempotency-key-
+    header) puts in quotes."""
+    return key.strip('"')
+
+
 async def submit(sessions: SessionManager, asked: TurnRequest, key: str | None) -> Turn:
-    """A turn of a session. With an idempotency key, which the draft of the IETF (draft-ietf-httpapi-
-    idempotency-key-header) puts in quotes, it outlives the connection."""
-    request_id = None if key is None else key.strip('"')
+    """A turn of a session. With an idempotency key it outlives the connection."""
+    request_id = None if key is None else request_id_of(key)
     return await sessions.submit(
         msgspec.structs.replace(asked, request_id=request_id, detached=request_id is not None)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from app.routers.openai import (
     SessionHeader,
     check_served,
     headers_of,
+    request_id_of,
     submit,
 )
 from app.routers.streaming import FormedStream, json_response, whole_answer
@@ -118,8 +120,16 @@ async def create_response(
     session, follows = await _place(kept, user, body, session_id)
     if _is_kept(body, session, messages):
         prompt, message = new_message(messages, "input", NOT_STORED)
-        name = session or new_id()
-        asked = TurnRequest(user, name, message, system_prompt=prompt, options=options, follows=follows)
+        name = session or _new_session(idempotency_key)
+        asked = TurnRequest(
+            user,
+            name,
+            message,
+            system_prompt=prompt,
+            options=options,
+            follows=follows,
+            previous=body.previous_response_id,
+        )
         turn = await submit(sessions, asked, idempotency_key)
     else:
         turn = await sessions.chat(user, messages, options)
@@ -171,6 +181,14 @@ def _is_kept(body: ResponseRequest, session: str | None, messages: Sequence[dict
             "input: what is stored is one new message of the user; to send earlier ones too, leave store out"
         )
     return False
+
+
+def _new_session(key: str | None) -> str:
+    """The id of a new session. Request ids are a session's own, so what comes again with its idempotency key
+    must come to the session that was made for it; other owners have another one of that id."""
+    if key is None:
+        return new_id()
+    return f"r-{hashlib.sha256(request_id_of(key).encode()).hexdigest()[:28]}"
 
 
 async def _place(

@@ -166,20 +166,22 @@ class Form(Protocol):
 
 class FormedStream(TurnStream):
     """The events of a turn in another form. Its status waits for the first piece or the end, for as long as
-    proxies bear silence: what fails before that is answered with its error's status."""
+    proxies bear silence: what fails before that is answered with its error's status. Not where the turn is
+    only looked at: that it has failed is what is told then, and to look again is of no use."""
 
     speaks_ndjson = False
 
     def __init__(self, request: Request, turn: Turn, form: Form, headers: Mapping[str, str]) -> None:
         super().__init__(request, turn, headers=headers)
         self._form = form
+        self._is_looked_at = request.method == "GET"
 
     async def _send(self, send: Send) -> None:
         await self._send_events(send)
 
     def _encode(self, batch: Sequence[Numbered]) -> bytes:
         last = batch[-1].event
-        if not self._has_begun and isinstance(last, Ending):
+        if not self._has_begun and not self._is_looked_at and isinstance(last, Ending):
             answer_of(last)
         return self._form.encode(batch)
 

@@ -48,8 +48,7 @@ class KeptResponses:
         await self._authorizer.check(who, "sessions:write")
         turn = await self.find(who, response)
         name = turn.session.session_id
-        page = await self._sessions.page(who, name, limit=3)
-        if any(message.turn_id != turn.id for message in page.messages):
+        if await self._store.has_other_turns(turn.session.id, turn.id):
             raise Conflict(
                 f"The session {name} has other responses; DELETE /api/sessions/{name} deletes all."
             )

@@ -290,6 +290,11 @@ class Store:
         named = and_(sessions.c.owner == owner, sessions.c.session_id == session_id, text(LIVE))
         return await self._one_turn(and_(named, turns.c.request_id == request_id)) is not None
 
+    async def has_other_turns(self, session: str, turn_id: str) -> bool:
+        """Whether there is a turn of the session beside this one, in whichever branch, or cleared."""
+        other = select(turns.c.id).where(turns.c.session == session, turns.c.id != turn_id).limit(1)
+        return await self._database.read(lambda c: c.execute(other).first() is not None)
+
     async def active_of(self, instance: str) -> frozenset[str]:
         """The ids of the waiting and running turns that are an instance's."""
         statement = select(turns.c.id).where(text(ACTIVE), turns.c.instance == instance)
