@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -96,3 +97,17 @@ def test_no_message_raises_or_reaches_anybody_else(message: Incoming) -> None:
         assert refusal(target, found.error, found.request_id)
     elif found.address.device is not None and found.session_id is not None:
         assert found.key == f"{found.address.device}:{found.session_id}", "a device has sessions of its own"
+
+
+@pytest.mark.parametrize("verb", ["template", "clear_history", "delete_session"])
+@pytest.mark.parametrize(
+    ("base", "below"),
+    [("maze", "hint/all"), ("maze", "hint/all/mine"), ("maze/device/cab-7", "hint/s1/mine")],
+)
+def test_what_is_about_no_session_has_its_response_topic_too(verb: str, base: str, below: str) -> None:
+    wanted = f"{base}/{below}"
+    found = read("maze", Incoming(f"{base}/{verb}", b'{"template": "Hi."}', response_topic=wanted))
+    assert isinstance(found, Command), found
+    assert found.target.topic == wanted
+    foreign = read("maze", Incoming(f"{base}/{verb}", b"{}", response_topic="maze/hint/s1"))
+    assert isinstance(foreign, Refusal), "the topic of a single session is another's"

@@ -331,7 +331,7 @@ class _Draft:
             return self._address.may_answer_at(topic, (NEW_SESSION,), None)
         # On `hint` there is always JSON, so that is no place for the reply to a message.
         kinds = (ASSISTANT_RESPONSE,) if self._address.verb == "user_input" else (HINT, ASSISTANT_RESPONSE)
-        return self._session is not None and self._address.may_answer_at(topic, kinds, self._session)
+        return self._address.may_answer_at(topic, kinds, self._session or EVERY_SESSION)
 
     def _deadline(self, body: Request) -> float | None:
         """Until when the request may wait (Unix time): its own deadline or the message's expiry."""
