@@ -12,7 +12,7 @@ import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from app.events import new_id
-from tests.fake_llm import FakeLLM, Script
+from tests.fake_llm import FakeLLM, Script, text
 from tests.support import GameClient, Mosquitto, Portal, token_of, wait_until
 
 pytestmark = pytest.mark.slow
@@ -131,3 +131,29 @@ def test_what_user_properties_say(fake_portal: Portal, game: GameClient, llm: Fa
     assert max(map(len, game.messages(f"maze/stream/{session}/r"))) < 256
     game.publish(f"maze/user_input/{session}", body, UserProperty=[("token", "forged")])
     assert game.reply(f"maze/assistant_response/{session}", 2).startswith(b"Error: ")
+
+
+def test_cancelling_with_correlation_data(game: GameClient, llm: FakeLLM, session: str) -> None:
+    llm.script = Script(pieces=text(*["on "] * 500), between=0.05)
+    for name in ("one", "two", "three"):
+        body = {"message": name, "format": "json"}
+        game.publish(f"maze/user_input/{session}", body, CorrelationData=name.encode())
+    wait_until(lambda: llm.running == 1, what="a generation")
+    cancel, told = f"maze/cancel/{session}", f"maze/assistant_response/{session}"
+    game.publish(cancel, {"requestId": "none"}, CorrelationData=b"c1")
+    assert json.loads(game.reply(f"maze/hint/{session}"))["hint"] == "Nothing to cancel", (
+        "a given id is strict"
+    )
+    game.publish(cancel, b"", CorrelationData=b"two")
+    assert said_with(game, told).CorrelationData == b"two", "it waits, and is what the data name"
+    game.publish(cancel, b"", CorrelationData=b"c2")
+    assert said_with(game, told, 2).CorrelationData == b"one", (
+        "the data name the cancel: what runs is stopped"
+    )
+    wait_until(lambda: len(llm.requests) == 2 and llm.running == 1, what="the next generation")
+    game.publish(cancel, {}, CorrelationData=b"c3")
+    assert said_with(game, told, 3).CorrelationData == b"three"
+    assert {answer["type"] for answer in game.json_replies(told)} == {"cancelled"}
+    game.publish(cancel, b"", CorrelationData=b"c4")
+    assert json.loads(game.reply(f"maze/hint/{session}", 2))["hint"] == "Nothing to cancel"
+    assert said_with(game, f"maze/hint/{session}", 2).CorrelationData == b"c4"

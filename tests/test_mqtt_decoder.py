@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from app.errors import PortalError
 from app.events import is_id
 from app.mqtt.answers import refusal
 from app.mqtt.connection import Incoming
-from app.mqtt.contract import BESIDE_STATE, Command, Refusal, read
+from app.mqtt.contract import BESIDE_STATE, Command, ForeignReplyTopic, Refusal, read
 from app.mqtt.topics import VERBS
 
 names = st.sampled_from(["s1", "other", "", "+", "#", "a/b", "a\0b", "$SYS", "é", "x" * 129, "cab-7", "all"])
@@ -96,3 +97,69 @@ def test_no_message_raises_or_reaches_anybody_else(message: Incoming) -> None:
         assert refusal(target, found.error, found.request_id)
     elif found.address.device is not None and found.session_id is not None:
         assert found.key == f"{found.address.device}:{found.session_id}", "a device has sessions of its own"
+
+
+@pytest.mark.parametrize("verb", ["template", "clear_history", "delete_session"])
+@pytest.mark.parametrize(
+    ("base", "below"),
+    [("maze", "hint/all"), ("maze", "hint/all/mine"), ("maze/device/cab-7", "hint/s1/mine")],
+)
+def test_what_is_about_no_session_has_its_response_topic_too(verb: str, base: str, below: str) -> None:
+    wanted = f"{base}/{below}"
+    found = read("maze", Incoming(f"{base}/{verb}", b'{"template": "Hi."}', response_topic=wanted))
+    assert isinstance(found, Command), found
+    assert found.target.topic == wanted
+    foreign = read("maze", Incoming(f"{base}/{verb}", b"{}", response_topic="maze/hint/s1"))
+    assert isinstance(foreign, Refusal), "the topic of a single session is another's"
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind", "wrong"),
+    [
+        ("user_input", "assistant_response", {"message": "hi", "temperature": 9}),
+        ("user_input", "assistant_response", {"message": ""}),
+        ("user_input", "assistant_response", {"message": "hi", "requestId": "a/b"}),
+        ("user_input", "assistant_response", {"message": "hi", "sessionId": "a/b"}),
+        ("state", "hint", {}),
+        ("state", "hint", {"oxygen": 1, "temperature": 9}),
+        ("state", "assistant_response", {"state": {"oxygen": 1}, "temperature": 9}),
+    ],
+)
+def test_an_error_goes_where_the_answer_was_to_go(verb: str, kind: str, wrong: dict[str, Any]) -> None:
+    def target_of(**more: Any) -> str:
+        found = read("maze", Incoming(f"maze/{verb}/s1", json.dumps({**wrong, **more}).encode()))
+        assert isinstance(found, Refusal)
+        assert not isinstance(found.error, ForeignReplyTopic)
+        assert found.target is not None
+        return found.target.topic
+
+    default = target_of()
+    assert target_of(replyTopic=f"maze/{kind}/s1/x") == f"maze/{kind}/s1/x"
+    for useless in (f"maze/{kind}/s2/x", f"maze/{kind}/s1/#", "", 7, None):
+        assert target_of(replyTopic=useless) == default
+
+
+def test_only_what_takes_a_reply_topic_has_its_errors_there() -> None:
+    body = {"template": 7, "replyTopic": "maze/hint/s1/x"}
+    found = read("maze", Incoming("maze/template/s1", json.dumps(body).encode()))
+    assert isinstance(found, Refusal)
+    assert found.target is not None
+    assert found.target.topic == "maze/hint/s1"
+
+
+def test_of_two_places_for_the_answer_the_response_topic_counts() -> None:
+    body = json.dumps({"message": "hi", "replyTopic": "maze/assistant_response/s1/x"}).encode()
+    mine = read("maze", Incoming("maze/user_input/s1", body, response_topic="maze/assistant_response/s1/y"))
+    assert isinstance(mine, Command)
+    assert mine.target.topic == "maze/assistant_response/s1/y"
+    foreign = read("maze", Incoming("maze/user_input/s1", body, response_topic="maze/assistant_response/s2"))
+    assert isinstance(foreign, Refusal)
+    assert isinstance(foreign.error, ForeignReplyTopic)
+    assert foreign.target is not None
+    assert foreign.target.topic == "maze/assistant_response/s1"
+
+
+def test_an_empty_reply_topic_is_none() -> None:
+    found = read("maze", Incoming("maze/user_input/s1", b'{"message": "hi", "replyTopic": ""}'))
+    assert isinstance(found, Command), found
+    assert found.target.topic == "maze/assistant_response/s1"

@@ -231,6 +231,13 @@ class _Draft:
     def _given_request_id(self) -> Any:
         return self._body.get("requestId", self._body.get("request_id"))
 
+    @property
+    def _given_reply_topic(self) -> str | None:
+        """What the body says in `replyTopic`, where it may; the body need not be right."""
+        given = self._body.get("replyTopic")
+        takes_it = self._address.verb in {"user_input", "state"}
+        return given if takes_it and isinstance(given, str) else None
+
     def _find_session(self) -> str | None:
         """The session's name. Raises `InvalidRequest`."""
         address, body = self._address, self._body
@@ -301,7 +308,8 @@ class _Draft:
         form: Literal["text", "json", "hint"] = "json" if wants_json else "text"
         if address.verb not in {"user_input", "session"} and not wants_json:
             form = "hint"
-        wanted = message.response_topic
+        # An error, too, is waited for where the answer was to come.
+        wanted = message.response_topic or self._given_reply_topic
         return ReplyTarget(
             address.project,
             wanted if wanted is not None and self._may_answer_at(wanted) else topic,
@@ -317,7 +325,7 @@ class _Draft:
         assert self._target is not None
         address, default = self._address, self._target
         wanted = self._message.response_topic or (body.reply_topic if isinstance(body, Ask) else None)
-        if wanted is not None and not self._may_answer_at(wanted):
+        if wanted and not self._may_answer_at(wanted):
             field = "replyTopic" if self._message.response_topic is None else "Response Topic"
             raise ForeignReplyTopic(f"{field}: it must be {default.topic} or below it")
         changes: dict[str, Any] = {"topic": wanted or default.topic}
@@ -331,7 +339,7 @@ class _Draft:
             return self._address.may_answer_at(topic, (NEW_SESSION,), None)
         # On `hint` there is always JSON, so that is no place for the reply to a message.
         kinds = (ASSISTANT_RESPONSE,) if self._address.verb == "user_input" else (HINT, ASSISTANT_RESPONSE)
-        return self._session is not None and self._address.may_answer_at(topic, kinds, self._session)
+        return self._address.may_answer_at(topic, kinds, self._session or EVERY_SESSION)
 
     def _deadline(self, body: Request) -> float | None:
         """Until when the request may wait (Unix time): its own deadline or the message's expiry."""

@@ -123,10 +123,13 @@ class Requests:
         return notice(command.target, done, command.request_id)
 
     async def _cancel(self, command: Command, who: Identity) -> bytes | None:
-        try:
-            stopped = await insist(lambda: self._sessions.stop(who, command.key or "", command.request_id))
-        except NotFound:
-            stopped = None
+        key, is_named = command.key or "", command.body.request_id is not None
+        stopped = None
+        with suppress(NotFound):
+            stopped = await insist(lambda: self._sessions.stop(who, key, command.request_id))
+            if stopped is None and command.request_id is not None and not is_named:
+                # The correlation data were those of the cancel, and name no turn.
+                stopped = await insist(lambda: self._sessions.stop(who, key))
         if stopped is not None:
             return None  # whoever asked for the turn is told that it is cancelled
         return notice(command.target, "Nothing to cancel", command.request_id)
