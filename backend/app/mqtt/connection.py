@@ -163,7 +163,8 @@ class MqttConnection:
         self._client.on_message = self._received
 
     async def run(self) -> None:
-        """Connects, and connects again whenever the connection is lost. Runs until cancelled."""
+        """Connects, and connects again whenever the connection is lost. Runs until cancelled; what is not
+        confirmed then is never sent again."""
         self._loop = asyncio.get_running_loop()
         backoff = BACKOFF_FIRST_S
         try:
@@ -177,8 +178,9 @@ class MqttConnection:
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
                 backoff = min(backoff * 2, BACKOFF_MOST_S)
         finally:
-            self.is_subscribed = False
+            self.is_subscribed = self._is_up = False
             self._client.disconnect()
+            self._give_up()
 
     @property
     def in_flight(self) -> int:
@@ -187,13 +189,21 @@ class MqttConnection:
 
     def send(self, message: Outgoing) -> asyncio.Future[None]:
         """Publishes at QoS 1. The future is done when the broker has confirmed it, after however many
-        reconnects, or has `PublishRefused`."""
+        reconnects, or has `PublishRefused`; it is cancelled when `run` ends before."""
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._is_up and not self._held:
             self._publish(message, confirmed)
         else:
             self._held.append((message, confirmed))
         return confirmed
+
+    def _give_up(self) -> None:
+        waiting = [*self._unconfirmed.values(), *(confirmed for _, confirmed in self._held)]
+        self._client.drop_out_messages()
+        self._unconfirmed.clear()
+        self._held.clear()
+        for confirmed in waiting:
+            confirmed.cancel()
 
     def _publish(self, message: Outgoing, confirmed: asyncio.Future[None]) -> None:
         try:
