@@ -8,11 +8,14 @@ import struct
 
 import pytest
 
-from app.mqtt.connection import KEEPALIVE_S, Broker, Incoming, MqttConnection
+from app.mqtt.connection import KEEPALIVE_S, Broker, Incoming, MqttConnection, Outgoing
 
 uvloop = pytest.importorskip("uvloop", reason="other event loops tell of a failed socket again and again")
 
 CONNACK = b"\x20\x03\x00\x00\x00"
+QUESTION = b"\x32\x07\x00\x01t\x00\x09\x00x"
+"""A PUBLISH at QoS 1."""
+
 PUBLISH = b"\x30\x05\x00\x01t\x00x"
 HELLO_S = 5.0
 
@@ -61,3 +64,90 @@ async def reset_behind(server: socket.socket, messages: int) -> int:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     return len(received)
+
+
+class StrictBroker:
+    """A broker that takes `most` publishes before it has confirmed the first of them."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+
+    async def serve(self, most: int) -> None:
+        """Lets a client connect and subscribe."""
+        self._socket, _ = await self._loop.sock_accept(self._server)
+        assert (await self.read())[0] >> 4 == 1, "CONNECT"
+        await self.send(b"\x20\x06\x00\x00\x03\x21" + struct.pack(">H", most))
+        subscribe = await self.read()
+        assert subscribe[0] >> 4 == 8, "SUBSCRIBE"
+        await self.send(suback(subscribe))
+
+    async def read(self) -> bytes:
+        """The next packet, which must be a small one."""
+        head = await self._exactly(2)
+        assert head[1] < 128
+        return head + await self._exactly(head[1])
+
+    async def _exactly(self, size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            more = await self._loop.sock_recv(self._socket, size - len(found))
+            assert more, "the client went away"
+            found += more
+        return found
+
+    async def send(self, packet: bytes) -> None:
+        await self._loop.sock_sendall(self._socket, packet)
+
+    async def publishes(self) -> list[bytes]:
+        """The publishes that come before the answer to a question that is put now."""
+        await self.send(QUESTION)
+        found = []
+        while (packet := await self.read())[0] >> 4 == 3:
+            found.append(packet)
+        return found
+
+    async def confirm(self, publish: bytes) -> None:
+        await self.send(b"\x40\x02" + publish[5:7])
+
+    def hang_up(self) -> None:
+        self._socket.close()
+
+
+def said(publishes: list[bytes]) -> list[bytes]:
+    return [publish[-1:] for publish in publishes]
+
+
+async def test_no_more_is_sent_unconfirmed_than_the_broker_takes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        broker, subscribed = StrictBroker(server), asyncio.Event()
+        connection = MqttConnection(
+            Broker(f"mqtt://127.0.0.1:{server.getsockname()[1]}"),
+            "client",
+            ["t"],
+            will=lambda: ("will", b""),
+            on_message=lambda message: connection.ack(message),  # noqa: PLW0108 - it is being made
+            on_connected=subscribed.set,
+        )
+        running = asyncio.create_task(connection.run())
+        try:
+            async with asyncio.timeout(20):
+                await broker.serve(most=2)
+                await subscribed.wait()
+                sent = [connection.send(Outgoing("t", payload)) for payload in (b"0", b"1", b"2", b"3")]
+                first = await broker.publishes()
+                assert said(first) == [b"0", b"1"]
+                await broker.confirm(first[0])
+                assert said(await broker.publishes()) == [b"2"]
+                broker.hang_up()
+                await broker.serve(most=1)
+                for payload in (b"1", b"2", b"3"):
+                    [publish] = await broker.publishes()
+                    assert publish[-1:] == payload
+                    await broker.confirm(publish)
+                await asyncio.gather(*sent)
+                broker.hang_up()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)

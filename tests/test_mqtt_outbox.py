@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.config import Settings
-from app.container import open_container
-from app.events import new_id
+from app.container import Container, open_container
+from app.events import ReplyTarget, TurnRequest, new_id
 from app.mqtt import bridge
+from app.services.leases import Leases
 from app.services.outbox import Delivery
-from tests.fake_llm import FakeLLM
-from tests.support import GameClient, Mosquitto
+from tests.fake_llm import FakeLLM, Script, text
+from tests.support import GameClient, Mosquitto, person
 
 pytestmark = pytest.mark.slow
 
@@ -91,3 +94,133 @@ async def test_who_asks_again_before_the_reply_is_forgotten_is_answered_again(
         await asyncio.to_thread(game.close)
     first, second = game.json_replies(f"{topic}{session}")
     assert first == second
+
+
+def door(portal: Container) -> tuple[bool, int]:
+    """Whether the only project is served by this process, and how many publishes wait in it."""
+    assert portal.mqtt is not None
+    [figures] = portal.mqtt.figures()
+    return figures.is_connected, figures.in_flight
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def until_owed(portal: Container, project: str, number: int) -> None:
+    async with asyncio.timeout(30):
+        while len(await portal.outbox.ready(project)) != number:
+            await asyncio.sleep(0.01)
+
+
+async def ask(portal: Container, project: str, session: str) -> None:
+    """Has a turn answered as the HTTP door does, with a reply that goes out over MQTT."""
+    target = ReplyTarget(project, f"{project}/hint/{session}", session, form="hint")
+    asked = TurnRequest(person("1"), session, "hello", project=project, reply_to=target)
+    await (await portal.sessions.submit(asked)).ended()
+
+
+async def test_a_process_that_does_not_serve_a_project_keeps_no_replies_for_later(
+    mosquitto: Mosquitto,
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
+    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
+    game = await asyncio.to_thread(GameClient, mosquitto.port, "beside/hint/#")
+
+    def settings(name: str) -> Settings:
+        changes = {"mqtt_broker_url": mosquitto.url, "mqtt_projects": "beside", "instance": name}
+        return settings_for(fake.url, **changes)
+
+    try:
+        async with open_container(settings("one")) as one:
+            await until(lambda: door(one)[0])
+            async with open_container(settings("two")) as two:
+                await ask(two, "beside", "early")
+                await asyncio.to_thread(game.reply, "beside/hint/early")
+                assert door(two) == (False, 0)
+                await until_owed(two, "beside", 0)
+                leases = Leases(one.database)
+                await leases.acquire("mqtt:beside", "two", 60, force=True)
+                await until(lambda: door(two)[0] and not door(one)[0])
+                await ask(one, "beside", "late")
+                await asyncio.to_thread(game.reply, "beside/hint/late")
+                assert len(game.messages("beside/hint/early")) == 1
+    finally:
+        await asyncio.to_thread(game.close)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["published elsewhere", "still owed"])
+async def test_a_process_that_loses_a_project_drops_what_waits_to_be_published(
+    elsewhere: bool,
+    tmp_path: Path,
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
+    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
+    broker = Mosquitto(tmp_path)
+    settings = settings_for(fake.url, mqtt_broker_url=broker.url, mqtt_projects="lost")
+    async with open_container(settings) as portal:
+        leases = Leases(portal.database)
+        await until(lambda: door(portal)[0])
+        await asyncio.to_thread(broker.stop)
+        await until(lambda: not door(portal)[0])
+        await ask(portal, "lost", "early")
+        assert door(portal)[1] > 0
+        await leases.acquire("mqtt:lost", "another", 60, force=True)
+        await until(lambda: door(portal)[1] == 0)
+        if elsewhere:
+            await portal.outbox.delivered(await portal.outbox.ready("lost"))
+        await asyncio.to_thread(broker.start)
+        game = await asyncio.to_thread(GameClient, broker.port, "lost/hint/#")
+        try:
+            await leases.release("mqtt:lost", "another")
+            await until(lambda: door(portal)[0])
+            if not elsewhere:
+                await asyncio.to_thread(game.reply, "lost/hint/early")
+            await ask(portal, "lost", "late")
+            await asyncio.to_thread(game.reply, "lost/hint/late")
+            assert len(game.messages("lost/hint/early")) == (0 if elsewhere else 1)
+        finally:
+            await asyncio.to_thread(game.close)
+    await asyncio.to_thread(broker.stop)
+
+
+async def test_a_stream_ends_with_the_lease(
+    mosquitto: Mosquitto,
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
+    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
+    settings = settings_for(fake.url, mqtt_broker_url=mosquitto.url, mqtt_projects="gone")
+    session, held = new_id(), threading.Event()
+    fake.script = Script(pieces=text("One", " two"), held=held)
+    topics = "gone/stream/#", "gone/assistant_response/#"
+    game = await asyncio.to_thread(GameClient, mosquitto.port, *topics)
+    try:
+        async with open_container(settings) as portal:
+            leases = Leases(portal.database)
+            await until(lambda: door(portal)[0])
+            asked = {"message": "count", "requestId": "r", "stream": True}
+            await asyncio.to_thread(game.publish, f"gone/user_input/{session}", asked)
+            topic = f"gone/stream/{session}/r"
+            await asyncio.to_thread(game.wait_for, lambda: b"One" in b"".join(game.messages_unlocked(topic)))
+            await leases.acquire("mqtt:gone", "another", 60, force=True)
+            await until(lambda: not door(portal)[0])
+            held.set()
+            await until_owed(portal, "gone", 1)
+            await leases.release("mqtt:gone", "another")
+            await asyncio.to_thread(game.reply, f"gone/assistant_response/{session}")
+            await ask(portal, "gone", "late")
+            assert b"final" not in b"".join(game.messages(topic))
+    finally:
+        held.set()
+        await asyncio.to_thread(game.close)

@@ -144,14 +144,16 @@ class ProjectDoor:
         self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
         self._unacked: deque[tuple[Incoming, asyncio.Task[None]]] = deque()
         self._last_in: dict[str, asyncio.Task[None]] = {}
-        self._streaming: set[tuple[str, str]] = set()
+        self._serves = asyncio.Event()
+        """Whether this instance holds the project's lease, as far as it knows."""
+        self._streaming: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
         """Since the outbox was read last: what was read then may be in it."""
         self._to_forget: list[Delivery] = []
         self._has_confirmed = asyncio.Event()
         self._tasks = Tasks(f"mqtt {project}")
-        # For life: replies that wait to be confirmed, and the count of connections, outlast each one.
+        # For life: the count of connections goes on when the lease is lost and taken again.
         self._connection = MqttConnection(
             Broker.of(settings),
             f"portal-{database_id}-{project}",
@@ -189,11 +191,14 @@ class ProjectDoor:
 
     async def _run(self) -> None:
         """Connects while this instance holds the project's lease: two connections with one client id
-        would throw each other out for ever."""
+        would throw each other out for ever. What is not confirmed when the lease is lost is dropped: replies
+        are published from the outbox by whoever has the lease then, and once more from here much later they
+        would be old."""
         while True:
             if not await self._has_lease():
                 await asyncio.sleep(RENEW_S)
                 continue
+            self._serves.set()
             async with AsyncExitStack() as stack:
                 for coroutine, name in (
                     (self._connection.run(), "session"),
@@ -202,11 +207,17 @@ class ProjectDoor:
                 ):
                     task = self._tasks.start(coroutine, name)
                     stack.push_async_callback(_cancelled, task)
+                stack.callback(self._stop_serving)
                 has_lease = True
                 while has_lease:
                     await asyncio.sleep(RENEW_S)
                     has_lease = await self._has_lease()
             log.error("another instance took over the project", project=self._project)
+
+    def _stop_serving(self) -> None:
+        self._serves.clear()
+        for stream in self._streaming.values():
+            stream.cancel()
 
     async def _has_lease(self) -> bool:
         try:
@@ -322,21 +333,24 @@ class ProjectDoor:
 
     def _answer(self, target: ReplyTarget, payload: bytes) -> None:
         """Publishes an answer that needs no outbox: whoever misses it asks again."""
-        self._connection.send(_outgoing(target, payload)).add_done_callback(_told)
+        if self._serves.is_set():
+            self._connection.send(_outgoing(target, payload)).add_done_callback(_told)
 
     # --- replies ---
 
     def deliver(self, delivery: Delivery, turn: Turn) -> None:
-        """Publishes the reply to a turn that has ended."""
-        if delivery.id in self._delivering:
+        """Publishes the reply to a turn that has ended, unless another instance serves the project: that one
+        finds it in the outbox."""
+        if not self._serves.is_set() or delivery.id in self._delivering:
             return
         self._delivering.add(delivery.id)
         outgoing = _outgoing(delivery.target, self._payload(delivery.target, turn))
         self._connection.send(outgoing).add_done_callback(partial(self._confirmed, delivery))
 
     def _confirmed(self, delivery: Delivery, answer: asyncio.Future[None]) -> None:
-        """The broker has a reply, or has refused it."""
+        """The broker has a reply, or has refused it, or the lease was lost before."""
         if answer.cancelled():
+            self._delivering.discard(delivery.id)
             return
         error = answer.exception()
         if error is None:
@@ -397,17 +411,26 @@ class ProjectDoor:
     # --- streams ---
 
     def stream(self, turn: Turn, target: ReplyTarget, after: Position | None = None) -> None:
-        """Publishes the events of a turn that come after `after`, where the target wants them."""
+        """Publishes the events of a turn that come after `after`, where the target wants them, unless another
+        instance serves the project."""
         if target.stream is None:
             return
         topic = f"{target.stream}/{turn.row.request_id}"
-        if (turn.id, topic) not in self._streaming:
-            self._streaming.add((turn.id, topic))
-            self._tasks.start(self._publish_events(turn, topic, target, after), "stream")
+        key = (turn.id, topic)
+        if key not in self._streaming:
+            task = self._tasks.start(self._publish_events(turn, topic, target, after), "stream")
+            self._streaming[key] = task
+            task.add_done_callback(lambda _: self._streaming.pop(key))
 
     async def _publish_events(
         self, turn: Turn, topic: str, target: ReplyTarget, after: Position | None
     ) -> None:
+        try:
+            # A turn of an instance that died may be taken up here before the lease is free.
+            async with asyncio.timeout(LEASE_S + RENEW_S):
+                await self._serves.wait()
+        except TimeoutError:
+            return
         packets, ahead = answers.Packets(topic, target.chunk), deque[asyncio.Future[None]]()
         try:
             async with aclosing(turn.follow(after)) as batches:
@@ -419,8 +442,6 @@ class ProjectDoor:
             await asyncio.gather(*ahead)
         except PublishRefused as error:
             log.warning("the broker refused a stream", topic=topic, reason=str(error))
-        finally:
-            self._streaming.discard((turn.id, topic))
 
 
 def _outgoing(target: ReplyTarget, payload: bytes) -> Outgoing:

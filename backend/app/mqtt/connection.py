@@ -41,7 +41,9 @@ RECEIVE_MAXIMUM = 256
 """Messages that the broker may send before the first of them is acknowledged: the back-pressure."""
 
 MOST_UNCONFIRMED = 1000
-"""Publishes that may wait to be confirmed; further ones wait to be sent."""
+"""Publishes that may wait to be confirmed, unless the broker wants fewer; further ones wait to be sent. They
+are counted here: paho does not read the broker's Receive Maximum, cannot be told another number while it is
+connected, and heeds none when it sends again what was not confirmed."""
 
 REFUSED_USER = {0x86, 0x87}
 """Bad user name or password, not authorized (MQTT 5, 3.2.2.2)."""
@@ -147,7 +149,8 @@ class MqttConnection:
         self._on_connected = on_connected
         self._connections = 0
         self._lost = asyncio.Event()
-        self._unconfirmed: dict[int, asyncio.Future[None]] = {}
+        self._most_unconfirmed = MOST_UNCONFIRMED
+        self._unconfirmed: dict[int, tuple[Outgoing, asyncio.Future[None]]] = {}
         self._held: deque[tuple[Outgoing, asyncio.Future[None]]] = deque()
         self._is_up = False
         self.is_subscribed = False
@@ -163,7 +166,8 @@ class MqttConnection:
         self._client.on_message = self._received
 
     async def run(self) -> None:
-        """Connects, and connects again whenever the connection is lost. Runs until cancelled."""
+        """Connects, and connects again whenever the connection is lost. Runs until cancelled; what is not
+        confirmed then is never sent again."""
         self._loop = asyncio.get_running_loop()
         backoff = BACKOFF_FIRST_S
         try:
@@ -177,8 +181,9 @@ class MqttConnection:
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
                 backoff = min(backoff * 2, BACKOFF_MOST_S)
         finally:
-            self.is_subscribed = False
+            self.is_subscribed = self._is_up = False
             self._client.disconnect()
+            self._give_up()
 
     @property
     def in_flight(self) -> int:
@@ -187,13 +192,19 @@ class MqttConnection:
 
     def send(self, message: Outgoing) -> asyncio.Future[None]:
         """Publishes at QoS 1. The future is done when the broker has confirmed it, after however many
-        reconnects, or has `PublishRefused`."""
+        reconnects, or has `PublishRefused`; it is cancelled when `run` ends before."""
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._is_up and not self._held:
-            self._publish(message, confirmed)
-        else:
-            self._held.append((message, confirmed))
+        self._held.append((message, confirmed))
+        self._release()
         return confirmed
+
+    def _give_up(self) -> None:
+        waiting = [*self._unconfirmed.values(), *self._held]
+        self._client.drop_out_messages()
+        self._unconfirmed.clear()
+        self._held.clear()
+        for _, confirmed in waiting:
+            confirmed.cancel()
 
     def _publish(self, message: Outgoing, confirmed: asyncio.Future[None]) -> None:
         try:
@@ -201,15 +212,20 @@ class MqttConnection:
                 message.topic, message.payload, qos=1, retain=message.retain, properties=_properties(message)
             )
         except Exception as error:  # noqa: BLE001 - whatever paho does not like, its sender must hear of it
-            confirmed.set_exception(error)
+            if not confirmed.done():
+                confirmed.set_exception(error)
         else:
-            self._unconfirmed[info.mid] = confirmed
+            self._unconfirmed[info.mid] = message, confirmed
+
+    def _came_up(self) -> None:
+        """From now on messages are published at once. paho would let what is published while it connects
+        overtake what was published before."""
+        self._is_up = self._client.is_connected()
+        self._release()
 
     def _release(self) -> None:
-        """Publishes what was held back. paho would let what is published while it connects overtake what
-        was published before."""
-        self._is_up = self._client.is_connected()
-        while self._is_up and self._held:
+        """Publishes what is held back, as far as the broker takes it now."""
+        while self._is_up and self._held and len(self._unconfirmed) < self._most_unconfirmed:
             self._publish(*self._held.popleft())
 
     def ack(self, message: Incoming) -> None:
@@ -254,16 +270,27 @@ class MqttConnection:
                     await self._lost.wait()
             self._client.loop_misc()
 
-    def _connected(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+    def _connected(self, _client: Any, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
             log.warning("the broker refused the connection", reason=str(reason))
             self._lost.set()
             return
         self._connections += 1
-        self._loop.call_soon(self._release)  # after paho has sent again what was not confirmed
+        self._heed(getattr(properties, "ReceiveMaximum", MOST_UNCONFIRMED))
+        self._loop.call_soon(self._came_up)  # after paho has sent again what was not confirmed
         # 2: the broker sends no retained messages on subscribing; requests are never retained.
         options = SubscribeOptions(qos=1, retainHandling=2)
         self._client.subscribe([(name, options) for name in self._filters])
+
+    def _heed(self, receive_maximum: int) -> None:
+        """Keeps to the number of unconfirmed publishes that the broker wants (MQTT 5, 3.3.4). Where more than
+        that were sent on the connection before, they are all held back again: paho would send them at
+        once."""
+        self._most_unconfirmed = min(MOST_UNCONFIRMED, receive_maximum)
+        if len(self._unconfirmed) > self._most_unconfirmed:
+            self._client.drop_out_messages()
+            self._held.extendleft(reversed(self._unconfirmed.values()))
+            self._unconfirmed.clear()
 
     def _subscribed(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
         refused = [reason for reason in reasons if reason.is_failure]
@@ -279,8 +306,12 @@ class MqttConnection:
         self._lost.set()
 
     def _confirmed(self, _client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
-        confirmed = self._unconfirmed.pop(mid, None)
-        if confirmed is None or confirmed.done():
+        found = self._unconfirmed.pop(mid, None)
+        if found is None:
+            return
+        self._release()
+        _, confirmed = found
+        if confirmed.done():
             return
         if reason.is_failure:
             confirmed.set_exception(PublishRefused(str(reason)))
@@ -409,7 +440,7 @@ def _client(broker: Broker, client_id: str = "") -> paho.Client:
         transport="websockets" if url.scheme in {"ws", "wss"} else "tcp",
         manual_ack=True,
     )
-    client.max_inflight_messages_set(MOST_UNCONFIRMED)
+    client.max_inflight_messages_set(0)  # see MOST_UNCONFIRMED
     if url.scheme in {"ws", "wss"}:
         client.ws_set_options(path=url.path or "/mqtt")
     if url.scheme in {"mqtts", "wss"}:
