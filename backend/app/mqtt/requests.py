@@ -103,16 +103,24 @@ class Requests:
                 )
             )
         else:
-            await insist(lambda: self._projects.set_prompt(who, project, prompt))
-            if body.reset:
-                await insist(lambda: self._sessions.set_prompts(who, project, prompt))
+
+            async def change_all() -> None:
+                await self._projects.set_prompt(who, project, prompt)
+                if body.reset:
+                    await self._sessions.set_prompts(who, project, prompt)
+
+            await insist(lambda: self._sessions.once(command.mark, change_all))
         return notice(command.target, "Template updated", command.request_id)
 
     async def _clear(self, command: Command, who: Identity) -> bytes:
         key, project, deletes = command.key, command.address.project, command.verb == "delete_session"
         assert isinstance(command.body, TargetBody)
         if key is None or command.is_for_all:
-            await insist(lambda: self._sessions.clear_all(who, project, delete=deletes))
+
+            async def clear_all() -> None:
+                await self._sessions.clear_all(who, project, delete=deletes)
+
+            await insist(lambda: self._sessions.once(command.mark, clear_all))
         else:
             change = self._sessions.delete if deletes else self._sessions.clear
             with suppress(NotFound):  # it is as empty as it should be

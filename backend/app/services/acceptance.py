@@ -354,12 +354,17 @@ def remember(connection: Connection, mark: Mark, turn_id: str | None, now: float
     _REMEMBER.run(connection, {"mark": mark.hash, "turn_id": turn_id, "at": now})
 
 
+def is_known(connection: Connection, mark: Mark) -> bool:
+    """Whether a message was noted."""
+    known = select(func.count()).select_from(received).where(received.c.mark == mark.hash)
+    return bool(connection.execute(known).scalar_one())
+
+
 def was_taken(connection: Connection, mark: Mark | None) -> bool:
     """Whether this very message was taken before, and came again; if not, notes that it is now."""
     if mark is None:
         return False
-    taken = select(func.count()).select_from(received).where(received.c.mark == mark.hash)
-    if mark.again and connection.execute(taken).scalar_one():
+    if mark.again and is_known(connection, mark):
         return True
     remember(connection, mark, None, time.time())
     return False

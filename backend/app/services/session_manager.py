@@ -7,7 +7,7 @@ different sessions side by side, and every accepted turn gets exactly one ending
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -398,6 +398,13 @@ class SessionManager:
             with suppress(NotFound):  # it went in the meantime
                 self._changed(of, *await change(of, name, self._partial(of, name)))
         return len(names)
+
+    async def once(self, mark: Mark, change: Callable[[], Awaitable[None]]) -> None:
+        """Carries out a change of more than one session, but not again for the same `mark`. It is noted at
+        the end: what was done in part is done again."""
+        if not await self._store.was_taken(mark):
+            await change()
+            await self._store.take(mark)
 
     def _partial(self, owner: str, session_id: str) -> dict[str, str]:
         """What the live turns of a session have answered so far."""

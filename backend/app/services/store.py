@@ -207,6 +207,14 @@ class Store:
         statement = update(sessions).where(sessions.c.id == session).values(title=title)
         await self._database.write(lambda c: c.execute(statement))
 
+    async def was_taken(self, mark: Mark) -> bool:
+        """Whether this very message was noted with `take`, and has come again."""
+        return mark.again and await self._database.read(lambda c: acceptance.is_known(c, mark))
+
+    async def take(self, mark: Mark) -> None:
+        """Notes that a message was carried out."""
+        await self._database.write(lambda c: acceptance.remember(c, mark, None, time.time()))
+
     async def forget_old(self) -> None:
         """Forgets what is kept for a time only."""
         await self._database.write(lambda c: acceptance.forget_old(c, time.time()))
