@@ -65,6 +65,59 @@ def test_what_is_not_allowed_is_refused(content: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "{{ a" + ".b" * 400 + " }}",
+        "{{ a" + "|trim" * 150 + " }}",
+        "{{ a" + "|trim" * 400 + " }}",
+        "{{ " + "a and " * 250 + "a }}",
+        "{{ " + "a and " * 2000 + "a }}",
+        "{{ " + "not " * 400 + "a }}",
+        "{% for b in a %}" * 25 + "{% endfor %}" * 25,
+        "{% if a %}" * 120 + "{% endif %}" * 120,
+        "{{ " + "(" * 500 + "a" + ")" * 500 + " }}",
+    ],
+    ids=lambda content: content[:20],
+)
+def test_what_is_chained_or_nested_too_deeply_is_refused(content: str) -> None:
+    began = time.process_time()
+    with pytest.raises(InvalidRequest, match=r"^content: (line 1: )?it is nested too deeply$"):
+        render(content, {"a": ["x"]})
+    assert time.process_time() - began < 1
+
+
+def test_variables_that_are_nested_too_deeply_are_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match=r"^variables: they are nested too deeply$"):
+        render("{{ deep }}", {"deep": deep})
+
+
+def test_chains_and_nesting_of_ordinary_templates() -> None:
+    names = [f"n{number}" for number in range(40)]
+    assert render("{{ " + " or ".join(names) + " }}", dict.fromkeys(names, 0) | {"n39": "x"}) == "x"
+    choices = "".join(f"{{% elif a == {number} %}}{number}" for number in range(200))
+    assert render("{% if a == 'no' %}" + choices + "{% endif %}", {"a": 150}) == "150"
+    assert render("{% for b in a %}" * 9 + "{{ b }}" + "{% endfor %}" * 9, {"a": ["x"]}) == "x"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ " + "9" * 5000 + " }}",
+        "{{ 0x" + "f" * 5000 + " }}",
+        "{{ 1e999 }}",
+        "{{ large|round(1, 'floor') }}",
+    ],
+    ids=lambda content: content[:8],
+)
+def test_numbers_that_are_too_large_are_refused(content: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^content: "):
+        render(content, {"large": 10**400})
+
+
+@pytest.mark.parametrize(
     ("content", "complaint"),
     [
         ("{% for a in x %}{{ y }}{% endfor %}", str(LONGEST_PROMPT)),

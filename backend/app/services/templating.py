@@ -9,8 +9,10 @@ and for what it would make of that, so the time and the memory of a rendering ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from math import inf
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
@@ -20,6 +22,8 @@ from app.errors import InvalidRequest
 
 LONGEST_TEMPLATE = 100_000
 LONGEST_PROMPT = 400_000
+DEEPEST = 60
+"""Levels of what is nested or chained in a template."""
 MOST_WORK = 200_000
 """Iterations of loops, and tenths of the characters that filters and the like go through, in one
 rendering."""
@@ -198,8 +202,9 @@ _environment.filters |= {"iterated": _iterated, "weighed": _weighed}
 
 def variables_of(content: str) -> list[str]:
     """The names that a template needs, sorted. Raises `InvalidRequest` when it is no template."""
-    tree = _parse(content)
-    return sorted(meta.find_undeclared_variables(tree) - _optional(tree))
+    with _as_refusal():
+        tree = _parse(content)
+        return sorted(meta.find_undeclared_variables(tree) - _optional(tree))
 
 
 def render(content: str, variables: Mapping[str, Any]) -> str:
@@ -220,17 +225,34 @@ def render(content: str, variables: Mapping[str, Any]) -> str:
                 )
     except UndefinedError as error:
         raise InvalidRequest(f"variables: {error.message}") from None
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise InvalidRequest(f"content: {error}") from None
+    except RecursionError:
+        raise InvalidRequest("variables: they are nested too deeply") from None
     finally:
         _work_left.reset(started)
     return "".join(pieces)
 
 
+@contextmanager
+def _as_refusal() -> Iterator[None]:
+    """Whatever parsing, checking and compiling a template raise is an `InvalidRequest`."""
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise InvalidRequest(f"content: line {error.lineno}: {error.message}") from None
+    except (RecursionError, MemoryError, SyntaxError):
+        # Python takes only so many blocks and brackets inside each other, and has three ways to say so.
+        raise InvalidRequest("content: it is nested too deeply") from None
+    except ValueError as error:  # of a number with thousands of digits
+        raise InvalidRequest(f"content: {error}") from None
+
+
 def _compile(content: str) -> Template:
-    tree = _parse(content)
-    _meter(tree)
-    code = _environment.compile(tree)
+    with _as_refusal():
+        tree = _parse(content)
+        _meter(tree)
+        code = _environment.compile(tree)
     return Template.from_code(_environment, code, _environment.make_globals(None))
 
 
@@ -256,29 +278,28 @@ def _filtered(value: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Fil
 def _parse(content: str) -> nodes.Template:
     if len(content) > LONGEST_TEMPLATE:
         raise InvalidRequest(f"content: it is longer than {LONGEST_TEMPLATE} characters")
-    try:
-        tree = _environment.parse(content)
-    except TemplateSyntaxError as error:
-        raise InvalidRequest(f"content: line {error.lineno}: {error.message}") from None
-    except RecursionError:
-        raise InvalidRequest("content: it is nested too deeply") from None
+    tree = _environment.parse(content)
     _check(tree)
     return tree
 
 
-def _check(node: nodes.Node) -> None:
+def _check(node: nodes.Node, depth: int = 0) -> None:
     """Raises `InvalidRequest` for whatever is not allowed."""
     line = f"content: line {node.lineno}: "
+    if depth > DEEPEST:  # long before Python gives up: the time to compile grows with a power of the depth
+        raise InvalidRequest(f"{line}it is nested too deeply")
     if not isinstance(node, ALLOWED):
         raise InvalidRequest(f"{line}{type(node).__name__} is not allowed in a prompt template")
     if isinstance(node, nodes.Filter) and node.name not in FILTERS:
         raise InvalidRequest(f"{line}there is no filter {node.name}; there are {', '.join(sorted(FILTERS))}")
     if isinstance(node, nodes.Test) and node.name not in TESTS:
         raise InvalidRequest(f"{line}there is no test {node.name}; there are {', '.join(sorted(TESTS))}")
+    if isinstance(node, nodes.Const) and node.value == inf:
+        raise InvalidRequest(f"{line}the number is too large")
     if isinstance(node, nodes.Filter | nodes.Test) and (node.dyn_args or node.dyn_kwargs):
         raise InvalidRequest(f"{line}* and ** are not allowed in a prompt template")
     for child in node.iter_child_nodes():
-        _check(child)
+        _check(child, depth + 1)
 
 
 def _optional(tree: nodes.Template) -> set[str]:
