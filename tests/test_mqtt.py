@@ -189,6 +189,13 @@ def test_an_empty_payload_clears_the_session(game: GameClient, session: str) -> 
     assert fresh["usage"]["prompt_tokens"] < long["usage"]["prompt_tokens"]
 
 
+def test_what_is_about_all_sessions_has_a_place_in_the_order_of_each(game: GameClient, session: str) -> None:
+    for _ in range(5):
+        ask_json(game, session, message="hi")
+        game.publish("maze/clear_history", "all")
+        assert ask_json(game, session, message="hi again")["type"] == "final"
+
+
 def test_retained_requests_are_ignored(portal: Portal, game: GameClient, session: str) -> None:
     game.publish(f"maze/user_input/{session}", {"message": "old"}, retain=True)
     game.reply(replies_at(session))  # it was live when it was published

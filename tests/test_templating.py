@@ -94,6 +94,12 @@ def test_variables_that_are_nested_too_deeply_are_refused() -> None:
         render("{{ deep }}", {"deep": deep})
 
 
+def test_many_chains_take_no_long() -> None:
+    began = time.process_time()
+    assert render(("{{ a" + "|trim" * 50 + " }}") * 100, {"a": "x"}) == "x" * 100
+    assert time.process_time() - began < 2
+
+
 def test_chains_and_nesting_of_ordinary_templates() -> None:
     names = [f"n{number}" for number in range(40)]
     assert render("{{ " + " or ".join(names) + " }}", dict.fromkeys(names, 0) | {"n39": "x"}) == "x"

@@ -144,6 +144,7 @@ class ProjectDoor:
         self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
         self._unacked: deque[tuple[Incoming, asyncio.Task[None]]] = deque()
         self._last_in: dict[str, asyncio.Task[None]] = {}
+        self._for_all: asyncio.Task[None] | None = None
         self._serves = asyncio.Event()
         """Whether this instance holds the project's lease, as far as it knows."""
         self._streaming: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -267,7 +268,7 @@ class ProjectDoor:
     async def _consume(self) -> None:
         """Takes messages in their order; each is acknowledged when its own work is done, and not
         before those that came earlier (MQTT 5, 4.6). Those of one session are carried out one after the
-        other, also when the database makes one of them wait."""
+        other, also when the database makes one of them wait, and so is what changes all sessions."""
         while True:
             message = await self._inbox.get()
             if message.qos > 0 and self._parts.drain.is_on:
@@ -299,14 +300,20 @@ class ProjectDoor:
     async def _in_order(self, command: Command) -> None:
         task, lane = asyncio.current_task(), f"{command.address.device}/{command.session_id}"
         assert task is not None
-        before, self._last_in[lane] = self._last_in.get(lane), task
-        if before is not None:
-            await asyncio.wait([before])
+        if command.is_for_all and command.verb != "session":  # it has a place in the order of every session
+            before, self._for_all = set(self._last_in.values()), task
+        else:
+            before = {last for last in (self._last_in.get(lane), self._for_all) if last is not None}
+        self._last_in[lane] = task
+        if before:
+            await asyncio.wait(before)
         try:
             await self._carry_out(command)
         finally:
             if self._last_in.get(lane) is task:
                 del self._last_in[lane]
+            if self._for_all is task:
+                self._for_all = None
 
     async def _carry_out(self, command: Command) -> None:
         bind(project=self._project, **({"request_id": command.request_id} if command.request_id else {}))
