@@ -96,6 +96,13 @@ async def test_who_asks_again_before_the_reply_is_forgotten_is_answered_again(
     assert first == second
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks at the outbox and at the lease all the time."""
+    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
+    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
+
+
 def door(portal: Container) -> tuple[bool, int]:
     """Whether the only project is served by this process, and how many publishes wait in it."""
     assert portal.mqtt is not None
@@ -122,14 +129,12 @@ async def ask(portal: Container, project: str, session: str) -> None:
     await (await portal.sessions.submit(asked)).ended()
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_process_that_does_not_serve_a_project_keeps_no_replies_for_later(
     mosquitto: Mosquitto,
     fake: FakeLLM,
     settings_for: Callable[..., Settings],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
-    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
     game = await asyncio.to_thread(GameClient, mosquitto.port, "beside/hint/#")
 
     def settings(name: str) -> Settings:
@@ -155,15 +160,13 @@ async def test_a_process_that_does_not_serve_a_project_keeps_no_replies_for_late
 
 
 @pytest.mark.parametrize("elsewhere", [True, False], ids=["published elsewhere", "still owed"])
+@pytest.mark.usefixtures("impatient")
 async def test_a_process_that_loses_a_project_drops_what_waits_to_be_published(
     elsewhere: bool,
     tmp_path: Path,
     fake: FakeLLM,
     settings_for: Callable[..., Settings],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
-    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
     broker = Mosquitto(tmp_path)
     settings = settings_for(fake.url, mqtt_broker_url=broker.url, mqtt_projects="lost")
     async with open_container(settings) as portal:
@@ -192,14 +195,12 @@ async def test_a_process_that_loses_a_project_drops_what_waits_to_be_published(
     await asyncio.to_thread(broker.stop)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_stream_ends_with_the_lease(
     mosquitto: Mosquitto,
     fake: FakeLLM,
     settings_for: Callable[..., Settings],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "OUTBOX_S", 0.05)
-    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
     settings = settings_for(fake.url, mqtt_broker_url=mosquitto.url, mqtt_projects="gone")
     session, held = new_id(), threading.Event()
     fake.script = Script(pieces=text("One", " two"), held=held)

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import msgspec
 
@@ -139,7 +140,7 @@ class Admission:
     ) -> Ticket:
         """Lets a turn in. `longest` tells how long its reply may get where the request does not. Raises
         `RateLimited` and `BudgetExceeded`, and takes nothing then."""
-        ticket = self._ticket(who, request, turn_id, model, longest)
+        ticket = self._ticket(who, request, turn_id, partial(self._estimate, request, model, longest))
         if ticket.windows:
             quotas = await self._ledger.take(turn_id, ticket.windows)
             _check_windows(quotas)
@@ -154,7 +155,7 @@ class Admission:
     async def admit_again(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
         """The ticket of a turn that was accepted before, by a process that is gone: it counts, and is not
         refused."""
-        ticket = self._ticket(who, request, turn_id, model)
+        ticket = self._ticket(who, request, turn_id, partial(self._estimate, request, model))
         await self._seed(ticket)
         await self._ledger.reserve(turn_id, ticket.holds, force=True)
         return Ticket(turn_id, (), ticket.holds, ticket.budgets)
@@ -197,12 +198,7 @@ class Admission:
     # --- what counts for a turn ---
 
     def _ticket(
-        self,
-        who: Identity,
-        request: TurnRequest,
-        turn_id: str,
-        model: str,
-        longest: Callable[[], int] | None = None,
+        self, who: Identity, request: TurnRequest, turn_id: str, estimate: Callable[[], Spent]
     ) -> Ticket:
         own = self.limits_of(who)
         others = [(subject, self._limits_beside(subject, request)) for subject in _subjects(who, request)]
@@ -214,7 +210,7 @@ class Admission:
         if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
             key = f"{who.owner}|{request.session_id}|1m"
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
-        holds, budgets = self._holds([(who.owner, own), *others], request, model, longest)
+        holds, budgets = self._holds([(who.owner, own), *others], estimate)
         return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
 
     def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
@@ -225,29 +221,25 @@ class Admission:
         return found
 
     def _holds(
-        self,
-        subjects: Sequence[tuple[str, Limits]],
-        request: TurnRequest,
-        model: str,
-        longest: Callable[[], int] | None,
+        self, subjects: Sequence[tuple[str, Limits]], estimate: Callable[[], Spent]
     ) -> tuple[list[Hold], dict[str, tuple[str, str]]]:
         holds, budgets = [], {}
-        estimate: Spent | None = None
+        most: Spent | None = None
         for subject, limits in subjects:
             if limits.concurrent_turns:
                 holds.append(Hold(f"{subject}|turns", 1, limits.concurrent_turns))
             for budget, counted in BUDGETS.items():
                 amount = getattr(limits, budget)
                 if amount:
-                    estimate = estimate or self._estimate(request, model, longest)
+                    most = most or estimate()
                     day = day_of(time.time())
                     period = day if budget.startswith("daily") else day[:7]
                     key = f"{subject}|{budget}|{period}"
-                    holds.append(Hold(key, float(getattr(estimate, counted)), amount, _end_of(period)))
+                    holds.append(Hold(key, float(getattr(most, counted)), amount, _end_of(period)))
                     budgets[key] = (subject, budget)
         return holds, budgets
 
-    def _estimate(self, request: TurnRequest, model: str, longest: Callable[[], int] | None) -> Spent:
+    def _estimate(self, request: TurnRequest, model: str, longest: Callable[[], int] | None = None) -> Spent:
         """What a turn may spend at most, but for the history, whose length is not known yet."""
         prompt = estimate_tokens(request.message) + estimate_tokens(request.system_prompt or "")
         default = self._settings.llm_max_tokens if longest is None else longest()
