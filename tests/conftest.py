@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from httpx._transports import default
+from hypothesis import settings as hypothesis_settings
 from pydantic import SecretStr
 
 from app.cli import install
@@ -30,6 +31,10 @@ from tests.support import (
     postgres,
     wait_until,
 )
+
+# How long an example takes says how busy the machine is.
+hypothesis_settings.register_profile("portal", deadline=None)
+hypothesis_settings.load_profile("portal")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -375,9 +375,10 @@ async def test_anonymous_clients_have_the_classic_topics(portal: Container, conn
         assert game.publish(f"maze/{topic}") != REFUSED, topic
     for topic in ("assistant_response/s1", "assistant_response/s1/#", "stream/s1/+", "hint/s1"):
         assert game.subscribe(f"maze/{topic}") == "Granted QoS 1", topic
-    for topic in ("session/response", "status"):
+    for topic in ("session/response", "session/response/mine", "status"):
         assert game.subscribe(f"maze/{topic}") == "Granted QoS 1", topic
-    for topic in ("assistant_response/s1", "assistant_response/s1/left", "stream/s1/r1", "hint/s1"):
+    told = ("assistant_response/s1", "assistant_response/s1/left", "stream/s1/r1", "hint/s1")
+    for topic in (*told, "session/response/mine"):
         bridge.publish(f"maze/{topic}", topic.encode())
         game.hear(f"maze/{topic}", topic.encode())
 
@@ -388,7 +389,7 @@ LOOKING_FOR_SESSIONS = [
     "+/assistant_response/s1",
     *(
         f"maze/{name}/{below}"
-        for name in ("assistant_response", "stream")
+        for name in ("assistant_response", "stream", "session/response")
         for below in ("#", "+", "+/#", "+/+")
     ),
     "maze/hint/+",

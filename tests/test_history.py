@@ -276,7 +276,7 @@ def row_with(stored: MessageRow, pinned: bool) -> MessageRow:
     return MessageRow(**{**values, "pinned": pinned})
 
 
-Conversation.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Conversation.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestConversations = Conversation.TestCase
 
 

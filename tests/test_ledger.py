@@ -152,7 +152,7 @@ async def test_two_processes_count_together(redis_url: str) -> None:
         await ledger.close()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 5),
     st.lists(st.floats(0, 4, allow_nan=False), min_size=1, max_size=40),

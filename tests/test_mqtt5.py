@@ -96,6 +96,15 @@ def test_a_hint_at_the_response_topic(game: GameClient, llm: FakeLLM, session: s
     assert json.loads(game.reply(wanted))["hint"] == "Hello there"
 
 
+def test_the_event_that_ends_a_state_has_the_hint_wherever_it_goes(
+    game: GameClient, llm: FakeLLM, session: str
+) -> None:
+    wanted = f"maze/assistant_response/{session}/mine"
+    game.publish(f"maze/state/{session}", {"x": 1, "format": "json"}, ResponseTopic=wanted)
+    told = json.loads(game.reply(wanted))
+    assert (told["type"], told["hint"], told["response"]) == ("final", "Hello there", "Hello there")
+
+
 def test_a_fresh_session_id_at_the_response_topic(game: GameClient) -> None:
     mine = f"maze/session/response/{new_id()}"
     game.publish("maze/session", b"", ResponseTopic=mine, CorrelationData=b"9")

@@ -8,6 +8,7 @@ import struct
 
 import pytest
 
+import app.mqtt.connection as connection_module
 from app.mqtt.connection import KEEPALIVE_S, Broker, Incoming, MqttConnection, Outgoing
 
 uvloop = pytest.importorskip("uvloop", reason="other event loops tell of a failed socket again and again")
@@ -17,12 +18,13 @@ QUESTION = b"\x32\x07\x00\x01t\x00\x09\x00x"
 """A PUBLISH at QoS 1."""
 
 PUBLISH = b"\x30\x05\x00\x01t\x00x"
+NOT_AUTHORIZED = 0x87
 HELLO_S = 5.0
 
 
-def suback(subscribe: bytes) -> bytes:
-    """The answer to a SUBSCRIBE with one filter."""
-    return b"\x90\x04" + subscribe[2:4] + b"\x00\x01"
+def suback(subscribe: bytes, reason: int = 1) -> bytes:
+    """The answer to a SUBSCRIBE with one filter: granted, with QoS 1, or another reason."""
+    return b"\x90\x04" + subscribe[2:4] + bytes([0, reason])
 
 
 def test_a_connection_that_is_reset_behind_messages_is_made_again_at_once() -> None:
@@ -73,13 +75,17 @@ class StrictBroker:
         self._server = server
         self._loop = asyncio.get_running_loop()
 
-    async def serve(self, most: int) -> None:
-        """Lets a client connect and subscribe."""
+    async def serve(self, most: int, *refusals: int) -> None:
+        """Lets a client connect, and subscribe once each of `refusals` was its answer."""
         self._socket, _ = await self._loop.sock_accept(self._server)
         assert (await self.read())[0] >> 4 == 1, "CONNECT"
         await self.send(b"\x20\x06\x00\x00\x03\x21" + struct.pack(">H", most))
         subscribe = await self.read()
         assert subscribe[0] >> 4 == 8, "SUBSCRIBE"
+        for reason in refusals:
+            await self.send(suback(subscribe, reason))
+            subscribe = await self.read()
+            assert subscribe[0] >> 4 == 8, "SUBSCRIBE"
         await self.send(suback(subscribe))
 
     async def read(self) -> bytes:
@@ -148,6 +154,31 @@ async def test_no_more_is_sent_unconfirmed_than_the_broker_takes() -> None:
                     await broker.confirm(publish)
                 await asyncio.gather(*sent)
                 broker.hang_up()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_subscription_that_is_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "BACKOFF_MOST_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        broker, subscribed = StrictBroker(server), asyncio.Event()
+        connection = MqttConnection(
+            Broker(f"mqtt://127.0.0.1:{server.getsockname()[1]}"),
+            "client",
+            ["t"],
+            will=lambda: ("will", b""),
+            on_message=lambda _: None,
+            on_connected=subscribed.set,
+        )
+        running = asyncio.create_task(connection.run())
+        try:
+            async with asyncio.timeout(20):
+                await broker.serve(10, NOT_AUTHORIZED, NOT_AUTHORIZED)
+                await subscribed.wait()
+            assert connection.is_subscribed
+            broker.hang_up()
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -135,6 +135,7 @@ def test_an_error_goes_where_the_answer_was_to_go(verb: str, kind: str, wrong: d
 
     default = target_of()
     assert target_of(replyTopic=f"maze/{kind}/s1/x") == f"maze/{kind}/s1/x"
+    assert target_of(reply_topic=f"maze/{kind}/s1/x") == f"maze/{kind}/s1/x"
     for useless in (f"maze/{kind}/s2/x", f"maze/{kind}/s1/#", "", 7, None):
         assert target_of(replyTopic=useless) == default
 

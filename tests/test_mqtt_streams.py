@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,26 @@ def test_who_asks_again_gets_the_stream_again(game: GameClient, llm: FakeLLM, se
     topic = f"maze/stream/{session}/r"
     game.wait_for(lambda: len(game.messages_unlocked(topic)) == 2 * len(first))
     assert game.json_replies(topic)[len(first) :] == first, "packet by packet"
+
+
+def test_who_asks_again_while_it_runs_gets_the_stream_from_its_beginning(
+    game: GameClient, llm: FakeLLM, session: str
+) -> None:
+    gate = threading.Event()
+    llm.script = Script(pieces=text("One", " two"), held=gate)
+    body = {"message": "count", "requestId": "r", "stream": True}
+    game.publish(f"maze/user_input/{session}", body)
+    topic = f"maze/stream/{session}/r"
+    game.wait_for(lambda: any(b'"One"' in payload for payload in game.messages_unlocked(topic)))
+    game.publish(f"maze/user_input/{session}", body)
+    game.wait_for(lambda: sum(b'"One"' in payload for payload in game.messages_unlocked(topic)) == 2)
+    gate.set()
+    events = stream(game, session, "r")
+    again = len(events) - 1 - [event["seq"] for event in reversed(events)].index(0)
+    assert events[again]["type"] == "accepted"
+    assert [event["seq"] for event in events[again:]] == list(range(len(events) - again)), "and once"
+    assert joined(events[again:]) == events[-1]["response"] == "One two"
+    assert joined(events[:again]) == "One"
 
 
 def test_a_turn_that_is_superseded_ends_its_stream(game: GameClient, llm: FakeLLM, session: str) -> None:

@@ -182,7 +182,6 @@ class Sessions(RuleBasedStateMachine):
 Sessions.TestCase.settings = settings(
     max_examples=25,
     stateful_step_count=25,
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

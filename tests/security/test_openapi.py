@@ -167,7 +167,6 @@ def _ask(operation: Any, mode: GenerationMode, people: list[Person], session: re
         max_examples=max(EXAMPLES[mode].values()),
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode, path_parameters=things[0] if things else None))

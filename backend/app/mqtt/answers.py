@@ -12,6 +12,7 @@ from app.events import (
     Cancelled,
     Ending,
     Final,
+    Kind,
     ReplyTarget,
     Restarted,
     Thinking,
@@ -36,10 +37,12 @@ LEAST_ROOM = 112
 _encode = msgspec.json.encode
 
 
-def answer(target: ReplyTarget, ending: Ending, request_id: str | None, project: Project) -> bytes:
-    """The payload that tells how a turn ended."""
+def answer(
+    target: ReplyTarget, ending: Ending, kind: Kind, request_id: str | None, project: Project
+) -> bytes:
+    """The payload that tells how a turn of a kind ended."""
     if target.form == "json":
-        return _encode({**_event(ending, project, target), **_ids(target, request_id)})
+        return _encode({**_event(ending, kind, project), **_ids(target, request_id)})
     try:
         reply = answer_of(ending)
     except PortalError as error:
@@ -49,9 +52,9 @@ def answer(target: ReplyTarget, ending: Ending, request_id: str | None, project:
     return _encode({**msgspec.to_builtins(hint_of(reply, project)), "requestId": request_id})
 
 
-def _event(ending: Ending, project: Project, target: ReplyTarget) -> dict[str, Any]:
+def _event(ending: Ending, kind: Kind, project: Project) -> dict[str, Any]:
     event: dict[str, Any] = msgspec.to_builtins(ending)
-    if "/hint/" in target.topic and isinstance(ending, Final | Cancelled):
+    if kind == "state" and isinstance(ending, Final | Cancelled):
         event |= msgspec.to_builtins(hint_of(ending, project))
     return event
 

@@ -394,7 +394,7 @@ class ProjectDoor:
         assert turn.ending is not None
         project, request_id = self._parts.projects.project(turn.session.project), turn.row.request_id
         try:
-            return answers.answer(target, turn.ending, request_id, project)
+            return answers.answer(target, turn.ending, turn.row.kind, request_id, project)
         except Exception:
             log.exception("a reply could not be put into words", turn=turn.id)
             return answers.refusal(target, Internal("The portal failed at this reply."), request_id)
@@ -419,19 +419,32 @@ class ProjectDoor:
 
     def stream(self, turn: Turn, target: ReplyTarget, after: Position | None = None) -> None:
         """Publishes the events of a turn that come after `after`, where the target wants them, unless another
-        instance serves the project."""
+        instance serves the project. A stream that is running ends there, and this one takes its place."""
         if target.stream is None:
             return
         topic = f"{target.stream}/{turn.row.request_id}"
         key = (turn.id, topic)
-        if key not in self._streaming:
-            task = self._tasks.start(self._publish_events(turn, topic, target, after), "stream")
-            self._streaming[key] = task
-            task.add_done_callback(lambda _: self._streaming.pop(key))
+        before = self._streaming.get(key)
+        if before is not None:
+            before.cancel()
+        task = self._tasks.start(self._publish_events(turn, topic, target, after, before), "stream")
+        self._streaming[key] = task
+        task.add_done_callback(partial(self._end_stream, key))
+
+    def _end_stream(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        if self._streaming.get(key) is task:
+            del self._streaming[key]
 
     async def _publish_events(
-        self, turn: Turn, topic: str, target: ReplyTarget, after: Position | None
+        self,
+        turn: Turn,
+        topic: str,
+        target: ReplyTarget,
+        after: Position | None,
+        before: asyncio.Task[None] | None,
     ) -> None:
+        if before is not None:
+            await asyncio.wait([before])
         try:
             # A turn of an instance that died may be taken up here before the lease is free.
             async with asyncio.timeout(LEASE_S + RENEW_S):

@@ -278,6 +278,11 @@ class MqttConnection:
         self._connections += 1
         self._heed(getattr(properties, "ReceiveMaximum", MOST_UNCONFIRMED))
         self._loop.call_soon(self._came_up)  # after paho has sent again what was not confirmed
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        if self.is_subscribed or not self._client.is_connected():
+            return
         # 2: the broker sends no retained messages on subscribing; requests are never retained.
         options = SubscribeOptions(qos=1, retainHandling=2)
         self._client.subscribe([(name, options) for name in self._filters])
@@ -295,7 +300,9 @@ class MqttConnection:
     def _subscribed(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
         refused = [reason for reason in reasons if reason.is_failure]
         if refused:
+            # Its rules may yet be written: those of a new project are, by whoever manages the broker.
             log.error("the broker refused a subscription", reason=str(refused[0]))
+            self._loop.call_later(BACKOFF_MOST_S, self._subscribe)
             return
         self.is_subscribed = True
         self._on_connected()

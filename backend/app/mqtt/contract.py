@@ -234,7 +234,7 @@ class _Draft:
     @property
     def _given_reply_topic(self) -> str | None:
         """What the body says in `replyTopic`, where it may; the body need not be right."""
-        given = self._body.get("replyTopic")
+        given = self._body.get("replyTopic", self._body.get("reply_topic"))
         takes_it = self._address.verb in {"user_input", "state"}
         return given if takes_it and isinstance(given, str) else None
 
@@ -362,7 +362,7 @@ _FORMS: dict[str, type[Request]] = {
 BESIDE_STATE = frozenset(
     {
         *("message", "sessionId", "session_id", "requestId", "request_id", "clientId", "client_id"),
-        *("replyTopic", "temperature", "topP", "maxTokens", "systemPrompt", "prompt_template"),
+        *("replyTopic", "reply_topic", "temperature", "topP", "maxTokens", "systemPrompt", "prompt_template"),
         *("stream", "format", "deadline_s", "maxChunkBytes", "token"),
     }
 )

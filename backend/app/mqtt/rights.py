@@ -42,7 +42,9 @@ def anonymous_rights(projects: Sequence[str]) -> Rights:
         publish=tuple(topic for project in projects for topic in _requests(project)),
         receive=tuple(f"{project}/{name}" for project in projects for name in (STATUS, NEW_SESSION)),
         below=tuple(
-            f"{project}/{name}" for project in projects for name in (ASSISTANT_RESPONSE, HINT, STREAM)
+            f"{project}/{name}"
+            for project in projects
+            for name in (ASSISTANT_RESPONSE, HINT, STREAM, NEW_SESSION)
         ),
     )
 
