@@ -369,6 +369,7 @@ def test_a_summary_stays_in_its_branch(start: Start, notes: FakeLLM, session: st
         say(client, session, 200)
         assert 100 not in numbers(turns_of(notes)[-1])
         assert SUMMARY not in str(turns_of(notes)[-1])
+        assert client.get(f"/api/sessions/{session}").json()["summary"] is None
         assert client.post(f"/api/sessions/{session}/messages/{old['id']}/choose").status_code == 200
         say(client, session, asked + 1)
         say(client, session, asked + 2)
@@ -378,6 +379,7 @@ def test_a_summary_stays_in_its_branch(start: Start, notes: FakeLLM, session: st
         say(client, session, asked + 3)
         assert 0 not in numbers(turns_of(notes)[-1])
         assert SUMMARY in str(turns_of(notes)[-1]), "and where it was made, it is still there"
+        assert client.get(f"/api/sessions/{session}").json()["summary"] == SUMMARY
 
 
 def turns_of(llm: FakeLLM) -> list[Messages]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from prometheus_client.samples import Sample
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
+from tests.proxy import Proxy
 from tests.support import ROOT, GameClient, MakePortal, Mosquitto, Portal, ask, owner_of, wait_until
 
 pytestmark = pytest.mark.slow
@@ -189,6 +191,25 @@ def test_who_may_read_them(fake_portal: Portal, admin: httpx.Client, client: htt
     ) as prometheus:
         assert scrape(prometheus)
         assert prometheus.get("/api/sessions").status_code == 403, "the key is good for nothing else"
+
+
+def test_they_tell_of_an_outage_of_the_database(
+    postgres_url: str, fake_thread: FakeLLM, tmp_path: Path, make_portal: MakePortal
+) -> None:
+    between = Proxy(urlsplit(postgres_url).port or 0)
+    url = postgres_url.replace(f":{urlsplit(postgres_url).port}/", f":{between.port}/")
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, DATABASE_URL=url).start()
+    with portal.client("admin", role="admin") as admin:
+        keys = [admin.post("/api/keys", json={"name": name, "scopes": ["metrics:read"]}) for name in "ab"]
+    known, unknown = ({"Authorization": f"Bearer {made.json()['secret']}"} for made in keys)
+    with httpx.Client(base_url=portal.url, timeout=30) as prometheus:
+        prometheus.headers.update(known)
+        scrape(prometheus)
+        between.close()
+        wait_until(lambda: prometheus.get("/api/sessions").status_code == 503, 30, "the outage")
+        assert value(scrape(prometheus), "portal_refusals_total", code="overloaded") >= 1
+        assert prometheus.get("/metrics", headers=unknown).status_code == 503
+        assert prometheus.get("/metrics", headers={"Authorization": "Bearer x"}).status_code == 401
 
 
 def metrics_in(text: str) -> set[str]:

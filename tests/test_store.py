@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import text
 
@@ -435,12 +436,14 @@ async def test_a_summary_is_kept_only_for_the_version_that_it_is_of(store: Store
     row = await store.session(ADA.owner, "s") or raising()
     assert await memory.summarise(row.id, row.version, "first", accepted.turn.message_id, lambda _: None)
     assert not await memory.summarise(row.id, row.version, "late", accepted.turn.message_id, lambda _: None)
-    assert await memory.summaries([row.id, "another"]) == {row.id: "first"}
+    cut = msgspec.structs.replace(row, window_start=accepted.turn.message_id)
+    assert await memory.summaries([cut, row]) == {row.id: "first"}
+    assert await memory.summaries([row]) == {}, "nothing is cut, and all is sent"
     row = await store.session(ADA.owner, "s") or raising()
     assert await memory.summarise(row.id, row.version, "second", accepted.turn.message_id, lambda _: None)
-    assert await memory.summaries([row.id]) == {row.id: "second"}
+    assert await memory.summaries([cut]) == {row.id: "second"}
     await store.clear(ADA.owner, "s", {})
-    assert await memory.summaries([row.id]) == {}
+    assert await memory.summaries([cut]) == {}
 
 
 def raising() -> SessionRow:

@@ -256,10 +256,20 @@ class _SignedIn(SecurityBase):
             raise Unauthenticated(
                 "Sign in first: send `Authorization: Bearer` with an access token or an API key."
             )
-        accounts: Accounts = request.app.state.container.accounts
+        return await self._identify(request.app.state.container.accounts, token)
+
+    async def _identify(self, accounts: Accounts, token: str) -> Identity:
         return await accounts.identify(token)
+
+
+class _Watching(_SignedIn):
+    """Who asks how the portal is, also while the database is away."""
+
+    async def _identify(self, accounts: Accounts, token: str) -> Identity:
+        return await accounts.identify_for_watching(token)
 
 
 SIGNED_IN = _SignedIn()
 
 CurrentUser = Annotated[Identity, Depends(SIGNED_IN)]
+WatchingUser = Annotated[Identity, Depends(_Watching())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from app.dependencies import CurrentUser, MetricsDep
+from app.dependencies import MetricsDep, WatchingUser
 from app.hardening import StrictRoute
 
 router = APIRouter(tags=["health"], route_class=StrictRoute)
@@ -17,7 +17,7 @@ router = APIRouter(tags=["health"], route_class=StrictRoute)
         200: {"description": "The metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}
     },
 )
-async def metrics(user: CurrentUser, found: MetricsDep) -> Response:
+async def metrics(user: WatchingUser, found: MetricsDep) -> Response:
     """How the portal is and what it has done, in Prometheus' text format."""
     text, media_type = await found.text(user)
     return Response(text, headers={"Content-Type": media_type, "Cache-Control": "no-store"})

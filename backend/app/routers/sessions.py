@@ -215,7 +215,7 @@ async def _one(row: SessionRow, templates: Templates, memory: Memory) -> Session
 async def shown(rows: Sequence[SessionRow], templates: Templates, memory: Memory) -> list[Session]:
     """Sessions as they are shown, with what else is known of them."""
     versions = await templates.named(row.template_version for row in rows if row.template_version)
-    summaries = await memory.summaries(row.id for row in rows if row.window_start is not None)
+    summaries = await memory.summaries(rows)
     return [_session(row, versions.get(row.template_version or ""), summaries.get(row.id)) for row in rows]
 
 

@@ -36,7 +36,7 @@ class KnownTokens:
     def __init__(self, database: Database, policies: Policies) -> None:
         self._database = database
         self._policies = policies
-        self._holders: dict[tuple[str, Door], tuple[Identity, float]] = {}
+        self._holders: dict[tuple[str, Door], tuple[Holder, float]] = {}
         self._changes = 0
 
     async def change(self, operation: Operation[T]) -> T:
@@ -51,7 +51,8 @@ class KnownTokens:
         """Who holds the token that came in by `door`; raises what `look_up()` does."""
         known = self._holders.get((token, door))
         if known is not None:
-            identity, until = known
+            held, until = known
+            identity = held.identity
             if time.time() < until and self._policies.role(identity.role_name) is identity.role:
                 return identity
         changes = self._changes
@@ -61,5 +62,13 @@ class KnownTokens:
             if len(self._holders) >= MOST_KEPT:
                 self._holders.clear()
             kept = until if found.ends_at is None else min(until, found.ends_at)
-            self._holders[token, door] = (found.identity, kept)
+            self._holders[token, door] = (found, kept)
         return found.identity
+
+    def last(self, token: str, door: Door) -> Identity | None:
+        """Who held the token when that was looked up last, however long ago, unless it has run out since;
+        None when that is not known any more."""
+        held, _ = self._holders.get((token, door), (None, 0.0))
+        if held is None or (held.ends_at is not None and held.ends_at <= time.time()):
+            return None
+        return held.identity

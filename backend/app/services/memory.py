@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, bindparam, literal, select, text, update
+from sqlalchemy import Connection, String, bindparam, literal, select, text, update
 
 from app.database import Database, insert_of
 from app.models.tables import messages, sessions, summaries, turns
@@ -30,16 +30,16 @@ _PINNED = text("""
 _ANY_PINNED = (
     select(literal(1)).where(messages.c.session == bindparam("session"), text("messages.pinned")).limit(1)
 )
-_SUMMARY = text("""
-    WITH RECURSIVE path(id, parent_id, content, until) AS (
-        SELECT m.id, m.parent_id, s.content, s.until
-        FROM messages m JOIN summaries s ON s.session = m.session WHERE m.id = :start
+_SUMMARIES = text("""
+    WITH RECURSIVE path(id, parent_id, session, content, until) AS (
+        SELECT m.id, m.parent_id, s.session, s.content, s.until
+        FROM messages m JOIN summaries s ON s.session = m.session WHERE m.id IN :starts
         UNION ALL
-        SELECT m.id, m.parent_id, path.content, path.until
+        SELECT m.id, m.parent_id, path.session, path.content, path.until
         FROM messages m JOIN path ON m.id = path.parent_id WHERE path.id <> path.until
     )
-    SELECT content, until FROM path WHERE id = until
-""")
+    SELECT session, content, until FROM path WHERE id = until
+""").bindparams(bindparam("starts", type_=String, expanding=True))
 """A session has one summary, and many branches: that of another branch tells what was never said in this."""
 
 _OF_QUESTION = (
@@ -79,8 +79,8 @@ class Memory:
         it was made on this path."""
 
         def operation(connection: Connection) -> Remembered:
-            found = connection.execute(_SUMMARY, {"start": start.id}).first()
-            content, until = (None, None) if found is None else found
+            found = connection.execute(_SUMMARIES, {"starts": [start.id]}).first()
+            content, until = (None, None) if found is None else (found.content, found.until)
             return Remembered(_pinned(connection, session, start.parent_id), content, until)
 
         return await self._database.read(operation)
@@ -112,10 +112,10 @@ class Memory:
 
         return await self._database.write(operation)
 
-    async def summaries(self, of: Iterable[str]) -> dict[str, str]:
-        """The summaries of sessions, by the sessions' row ids."""
-        statement = select(summaries.c.session, summaries.c.content).where(summaries.c.session.in_(list(of)))
-        rows = await self._database.read(lambda c: c.execute(statement).all())
+    async def summaries(self, of: Iterable[SessionRow]) -> dict[str, str]:
+        """The summaries that are sent to the model, by the sessions' row ids: see `before`."""
+        named = {"starts": [session.window_start for session in of if session.window_start is not None]}
+        rows = await self._database.read(lambda c: c.execute(_SUMMARIES, named).all())
         return {row.session: row.content for row in rows}
 
     async def summarise(
