@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,33 @@ def test_the_chain_is_whole_and_its_head_can_be_kept(admin: httpx.Client, client
     assert admin.get("/api/admin/audit/verify", params={"head": other}).json()["whole"] is False
 
 
+def test_a_log_that_grows_while_it_is_verified_is_whole(admin: httpx.Client, client: httpx.Client) -> None:
+    is_over = threading.Event()
+
+    def fill() -> None:
+        while not is_over.is_set():
+            assert ask(client).status_code == 200
+
+    with ThreadPoolExecutor(3) as pool:
+        fillers = [pool.submit(fill) for _ in range(3)]
+        try:
+            verdicts = [admin.get("/api/admin/audit/verify").json() for _ in range(20)]
+        finally:
+            is_over.set()
+        for filler in fillers:
+            filler.result()
+    assert [verdict["problem"] for verdict in verdicts] == [None] * 20
+    assert verdicts[-1]["rows"] > verdicts[0]["rows"]
+
+
 TAMPERINGS = {
     "UPDATE audit SET outcome = 'ok' WHERE outcome = 'denied'": "was changed",
     "UPDATE audit SET details = '{}' WHERE seq = 2": "row 2 was changed",
     "DELETE FROM audit WHERE seq = 3": "row 3 is missing",
     "DELETE FROM audit WHERE seq = (SELECT max(seq) FROM audit)": "rows at the end are missing",
+    "INSERT INTO audit SELECT seq + 1, at, actor, action, target, outcome, door, personal_data, details, hash"
+    " FROM audit ORDER BY seq DESC LIMIT 1": "was changed",
+    "UPDATE audit_head SET seq = seq - 1": "are not the portal's",
     "UPDATE audit SET seq = seq + 1 WHERE seq = (SELECT max(seq) FROM audit)": "is missing",
 }
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -9,6 +12,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
+from app.config import BACKEND_DIR
 from app.database import MIGRATIONS, Database, create_portal_engine, head_revision, migrate
 from app.models.tables import metadata
 
@@ -22,6 +26,21 @@ def test_the_migrations_make_the_tables(database_url: str) -> None:
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
         assert version == head_revision()
     engine.dispose()
+
+
+def test_of_processes_that_start_at_once_one_migrates(database_url: str) -> None:
+    migrates = "import sys; from app.database import migrate; sys.stdin.readline(); migrate(sys.argv[1])"
+    command = [sys.executable, "-c", migrates, database_url]
+    started = [
+        subprocess.Popen(command, cwd=BACKEND_DIR, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True)
+        for _ in range(4)
+    ]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * 4, told
 
 
 def test_who_was_an_admin_is_one_after_the_upgrade(tmp_path: Path) -> None:

@@ -77,6 +77,18 @@ def test_a_template_over_http(client: httpx.Client, llm: FakeLLM, session: str) 
     assert client.post("/api/mqtt/publish_template", json=both).status_code == 422
 
 
+def test_only_a_project_that_there_is_gets_a_prompt(client: httpx.Client, llm: FakeLLM, session: str) -> None:
+    body = {"template": "Guide.", "project": "invented"}
+    refused = client.post("/api/mqtt/publish_template", json=body)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"].startswith("project: one of ")
+    assert "maze" in refused.json()["error"]["message"]
+    assert client.post("/api/mqtt/publish_template", json={**body, "project": "maze"}).json()["ok"]
+    publish(client, session, state={"x": 1}, project="maze")
+    wait_until(lambda: client.get("/api/mqtt/last_hint", params={"session_id": session}).is_success)
+    assert llm.requests[-1]["messages"][0]["content"] == "Guide."
+
+
 def test_the_doors_status(client: httpx.Client) -> None:
     told = client.get("/api/mqtt/status").json()
     assert (told["enabled"], told["connected"]) == (True, True)

@@ -12,7 +12,7 @@ from app.access import PERMISSIONS
 from app.events import new_id
 from app.services.redaction import redact
 from tests.fake_llm import FakeLLM, Script
-from tests.support import GameClient, MakePortal, Mosquitto, Portal, ask, token_of, wait_until
+from tests.support import GameClient, MakePortal, Mosquitto, Portal, ask, owner_of, token_of, wait_until
 from tests.test_run_server import refuse_settings
 
 CHAT = ["chat:use", "sessions:read", "account:write"]
@@ -65,6 +65,13 @@ def test_a_role_names_the_tools_that_may_be_offered(
         assert (refused.status_code, refused.json()["detail"]) == (
             403,
             f"tools: the role {role!r} may not use 'rm'.",
+        )
+        for name in ("rm-1", "rm-2"):
+            more = {"type": "function", "function": {"name": name, "parameters": {}}}
+            assert ask(client, tools=[more]).status_code == 403
+        denied = admin.get("/api/admin/audit", params={"actor": owner_of(client), "outcome": "denied"}).json()
+        assert [entry["target"] for entry in denied["entries"]] == ["tool rm"], (
+            "and not what else one invents"
         )
         strange_ones: list[dict[str, Any]] = [{}, {"function": "maze_open"}, {"function": {}}]
         for strange in strange_ones:

@@ -318,7 +318,7 @@ async def _wire(settings: Settings, store: Store) -> Wire | None:
 async def _projects(
     settings: Settings, database: Database, authorizer: Authorizer
 ) -> AsyncIterator[Projects]:
-    projects = Projects(database, authorizer, settings.path(settings.projects_file))
+    projects = Projects(database, authorizer, settings.path(settings.projects_file), settings.mqtt_projects)
     await projects.open()
     async with _background(projects.watch(), "projects"):
         yield projects

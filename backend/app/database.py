@@ -196,6 +196,23 @@ def head_revision() -> str:
     return max(path.stem for path in (MIGRATIONS / "versions").glob("[0-9]*.py")).split("_")[0]
 
 
+MIGRATING = 7_013_501
+"""Names the lock of PostgreSQL under which the schema is changed."""
+
+LONGEST_MIGRATION_S = 3600
+
+
+def lock_schema(connection: Connection) -> None:
+    """Begins a transaction, once no other process changes the schema: of several that are started at once
+    one migrates, and the others find it done."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:name)"), {"name": MIGRATING})
+        return
+    raw: Any = connection.connection.driver_connection
+    raw.execute(f"PRAGMA busy_timeout = {LONGEST_MIGRATION_S * 1000}")
+    raw.execute("BEGIN IMMEDIATE")
+
+
 def migrate(url: str) -> None:
     """Brings the schema at `url` up to date. Raises `Internal` when the database is newer than this
     program."""

@@ -182,6 +182,7 @@ class Audit:
         whether it is still that chain."""
         last, count = "", 0
         noted_seq, _, noted_hash = (head or "").partition(":")
+        least = (await self._head()).seq  # rows may be added while the others are read
         async for row in self.rows(AuditFilter()):
             if row.seq != count + 1:
                 return Verdict(count, f"{count}:{last}", row.seq, f"row {count + 1} is missing")
@@ -193,10 +194,18 @@ class Audit:
                 return Verdict(count, f"{count}:{last}", row.seq, "this is another chain than was noted")
         if head is not None and (not noted_seq.isdecimal() or int(noted_seq) > count):
             return Verdict(count, f"{count}:{last}", count + 1, "the noted head is not there any more")
-        stored = await self._database.read(lambda c: c.execute(select(audit_head.c.seq)).scalar_one())
-        if stored != count:
-            return Verdict(count, f"{count}:{last}", count + 1, "rows at the end are missing")
-        return Verdict(count, f"{count}:{last}")
+        problem = "rows at the end are missing" if count < least else await self._not_ours(count, last)
+        return Verdict(count, f"{count}:{last}", None if problem is None else count + 1, problem)
+
+    async def _not_ours(self, count: int, last: str) -> str | None:
+        """What is wrong with the end of a chain that seems whole: it goes on beyond the portal's own."""
+        head = await self._head()
+        is_ours = count < head.seq or (count, last) == (head.seq, head.hash)
+        return None if is_ours else "rows at the end are not the portal's"
+
+    async def _head(self) -> Row[Any]:
+        """The number (`seq`) of the newest row, and its hash."""
+        return await self._database.read(lambda c: c.execute(select(audit_head)).one())
 
 
 def _row(row: Row[Any]) -> AuditRow:

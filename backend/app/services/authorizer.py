@@ -60,7 +60,7 @@ class Authorizer:
     async def check_model(self, who: Identity, model: str) -> None:
         """Returns when the role may use the model. Raises `Forbidden`."""
         if not matches(model, who.role.models):
-            await self.deny(who, f"model {model}")
+            await self.deny(who, "model", model)
             raise Forbidden(
                 f"model: the role {who.role_name!r} may use {', '.join(who.role.models) or 'none'}, "
                 f"not {model!r}."
@@ -73,7 +73,7 @@ class Authorizer:
             function = tool.get("function")
             name = str(function.get("name", "")) if isinstance(function, Mapping) else ""
             if not matches(name, who.role.tools):
-                await self.deny(who, f"tool {name[:64]}")
+                await self.deny(who, "tool", name[:64])
                 raise Forbidden(f"tools: the role {who.role_name!r} may not use {name[:64]!r}.")
 
     async def check_within(self, who: Identity, role: Role) -> None:
@@ -84,8 +84,8 @@ class Authorizer:
             await self.deny(who, "more than one's own rights")
             raise Forbidden(f"This would give rights that you do not have: {', '.join(beyond)}.")
 
-    async def deny(self, who: Identity, what: str) -> None:
-        """Notes in the audit log that something was refused."""
+    async def deny(self, who: Identity, what: str, name: str = "") -> None:
+        """Notes in the audit log that something was refused; the first `name` of many that are tried."""
         now = time.monotonic()
         key = (who.owner, what)
         if now - self._denied.get(key, -SAME_DENIAL_S) < SAME_DENIAL_S:
@@ -95,6 +95,6 @@ class Authorizer:
         if len(self._denied) > MOST_DENIALS:
             self._denied.popitem(last=False)
         try:
-            await self._audit.record(who, "access", target=what, outcome=DENIED)
+            await self._audit.record(who, "access", target=f"{what} {name}".rstrip(), outcome=DENIED)
         except StorageUnavailable:
             log.warning("a denial could not be written to the audit log", what=what)

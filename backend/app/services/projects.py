@@ -95,12 +95,18 @@ def read_projects(file: Path) -> dict[str, Project]:
 class Projects:
     """What projects there are."""
 
-    def __init__(self, database: Database, authorizer: Authorizer, projects_file: Path) -> None:
-        """Raises `InvalidRequest` when `projects_file` is wrong."""
+    def __init__(
+        self, database: Database, authorizer: Authorizer, projects_file: Path, served: Sequence[str]
+    ) -> None:
+        """`served` are the projects of the MQTT door. Raises `InvalidRequest` when `projects_file` is
+        wrong."""
         self._database = database
         self._authorizer = authorizer
         self._from_files = {**read_projects(SHIPPED_PROJECTS), **read_projects(projects_file)}
+        self._names = {*self._from_files, *served}
         self._projects: Mapping[str, Project] = self._from_files
+        self._read_at: dict[str, float] = {}
+        """Of each system prompt that was read from the database, when it was changed."""
 
     async def open(self) -> None:
         """Reads what the database has."""
@@ -111,16 +117,17 @@ class Projects:
         await keep_fresh(self._refresh, "projects")
 
     async def _refresh(self) -> None:
-        statement = select(projects.c.name, projects.c.system_prompt)
-        rows: Sequence[Any] = await self._database.read(lambda c: c.execute(statement).all())
-        prompts = {name: self._with_prompt(name, prompt) for name, prompt in rows}
-        self._projects = {**self._from_files, **prompts}
+        stamps = select(projects.c.name, projects.c.updated_at)
+        prompts = select(projects.c.name, projects.c.updated_at, projects.c.system_prompt)
 
-    def _with_prompt(self, name: str, prompt: str) -> Project:
-        known = self._projects.get(name, NONE)
-        if known.system_prompt == prompt:
-            return known  # the same object, for whoever keeps something that was made from it
-        return known.model_copy(update={"system_prompt": prompt})
+        def operation(connection: Connection) -> Sequence[Any]:
+            changed = [name for name, at in connection.execute(stamps) if self._read_at.get(name) != at]
+            return connection.execute(prompts.where(projects.c.name.in_(changed))).all() if changed else ()
+
+        for name, at, prompt in await self._database.read(operation):
+            changed = self.project(name).model_copy(update={"system_prompt": prompt})
+            self._projects = {**self._projects, name: changed}
+            self._read_at[name] = at
 
     def project(self, name: str) -> Project:
         """The project; an empty one when nothing is defined for it."""
@@ -134,8 +141,11 @@ class Projects:
 
     async def set_prompt(self, who: Identity, name: str, prompt: str) -> None:
         """Gives the project another system prompt, for sessions that are made from then on. Raises
-        `Forbidden`."""
+        `Forbidden`, and `InvalidRequest` for a project that is nowhere defined or served: all prompts are
+        kept in memory."""
         await self._authorizer.check(who, "projects:write", project=name, what="project")
+        if name not in self._names:
+            raise InvalidRequest(f"project: one of {', '.join(sorted(self._names))} is needed")
         body = {"system_prompt": prompt, "updated_at": time.time()}
 
         def operation(connection: Connection) -> None:
