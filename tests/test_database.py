@@ -10,11 +10,11 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from app.config import BACKEND_DIR
 from app.database import MIGRATIONS, Database, create_portal_engine, head_revision, migrate
-from app.models.tables import metadata
+from app.models.tables import metadata, template_versions
 
 
 def test_the_migrations_make_the_tables(database_url: str) -> None:
@@ -68,6 +68,29 @@ def test_who_was_an_admin_is_one_after_the_upgrade(tmp_path: Path) -> None:
         admins = connection.execute(text("SELECT id FROM users WHERE is_admin")).scalars().all()
         assert admins == ["ada"]
     engine.dispose()
+
+
+def test_the_variables_of_old_templates_are_known_after_the_upgrade(database_url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = database_url
+    command.upgrade(config, "0011")
+    engine = create_portal_engine(database_url)
+    contents = {"good": "{{ b }} and {{ a }}", "bad": "{{ a.b() }}"}
+    with engine.begin() as connection:
+        template = (
+            "INSERT INTO templates (id, owner, latest, created_at, updated_at) VALUES ('t', 'u', 2, 1, 1)"
+        )
+        connection.execute(text(template))
+        for number, (name, content) in enumerate(contents.items()):
+            version = "INSERT INTO template_versions VALUES (:name, 't', :number, '', '', :content, 1)"
+            connection.execute(text(version), {"name": name, "number": number, "content": content})
+    migrate(database_url)
+    with engine.connect() as connection:
+        found = connection.execute(select(template_versions.c.id, template_versions.c.variables)).all()
+    assert {row.id: row.variables for row in found} == {"good": ["a", "b"], "bad": []}
+    engine.dispose()
+    command.downgrade(config, "0011")
 
 
 async def test_writes_are_in_order_and_outlast_the_close(tmp_path: Path) -> None:

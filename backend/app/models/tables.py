@@ -183,6 +183,7 @@ template_versions = Table(
     Column("title", String(200), nullable=False),
     Column("description", Text, nullable=False),
     Column("content", Text, nullable=False),
+    Column("variables", JSON, nullable=False, server_default=text("'[]'"), comment="names that it needs"),
     Column("created_at", Float, nullable=False),
     UniqueConstraint("template", "number"),
     comment="What a template was at each save; never changed.",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from itertools import islice
 from math import inf
 from typing import Any
 
@@ -22,6 +23,8 @@ from app.errors import InvalidRequest
 
 LONGEST_TEMPLATE = 100_000
 LONGEST_PROMPT = 400_000
+MOST_TOKENS = 5_000
+"""Names, numbers, signs and pieces of text in a template: each takes 20 us to read, and more to compile."""
 DEEPEST = 60
 """Levels of what is nested or chained in a template."""
 MOST_WORK = 200_000
@@ -278,6 +281,11 @@ def _filtered(value: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Fil
 def _parse(content: str) -> nodes.Template:
     if len(content) > LONGEST_TEMPLATE:
         raise InvalidRequest(f"content: it is longer than {LONGEST_TEMPLATE} characters")
+    tokens = (kind for _, kind, _ in _environment.lex(content) if kind != "whitespace")
+    if next(islice(tokens, MOST_TOKENS, None), None) is not None:
+        raise InvalidRequest(
+            f"content: there is more in it than {MOST_TOKENS} names, signs and pieces of text"
+        )
     tree = _environment.parse(content)
     _check(tree)
     return tree
