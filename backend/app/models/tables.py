@@ -238,6 +238,7 @@ messages = Table(
     Column("content", Text, nullable=False),
     Column("tool_calls", JSON),
     Column("usage", JSON),
+    Column("finish_reason", Text, comment="why the model's reply ended; null where it broke off"),
     Column("created_at", Float, nullable=False),
     Column("pinned", Boolean, comment="its exchange is sent to the model also after a cut"),
     Index(None, "session", "turn_id"),

@@ -46,7 +46,7 @@ PATH = text("""
         WHERE path.id <> :last AND path.depth + 1 < :limit
     )
     SELECT m.id, m.parent_id, m.turn_id, m.role, m.content, m.tool_calls, m.usage, m.created_at,
-           t.state, t.kind, m.pinned
+           t.state, t.kind, m.pinned, m.finish_reason
     FROM path JOIN messages m ON m.id = path.id JOIN turns t ON t.id = m.turn_id
     ORDER BY path.depth DESC
 """).columns(*MESSAGE_COLUMNS)
