@@ -76,7 +76,7 @@ def test_the_variables_of_old_templates_are_known_after_the_upgrade(database_url
     config.attributes["url"] = database_url
     command.upgrade(config, "0011")
     engine = create_portal_engine(database_url)
-    contents = {"good": "{{ b }} and {{ a }}", "bad": "{{ a.b() }}"}
+    contents = {"good": "{{ b }}, {{ a }}{{ c | default('') }}", "bad": "{{ a.b() }}"}
     with engine.begin() as connection:
         template = (
             "INSERT INTO templates (id, owner, latest, created_at, updated_at) VALUES ('t', 'u', 2, 1, 1)"
@@ -87,8 +87,9 @@ def test_the_variables_of_old_templates_are_known_after_the_upgrade(database_url
             connection.execute(text(version), {"name": name, "number": number, "content": content})
     migrate(database_url)
     with engine.connect() as connection:
-        found = connection.execute(select(template_versions.c.id, template_versions.c.variables)).all()
-    assert {row.id: row.variables for row in found} == {"good": ["a", "b"], "bad": []}
+        found = connection.execute(select(template_versions)).all()
+    names = {row.id: (row.variables, row.optional) for row in found}
+    assert names == {"good": (["a", "b"], ["c"]), "bad": ([], [])}
     engine.dispose()
     command.downgrade(config, "0011")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import InvalidRequest
-from app.services.templating import LONGEST_PROMPT, render, variables_of
+from app.services.templating import LONGEST_PROMPT, names_of, render
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,8 @@ def test_prompts(content: str, variables: dict[str, Any], prompt: str) -> None:
 
 
 def test_all_missing_variables_are_named() -> None:
-    assert variables_of("{{ b }} {{ a.x }} {% if c is defined %}{{ c }}{% endif %}") == ["a", "b"]
+    content = "{{ b }} {{ a.x }} {% if c is defined %}{{ c }}{% endif %}{{ d | default('') }}"
+    assert names_of(content) == (["a", "b"], ["c", "d"])
     with pytest.raises(InvalidRequest, match=r"^variables: missing a, b$"):
         render("{{ b }} {{ a.x }}", {})
     with pytest.raises(InvalidRequest, match=r"variables: .*x"):
@@ -196,7 +197,7 @@ def test_what_a_template_would_make_is_paid_for_before_it_is_made(content: str) 
 @pytest.mark.parametrize("content", ["{{ 1|round(*x) }}", "{{ 1|round(**x) }}", "{{ 1 is in(*x) }}"])
 def test_arguments_are_given_one_by_one(content: str) -> None:
     with pytest.raises(InvalidRequest, match=r"\* and \*\* are not allowed"):
-        variables_of(content)
+        names_of(content)
 
 
 @pytest.mark.parametrize(

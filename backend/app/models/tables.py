@@ -184,6 +184,7 @@ template_versions = Table(
     Column("description", Text, nullable=False),
     Column("content", Text, nullable=False),
     Column("variables", JSON, nullable=False, server_default=text("'[]'"), comment="names that it needs"),
+    Column("optional", JSON, nullable=False, server_default=text("'[]'"), comment="and can do without"),
     Column("created_at", Float, nullable=False),
     UniqueConstraint("template", "number"),
     comment="What a template was at each save; never changed.",

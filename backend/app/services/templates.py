@@ -16,12 +16,12 @@ from app.errors import Conflict, NotFound
 from app.events import new_id
 from app.models.tables import template_versions, templates
 from app.services.authorizer import Authorizer
-from app.services.templating import render, variables_of
+from app.services.templating import Names, names_of, render
 
 
 class TemplateVersion(msgspec.Struct, frozen=True):
     """A template as it was saved. `template_id` names the template, `id` this version of it; `variables`
-    are the names that it needs, sorted."""
+    and `optional` are the names in it."""
 
     id: str
     template_id: str
@@ -30,6 +30,7 @@ class TemplateVersion(msgspec.Struct, frozen=True):
     description: str
     content: str
     variables: list[str]
+    optional: list[str]
     created_at: float
 
     def render(self, variables: Mapping[str, Any]) -> str:
@@ -54,6 +55,7 @@ COLUMNS = (
     template_versions.c.description,
     template_versions.c.content,
     template_versions.c.variables,
+    template_versions.c.optional,
     template_versions.c.created_at,
 )
 IS_LATEST = and_(
@@ -98,7 +100,7 @@ class Templates:
         """Saves a new template. Raises `InvalidRequest` when its content is no template."""
         await self._authorizer.check(who, "templates:write")
         now = time.time()
-        version = _version(new_id(), 1, draft, variables_of(draft.content), now)
+        version = _version(new_id(), 1, draft, names_of(draft.content), now)
         values = {
             "id": version.template_id,
             "owner": who.owner,
@@ -120,7 +122,7 @@ class Templates:
         """Saves a new version, unless nothing has changed. Raises `NotFound`, `InvalidRequest`, and
         `Conflict` when the newest version is not `based_on` any more."""
         await self._authorizer.check(who, "templates:write")
-        variables, now = variables_of(draft.content), time.time()
+        names, now = names_of(draft.content), time.time()
 
         def operation(connection: Connection) -> TemplateVersion | Conflict | None:
             # The write comes first, so that two who save at once are one after the other.
@@ -142,7 +144,7 @@ class Templates:
                 draft.content,
             ):
                 return latest
-            version = _version(template_id, latest.number + 1, draft, variables, now)
+            version = _version(template_id, latest.number + 1, draft, names, now)
             _insert(connection, version)
             connection.execute(
                 update(templates).where(templates.c.id == template_id).values(latest=version.number)
@@ -207,13 +209,11 @@ class Templates:
             raise NotFound("There is no such template.")
 
 
-def _version(
-    template_id: str, number: int, draft: Draft, variables: list[str], now: float
-) -> TemplateVersion:
-    """A new version. Its variables are stored with it: a list of templates need not be read through, and a
+def _version(template_id: str, number: int, draft: Draft, names: Names, now: float) -> TemplateVersion:
+    """A new version. The names in it are stored with it: a list of templates need not be read through, and a
     template stays readable when its content would be refused by now."""
     return TemplateVersion(
-        new_id(), template_id, number, draft.title, draft.description, draft.content, variables, now
+        new_id(), template_id, number, draft.title, draft.description, draft.content, *names, now
     )
 
 
