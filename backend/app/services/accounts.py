@@ -114,11 +114,12 @@ class Accounts:
 
     def _role_of_new(self, connection: Connection, invitation: str | None) -> str | PortalError:
         if invitation is not None:
-            used = links.use(connection, "invitation", invitation)
-            if used is None or used.role is None:
+            found = links.find(connection, self._policies, "invitation", invitation)
+            if found is None or found.role is None:
                 return InvalidRequest("invitation: it was used, has run out, or is none; ask for another one")
-            if self._settings.registration != "closed" or used.made_by == LOCAL.owner:
-                return used.role
+            if self._settings.registration != "closed" or found.made_by == LOCAL.owner:
+                links.use_up(connection, found)
+                return found.role
         if self._settings.registration == "invite":
             return Forbidden("Accounts are made by invitation here; ask an admin for one.")
         if self._settings.registration == "closed":
@@ -168,12 +169,13 @@ class Accounts:
         password_hash = await asyncio.to_thread(_hasher.hash, new)
 
         def operation(connection: Connection) -> bool:
-            used = links.use(connection, "password", link)
-            if used is None or used.user is None:
+            found = links.find(connection, self._policies, "password", link)
+            if found is None or found.user is None:
                 return False
-            _set_password(connection, used.user, password_hash)
-            self._sign_ins.end_in(connection, used.user)
-            note(connection, None, "auth.password", target=f"user:{used.user}", door="http")
+            links.use_up(connection, found)
+            _set_password(connection, found.user, password_hash)
+            self._sign_ins.end_in(connection, found.user)
+            note(connection, None, "auth.password", target=f"user:{found.user}", door="http")
             return True
 
         if not await self._known.change(operation):
