@@ -129,6 +129,8 @@ def test_a_closed_account_is_out_at_once_and_can_be_opened(
     account = next(one for one in name if one["id"] == user)
     login = {"username": account["username"], "password": PASSWORD}
     assert httpx.post(f"{fake_portal.url}/api/auth/login", json=login).status_code == 403
+    newest = admin.get("/api/admin/audit", params={"action": "auth.sign_in"}).json()["entries"][0]
+    assert (newest["target"], newest["outcome"]) == (f"user:{user}", "denied")
     admin.patch(f"/api/admin/users/{user}", json={"closed": False})
     assert httpx.post(f"{fake_portal.url}/api/auth/login", json=login).status_code == 200
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,10 +9,13 @@ import httpx
 import pytest
 from jose import jwt
 
+from app.access import LOCAL
 from app.config import Settings
 from app.container import open_container
-from app.errors import Unauthenticated
+from app.errors import Forbidden, Unauthenticated
+from app.services import accounts as accounts_module
 from app.services import sign_ins as sign_ins_module
+from app.services.audit import AuditFilter
 from tests.support import SECRET, MakePortal, Portal, token_of
 
 ACCOUNT = {"username": "ada", "email": "ada@example.org", "password": "correct horse"}
@@ -194,8 +199,8 @@ async def test_two_tabs_may_renew_at_once_but_not_later(
 ) -> None:
     async with open_container(settings_for()) as portal:
         sign_ins = portal.sign_ins
-        ada = await portal.accounts.register(**ACCOUNT)
-        first = (await sign_ins.begin(ada, "", {})).refresh_token
+        await portal.accounts.register(**ACCOUNT)
+        first = (await portal.accounts.sign_in("ada", ACCOUNT["password"], address="")).refresh_token
         one, two = (await sign_ins.renew(first)).refresh_token, (await sign_ins.renew(first)).refresh_token
         await sign_ins.renew(one)
         newest = (await sign_ins.renew(two)).refresh_token
@@ -204,3 +209,48 @@ async def test_two_tabs_may_renew_at_once_but_not_later(
             await sign_ins.renew(two)
         with pytest.raises(Unauthenticated):
             await sign_ins.renew(newest)
+
+
+class HeldHasher:
+    """Looks at passwords as ever; what it has found is told once that is `released`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._real = accounts_module._hasher
+        self.has_found = asyncio.Event()
+        self.released = threading.Event()
+
+    def hash(self, password: str) -> str:
+        return self._real.hash(password)
+
+    def verify(self, password: str, stored: str) -> bool:
+        found = self._real.verify(password, stored)
+        self._loop.call_soon_threadsafe(self.has_found.set)
+        assert self.released.wait(20)
+        return found
+
+
+@pytest.mark.parametrize("change", ["another password", "closed"])
+async def test_no_sign_in_begins_with_what_was_right_a_moment_ago(
+    database_url: str,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    async with open_container(settings_for(database_url=database_url)) as portal:
+        ada = await portal.accounts.register(**ACCOUNT)
+        link = (await portal.people.password_link(LOCAL, ada.user or "")).secret
+        hasher = HeldHasher(asyncio.get_running_loop())
+        monkeypatch.setattr(accounts_module, "_hasher", hasher)
+        signing_in = asyncio.create_task(portal.accounts.sign_in("ada", ACCOUNT["password"], address=""))
+        await hasher.has_found.wait()
+        if change == "closed":
+            await portal.people.change(LOCAL, ada.user or "", closed=True)
+        else:
+            await portal.accounts.reset_password(link, "another horse", address="")
+        hasher.released.set()
+        with pytest.raises(Forbidden if change == "closed" else Unauthenticated):
+            await signing_in
+        assert await portal.sign_ins.open_ones(ada) == []
+        (denied,) = await portal.audit.search(AuditFilter(action="auth.sign_in"))
+        assert (denied.target, denied.outcome) == (ada.owner, "denied")

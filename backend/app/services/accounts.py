@@ -129,21 +129,21 @@ class Accounts:
     async def sign_in(self, name: str, password: str, *, address: str, user_agent: str = "") -> Tokens:
         """Begins a sign-in of the account with this username or email. Raises `Unauthenticated`,
         without telling which of the two was wrong, in the same time; `RateLimited` after too many wrong
-        ones for the name or from the address."""
+        ones for the name or from the address; `Forbidden` for a closed account."""
         statement = select(users).where(or_(users.c.username == name, users.c.email == name.lower()))
         row = await self._database.read(lambda c: c.execute(statement).first())
         # By the account where there is one: its name and its email are two ways to guess at one password.
         account = f"user:{row.id}" if row else name.lower()
+        details = {"address": address}
         if not await self._is_right(row, password, account, address):
-            denied: dict[str, Any] = {"outcome": DENIED, "door": "http", "details": {"address": address}}
+            denied: dict[str, Any] = {"outcome": DENIED, "door": "http", "details": details}
             target = account if row else ""  # what was typed may be a password
             await self._database.write(lambda c: note(c, None, "auth.sign_in", target=target, **denied))
             raise Unauthenticated("The name or the password is wrong.")
         assert row is not None
-        if row.closed_at is not None:
-            raise Forbidden("This account is closed; ask an admin.")
-        details = {"address": address}
-        return await self._sign_ins.begin(self._policies.identity(row), user_agent, details)
+        return await self._sign_ins.begin(
+            self._policies.identity(row), row.password_hash, user_agent, details
+        )
 
     async def change_password(self, who: Identity, current: str, new: str, *, address: str) -> None:
         """Gives an account another password, and ends all its sign-ins but the one that asks. Raises
@@ -152,6 +152,8 @@ class Accounts:
         statement = select(users).where(users.c.id == who.user)
         row = await self._database.read(lambda c: c.execute(statement).first())
         if not await self._is_right(row, current, who.owner, address):
+            denied: dict[str, Any] = {"outcome": DENIED, "details": {"address": address}}
+            await self._database.write(lambda c: note(c, who, "auth.password", target=who.owner, **denied))
             raise InvalidRequest("current_password: it is wrong")
         password_hash = await asyncio.to_thread(_hasher.hash, new)
 
