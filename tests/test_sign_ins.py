@@ -8,14 +8,17 @@ from pathlib import Path
 import httpx
 import pytest
 from jose import jwt
+from sqlalchemy import func, select
 
 from app.access import LOCAL
 from app.config import Settings
 from app.container import open_container
-from app.errors import Forbidden, Unauthenticated
+from app.errors import Forbidden, InvalidRequest, Unauthenticated
+from app.models import tables
 from app.services import accounts as accounts_module
 from app.services import sign_ins as sign_ins_module
 from app.services.audit import AuditFilter
+from app.services.sign_ins import Tokens
 from tests.support import SECRET, MakePortal, Portal, token_of
 
 ACCOUNT = {"username": "ada", "email": "ada@example.org", "password": "correct horse"}
@@ -228,6 +231,46 @@ class HeldHasher:
         self._loop.call_soon_threadsafe(self.has_found.set)
         assert self.released.wait(20)
         return found
+
+
+async def test_a_password_that_was_right_a_moment_ago_is_no_leave_to_change_it(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_container(settings_for()) as portal:
+        ada = await portal.accounts.register(**ACCOUNT)
+        link = (await portal.people.password_link(LOCAL, ada.user or "")).secret
+        hasher = HeldHasher(asyncio.get_running_loop())
+        monkeypatch.setattr(accounts_module, "_hasher", hasher)
+        changing = asyncio.create_task(
+            portal.accounts.change_password(ada, ACCOUNT["password"], "battery staple", address="")
+        )
+        await hasher.has_found.wait()
+        await portal.accounts.reset_password(link, "another horse", address="")
+        hasher.released.set()
+        with pytest.raises(InvalidRequest, match="current_password"):
+            await changing
+        await portal.accounts.sign_in("ada", "another horse", address="")
+
+
+async def test_sign_ins_that_are_over_are_kept_no_longer_than_to_the_next(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_container(settings_for()) as portal:
+
+        async def sign_in() -> Tokens:
+            return await portal.accounts.sign_in("ada", ACCOUNT["password"], address="")
+
+        ada = await portal.accounts.register(**ACCOUNT)
+        for _ in range(3):
+            await portal.sign_ins.end_by_token((await sign_in()).refresh_token)
+        first = await sign_in()
+        await sign_in()
+        count = select(func.count()).select_from(tables.sign_ins)
+        assert await portal.database.read(lambda c: c.execute(count).scalar()) == 2
+        assert (await portal.accounts.identify(first.access_token)).owner == ada.owner
+        shown = await portal.sign_ins.open_ones(ada)
+        monkeypatch.setattr(sign_ins_module, "MOST_SHOWN", 1)
+        assert await portal.sign_ins.open_ones(ada) == shown[:1], "and of many the newest are shown"
 
 
 @pytest.mark.parametrize("change", ["another password", "closed"])

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, update
 
 from app.access import Identity
 from app.config import Settings
@@ -28,6 +28,9 @@ RENEWAL_GRACE_S = 60.0
 """How long the refresh token before the newest one is still good."""
 
 USER_AGENT_CHARS = 200
+
+MOST_SHOWN = 200
+"""Sign-ins in a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,9 @@ class SignIns:
     async def begin(
         self, who: Identity, password_hash: str, user_agent: str, details: dict[str, Any]
     ) -> Tokens:
-        """A new sign-in of a user who has shown the password with this hash; `details` are for the audit
-        log. Raises `Forbidden` when the account is closed, `Unauthenticated` when it has got another
-        password since."""
+        """A new sign-in of a user who has shown the password with this hash, in the place of those that are
+        over; `details` are for the audit log. Raises `Forbidden` when the account is closed,
+        `Unauthenticated` when it has got another password since."""
         now = time.time()
         user = who.user or ""
         values = {
@@ -87,6 +90,8 @@ class SignIns:
                 denied: dict[str, Any] = {"outcome": DENIED, "door": who.door, "details": details}
                 note(connection, None, "auth.sign_in", target=who.owner, **denied)
                 return refusal
+            over = or_(sign_ins.c.ended_at.is_not(None), sign_ins.c.expires_at < now)
+            connection.execute(delete(sign_ins).where(sign_ins.c.user == user, over))
             connection.execute(insert(sign_ins).values(values))
             note(connection, who, "auth.sign_in", target=who.owner, details=details)
             return None
@@ -128,12 +133,14 @@ class SignIns:
         return Tokens(access, self._access_s, refresh, self._refresh_s)
 
     async def open_ones(self, who: Identity) -> list[SignIn]:
-        """The sign-ins of who asks that have not ended, the newest first. Raises `Forbidden`."""
+        """The sign-ins of who asks that have not ended, the newest first, at most `MOST_SHOWN`. Raises
+        `Forbidden`."""
         await self._authorizer.check(who, "account:write")
         statement = (
             select(sign_ins.c.id, sign_ins.c.user_agent, sign_ins.c.created_at, sign_ins.c.renewed_at)
             .where(_open_of(who.user), sign_ins.c.expires_at > time.time())
             .order_by(sign_ins.c.created_at.desc())
+            .limit(MOST_SHOWN)
         )
         rows = await self._database.read(lambda c: c.execute(statement).all())
         return [SignIn(*row) for row in rows]
