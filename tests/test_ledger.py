@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.events import new_id
+from app.services import ledger as ledger_module
 from app.services.ledger import Hold, Ledger, MemoryLedger, Window
 from app.services.redis_ledger import RedisLedger
 
@@ -66,6 +67,19 @@ async def test_windows_that_are_over_take_no_memory() -> None:
     finally:
         tracemalloc.stop()
     assert sizes[-1] < 1.5 * sizes[0], "what was taken minutes ago is forgotten"
+
+
+async def test_what_is_refused_makes_nothing_forgotten(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MOST_WINDOWS", 10)
+    of_another, blocked = window(1), window(1)
+    for taken in (of_another, blocked):
+        await ledger.take("a", [taken])
+    for number in range(20):
+        refused = await ledger.take(f"b{number}", [window(5), blocked])
+        assert [quota.is_full for quota in refused] == [False, True]
+    assert (await ledger.take("a", [of_another]))[0].is_full
 
 
 async def test_what_is_given_back_can_be_taken_again(ledger: Ledger) -> None:

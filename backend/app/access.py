@@ -113,6 +113,10 @@ class Role(BaseModel):
         subject = permission.partition(":")[0]
         return not self.permissions.isdisjoint((permission, f"{subject}:*", "*"))
 
+    def lacks(self, other: Role) -> list[str]:
+        """The permissions of another role that this one has not."""
+        return [name for name in PERMISSIONS if other.allows(name) and not self.allows(name)]
+
 
 ROLE_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 
