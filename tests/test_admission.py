@@ -141,6 +141,11 @@ def test_the_settings_hold_for_people_and_not_for_games(
         refused = json.loads(game.reply("driving/assistant_response/mine"))
         assert (refused["error"]["code"], refused["requestId"]) == ("rate_limited", "q")
         assert refused["error"]["retry_after"] > 3000
+        for device in ("cab-7", "of-my-own-invention"):
+            key = client.post("/api/keys", json={"name": "k", "device": device}).json()
+            game.publish(f"driving/user_input/{device}", {**body, "token": key["secret"]})
+            refused = json.loads(game.reply(f"driving/assistant_response/{device}"))
+            assert refused["error"]["code"] == "rate_limited", "whoever has a key is a person"
         game.close()
 
 

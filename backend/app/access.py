@@ -124,7 +124,7 @@ Door = Literal["http", "mqtt", "python"]
 
 @dataclass(frozen=True, slots=True)
 class KeyUse:
-    """The API key that somebody asks with. `device` keys are good in MQTT payloads only."""
+    """The API key that somebody asks with; or the `device`, which an admin has added."""
 
     id: str
     name: str
