@@ -76,6 +76,24 @@ def test_what_is_repeated_is_answered_again_and_not_counted(
     assert ask(client, session, request_id="r").json() == first.json(), "not even now"
 
 
+def test_what_had_failed_begins_again_only_within_the_limits(
+    client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM
+) -> None:
+    session = new_id()
+    module_fake.script = Script(status=500)
+    for number in range(2):
+        assert ask(client, session, request_id=f"r{number}").status_code == 502
+    module_fake.script = Script(usage=USAGE)
+    answered = ask(client, session, request_id="answered")
+    limit(admin, owner_of(client), daily_tokens=10, requests_per_hour=1)
+    before = len(module_fake.requests)
+    assert [ask(client, session, request_id=f"r{number}").status_code for number in range(2)] == [429, 429]
+    assert ask(client, session, request_id="answered").json() == answered.json()
+    limit(admin, owner_of(client), daily_tokens=1000, requests_per_hour=1)
+    assert [ask(client, session, request_id=f"r{number}").status_code for number in range(2)] == [200, 429]
+    assert len(module_fake.requests) == before + 1
+
+
 def test_what_is_refused_for_another_reason_takes_nothing(client: httpx.Client, admin: httpx.Client) -> None:
     limit(admin, owner_of(client), requests_per_hour=2)
     session = new_id()

@@ -193,6 +193,21 @@ async def test_a_retryable_failure_begins_a_new_attempt(fake: FakeLLM, sessions:
     assert await told(sessions) == [("hi", "complete"), ("Hello there", "complete")]
 
 
+async def test_what_had_failed_does_not_begin_again_at_the_end_of_the_process(
+    fake: FakeLLM, portal: Container
+) -> None:
+    answered = await portal.sessions.submit(request(request_id="answered"))
+    await answered.ended()
+    fake.script = Script(status=500)
+    await (await portal.sessions.submit(request(request_id="r"))).ended()
+    fake.script = Script()
+    await portal.drain.run(0, lambda: True)
+    with pytest.raises(Overloaded, match="being stopped"):
+        await portal.sessions.submit(request(request_id="r"))
+    again = await portal.sessions.submit(request(request_id="answered"))
+    assert answer_of(await again.ended()).response == "Hello there"
+
+
 async def test_a_failed_message_is_kept_but_not_sent(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(status=400)
     ending = await (await sessions.submit(request("bad"))).ended()
