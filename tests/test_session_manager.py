@@ -536,6 +536,19 @@ async def test_a_chat_without_a_session_is_not_stored(fake: FakeLLM, sessions: S
         await sessions.find(ADA, turn.id)
 
 
+async def test_who_leaves_before_a_chat_is_let_in_takes_nothing(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(fake.url, RATE_LIMIT_PER_HOUR=1, daily_token_budget=10_000)
+    message = [{"role": "user", "content": "hi"}]
+    async with open_container(settings) as portal:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await portal.sessions.chat(ADA, message, GenerationOptions())
+        turn = await portal.sessions.chat(ADA, message, GenerationOptions())
+        assert answer_of(await turn.ended()).response == "Hello there"
+
+
 def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: SettingsFor) -> None:
     background = BackgroundLoop()
     stack = AsyncExitStack()

@@ -24,6 +24,7 @@ from app.errors import BudgetExceeded, InvalidRequest, RateLimited, quota_header
 from app.events import TurnRequest, Usage
 from app.logs import get_logger
 from app.services.alerts import Alerts
+from app.services.arrears import Arrears
 from app.services.catalog import Catalog
 from app.services.ledger import Hold, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
@@ -80,6 +81,7 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 NO_TICKET = Ticket("")
+NOTHING = Spent()
 
 
 class Admission:
@@ -100,6 +102,7 @@ class Admission:
         self._book = book
         self._alerts = alerts
         self._catalog = catalog
+        self._arrears = Arrears()
         self._merged: dict[tuple[str, bool], tuple[Limits, Limits, Limits]] = {}
         self._of_people = Limits(
             concurrent_turns=settings.max_turns_per_user,
@@ -107,6 +110,10 @@ class Admission:
             requests_per_session_minute=settings.rate_limit_session_per_minute,
             daily_tokens=settings.daily_token_budget,
         )
+
+    async def close(self) -> None:
+        """Tells the ledger what it does not know yet."""
+        await self._arrears.close()
 
     def limits_of(self, who: Identity) -> Limits:
         """What holds for somebody, apart from what holds for everybody."""
@@ -142,14 +149,9 @@ class Admission:
         `RateLimited` and `BudgetExceeded`, and takes nothing then."""
         ticket = self._ticket(who, request, turn_id, partial(self._estimate, request, model, longest))
         if ticket.windows:
-            quotas = await self._ledger.take(turn_id, ticket.windows)
-            _check_windows(quotas)
-            ticket = msgspec.structs.replace(ticket, quotas=tuple(quotas))
-        try:
-            await self._reserve(ticket)
-        except RateLimited:
-            await self._ledger.give_back(turn_id, ticket.windows)
-            raise
+            ticket = await self._take(ticket)
+            _check_windows(ticket.quotas)
+        await self._reserve(ticket)
         return ticket
 
     async def admit_again(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
@@ -171,17 +173,22 @@ class Admission:
     async def give_back(self, ticket: Ticket) -> None:
         """The turn was not accepted, or was accepted before: it takes nothing."""
         if ticket.windows:
-            await self._ledger.give_back(ticket.turn_id, ticket.windows)
-        if ticket.holds:
-            await self._ledger.settle(ticket.turn_id, ticket.holds, {})
+            taken = partial(self._ledger.give_back, ticket.turn_id, ticket.windows)
+            await self._arrears.tell(taken)
+        await self.settle(ticket, NOTHING)
 
-    async def settle(self, ticket: Ticket, spent: Spent | None) -> None:
-        """The turn has ended, having `spent` this; None when it is counted elsewhere."""
-        if not ticket.holds:
-            return
-        amounts = {}
-        for key, (_subject, budget) in ticket.budgets.items():
-            amounts[key] = 0.0 if spent is None else float(getattr(spent, BUDGETS[budget]))
+    async def settle(self, ticket: Ticket, spent: Spent) -> None:
+        """The turn has ended, having `spent` this. Where the ledger is away, it is told later."""
+        if ticket.holds:
+            await self._arrears.tell(partial(self._settle, ticket, spent))
+
+    async def hand_over(self, ticket: Ticket) -> None:
+        """The turn is another process' from now on, and counted there."""
+        if ticket.holds:
+            await self._arrears.tell(partial(self._ledger.hand_over, ticket.turn_id, ticket.holds))
+
+    async def _settle(self, ticket: Ticket, spent: Spent) -> None:
+        amounts = {key: float(getattr(spent, BUDGETS[budget])) for key, (_, budget) in ticket.budgets.items()}
         sums = await self._ledger.settle(ticket.turn_id, ticket.holds, amounts)
         for hold in ticket.holds:
             if hold.key in sums and amounts.get(hold.key):
@@ -252,21 +259,38 @@ class Admission:
             cost=self.cost(model, usage, TYPICAL_GPU_S),
         )
 
+    async def _take(self, ticket: Ticket) -> Ticket:
+        self._arrears.check()
+        try:
+            quotas = await self._ledger.take(ticket.turn_id, ticket.windows)
+        except BaseException:  # it may have been taken all the same
+            await self.give_back(ticket)
+            raise
+        return msgspec.structs.replace(ticket, quotas=tuple(quotas))
+
     async def _reserve(self, ticket: Ticket) -> None:
+        """Reserves what the turn may spend. Raises why that cannot be, and takes nothing at all then."""
         if not ticket.holds:
             return
-        await self._seed(ticket)
-        lacking = await self._ledger.reserve(ticket.turn_id, ticket.holds)
-        if lacking is None:
-            return
+        try:
+            self._arrears.check()
+            await self._seed(ticket)
+            lacking = await self._ledger.reserve(ticket.turn_id, ticket.holds)
+            if lacking is not None:
+                raise self._refusal(ticket, lacking)
+        except BaseException:
+            await self.give_back(ticket)
+            raise
+
+    def _refusal(self, ticket: Ticket, lacking: Hold) -> RateLimited:
         if lacking.key not in ticket.budgets:
-            raise RateLimited(
+            return RateLimited(
                 f"At most {lacking.budget:.0f} turns may wait or run at once; wait for one to end.",
                 retry_after=NEXT_TURN_S,
             )
         subject, budget = ticket.budgets[lacking.key]
         period, what = budget.split("_", 1)
-        raise BudgetExceeded(
+        return BudgetExceeded(
             f"The {period} budget of {lacking.budget:g} {WORDS[what]} is spent ({_kind(subject)}).",
             retry_after=math.ceil(max(lacking.ends_at - time.time(), 1.0)),
             details={"budget": budget},
