@@ -80,6 +80,10 @@ class Limits(BaseModel):
         """These limits, with those of `wider` where none is set."""
         return wider.model_copy(update=self.model_dump(exclude_none=True))
 
+    def without(self, narrower: Limits) -> Limits:
+        """These limits, but for those that `narrower` sets."""
+        return self.model_copy(update=dict.fromkeys(narrower.model_dump(exclude_none=True)))
+
 
 ANY = ("*",)
 """Patterns of names that leave nothing out."""

@@ -170,7 +170,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             wire,
         )
         succession = await stack.enter_async_context(
-            _succession(Succession(store, leases, runner, admission, policies, drain))
+            _succession(Succession(store, leases, runner, admission, policies, devices, drain))
         )
         sessions = SessionManager(
             store, runner, llm, templates, authorizer, policies, projects, admission, drain, models.defaults

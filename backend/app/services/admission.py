@@ -6,6 +6,9 @@ place of what was reserved.
 
 What holds for somebody is, limit by limit, the first that is set: for the owner, in the role, in the
 settings (for people). What is set for the project, the API key, the device, and for `all` holds beside it.
+
+What the owner and the role set counts all that is asked in the owner's name. The settings count people, so
+not what the owner's devices ask: the subject of what comes from there is `person:ID`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from app.services.catalog import Catalog
 from app.services.ledger import Hold, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
 from app.services.prompts import estimate_tokens
-from app.services.usage import Spent, UsageBook, day_of, month_of
+from app.services.usage import PERSON, Spent, UsageBook, day_of, month_of, today
 
 BUDGETS = {
     "daily_tokens": "tokens",
@@ -84,6 +87,24 @@ NO_TICKET = Ticket("")
 NOTHING = Spent()
 
 
+class _OfOwner(msgspec.Struct, frozen=True):
+    """The limits of an owner: all of them, and what each subject counts. `own` and `role` are what they were
+    made of."""
+
+    own: Limits
+    role: Limits
+    all: Limits
+    counted: list[tuple[str, Limits]]
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A budget of somebody, and what is spent of it."""
+
+    budget: str
+    spent: float
+    amount: float
+
+
 class Admission:
     """Admits turns, and settles what they have cost."""
 
@@ -103,7 +124,7 @@ class Admission:
         self._alerts = alerts
         self._catalog = catalog
         self._arrears = Arrears()
-        self._merged: dict[tuple[str, bool], tuple[Limits, Limits, Limits]] = {}
+        self._merged: dict[tuple[str, bool], _OfOwner] = {}
         self._of_people = Limits(
             concurrent_turns=settings.max_turns_per_user,
             requests_per_hour=settings.rate_limit_per_hour,
@@ -117,15 +138,31 @@ class Admission:
 
     def limits_of(self, who: Identity) -> Limits:
         """What holds for somebody, apart from what holds for everybody."""
-        own = self._policies.limits(who.owner)
+        return self._of_owner(who).all
+
+    def _of_owner(self, who: Identity) -> _OfOwner:
+        own, role = self._policies.limits(who.owner), who.role.limits
         is_person = who.user is not None and (who.key is None or who.key.device is None)
         known = self._merged.get((who.owner, is_person))
-        if known is None or known[0] is not own or known[1] is not who.role.limits:
-            merged = own.over(who.role.limits).over(self._of_people if is_person else Limits())
+        if known is None or known.own is not own or known.role is not role:
+            narrow = own.over(role)
+            rest = self._of_people.without(narrow) if is_person else Limits()
+            counted = [(who.owner, narrow), (f"{PERSON}{who.user}", rest)]
+            known = _OfOwner(own, role, narrow.over(rest), [pair for pair in counted if pair[1] != Limits()])
             if len(self._merged) > MOST_MERGED:
                 self._merged.clear()
-            known = self._merged[who.owner, is_person] = (own, who.role.limits, merged)
-        return known[2]
+            self._merged[who.owner, is_person] = known
+        return known
+
+    async def budgets(self, who: Identity) -> list[Standing]:
+        """The budgets that hold for somebody, apart from those for everybody."""
+        known: dict[tuple[str, str], Spent] = {}
+        return [
+            Standing(budget, await self._spent(subject, budget, today(), known), amount)
+            for subject, limits in self._of_owner(who).counted
+            for budget in BUDGETS
+            if (amount := getattr(limits, budget))
+        ]
 
     def longest_reply(self, who: Identity, wanted: int | None, default: Callable[[], int]) -> int | None:
         """The `max_tokens` for a turn: what was `wanted`, or all that is allowed where the `default` is more.
@@ -195,7 +232,7 @@ class Admission:
                 subject, budget = ticket.budgets[hold.key]
                 period = hold.key.rsplit("|", 1)[-1]
                 await self._alerts.look(
-                    subject, budget, period, sums[hold.key], amounts[hold.key], hold.budget
+                    _told_as(subject), budget, period, sums[hold.key], amounts[hold.key], hold.budget
                 )
 
     def cost(self, model: str, usage: Usage, gpu_seconds: float) -> float:
@@ -209,15 +246,16 @@ class Admission:
     ) -> Ticket:
         own = self.limits_of(who)
         others = [(subject, self._limits_beside(subject, request)) for subject in _subjects(who, request)]
+        counted = [*self._of_owner(who).counted, *others]
         windows = [
             Window(_kind(subject), f"{subject}|1h", limits.requests_per_hour, 3600)
-            for subject, limits in [(who.owner, own), *others]
+            for subject, limits in counted
             if limits.requests_per_hour
         ]
         if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
             key = f"{who.owner}|{request.session_id}|1m"
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
-        holds, budgets = self._holds([(who.owner, own), *others], estimate)
+        holds, budgets = self._holds(counted, estimate)
         return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
 
     def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
@@ -300,11 +338,15 @@ class Admission:
         known: dict[tuple[str, str], Spent] = {}
         for hold in await self._ledger.unknown(ticket.holds):
             subject, budget = ticket.budgets[hold.key]
-            today = day_of(time.time())
-            since = today if budget.startswith("daily") else month_of(today)
-            if (subject, since) not in known:
-                known[subject, since] = await self._book.spent(subject, since)
-            await self._ledger.seed(hold, float(getattr(known[subject, since], BUDGETS[budget])))
+            spent = await self._spent(subject, budget, today(), known)
+            await self._ledger.seed(hold, spent)
+
+    async def _spent(self, subject: str, budget: str, day: str, known: dict[tuple[str, str], Spent]) -> float:
+        """What is spent of a budget by the database, as far as it is not `known`."""
+        since = day if budget.startswith("daily") else month_of(day)
+        if (subject, since) not in known:
+            known[subject, since] = await self._book.spent(subject, since)
+        return float(getattr(known[subject, since], BUDGETS[budget]))
 
 
 def _subjects(who: Identity, request: TurnRequest) -> list[str]:
@@ -313,6 +355,11 @@ def _subjects(who: Identity, request: TurnRequest) -> list[str]:
     device = [f"device:{key.device}"] if key is not None and key.device is not None else []
     keys = [f"key:{key.id}"] if key is not None else []
     return [*device, *keys, f"project:{request.project}", ALL]
+
+
+def _told_as(subject: str) -> str:
+    """What admins know a subject as."""
+    return f"user:{subject.removeprefix(PERSON)}" if subject.startswith(PERSON) else subject
 
 
 def _kind(subject: str) -> str:
