@@ -127,6 +127,14 @@ async def test_a_budget_holds_what_is_reserved_and_keeps_what_was_spent(ledger: 
     assert await ledger.settle("b", [tokens], {}) == {tokens.key: 35}
 
 
+async def test_what_is_told_twice_counts_once(ledger: Ledger) -> None:
+    tokens = hold(60, 100)
+    await ledger.seed(tokens, 10)
+    await ledger.reserve("a", [tokens])
+    assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 35}
+    assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 35}
+
+
 async def test_of_several_budgets_all_are_reserved_or_none(ledger: Ledger) -> None:
     large, small = hold(10, 100), hold(10, 15)
     for budget in (large, small):
@@ -162,6 +170,23 @@ async def test_two_processes_count_together(redis_url: str) -> None:
     assert await two.unknown([tokens]) == []
     assert await one.reserve("a", [tokens]) is None
     assert await two.reserve("b", [tokens]) == tokens
+    for ledger in (one, two):
+        await ledger.close()
+
+
+async def test_what_is_handed_over_is_counted_where_it_is_now(redis_url: str) -> None:
+    here, tokens = MemoryLedger(), hold(60, 100)
+    await here.seed(tokens, 0)
+    await here.reserve("a", [tokens])
+    await here.hand_over("a", [tokens])
+    assert await here.reserve("b", [tokens]) is None, "nothing is reserved here"
+    one, two = RedisLedger(redis_url), RedisLedger(redis_url)
+    await one.seed(tokens, 0)
+    await one.reserve("a", [tokens])
+    await two.reserve("a", [tokens], force=True)
+    await one.hand_over("a", [tokens])
+    assert await one.reserve("b", [tokens]) == tokens, "it is reserved there"
+    assert await two.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 25}
     for ledger in (one, two):
         await ledger.close()
 

@@ -81,7 +81,12 @@ class Ledger(Protocol):
         case."""
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
-        """Gives the reservations back and adds what was spent by key; returns the sums by key."""
+        """Gives the reservations back and adds what was spent by key; returns the sums by key. What is not
+        reserved any more counts no further: told twice, it counts once."""
+
+    async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
+        """Another process counts for `id` now: gives back what is reserved for this one alone. Where they
+        count together, the reservations are that one's."""
 
     async def close(self) -> None:
         """Closes what it keeps open."""
@@ -178,11 +183,16 @@ class MemoryLedger:
         sums = {}
         for hold in holds:
             budget = self._budget(hold)
-            budget.reserved.pop(id, None)
+            was_reserved = budget.reserved.pop(id, None) is not None
             if budget.spent is not None:
-                budget.spent += spent.get(hold.key, 0.0)
+                if was_reserved:
+                    budget.spent += spent.get(hold.key, 0.0)
                 sums[hold.key] = budget.spent
         return sums
+
+    async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
+        """See `Ledger`."""
+        await self.settle(id, holds, {})
 
     async def close(self) -> None:
         """See `Ledger`."""
