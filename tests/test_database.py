@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,29 @@ def test_who_was_an_admin_is_one_after_the_upgrade(tmp_path: Path) -> None:
         admins = connection.execute(text("SELECT id FROM users WHERE is_admin")).scalars().all()
         assert admins == ["ada"]
     engine.dispose()
+
+
+def modes(directory: Path) -> dict[str, int]:
+    return {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()}
+
+
+def test_nobody_else_reads_the_database(tmp_path: Path) -> None:
+    url, file = f"sqlite:///{tmp_path / 'own.db'}", tmp_path / "own.db"
+    private = dict.fromkeys(("own.db", "own.db-wal", "own.db-shm"), 0o600)
+
+    def use() -> dict[str, int]:
+        engine = create_portal_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE IF NOT EXISTS t (n)"))
+            found = modes(tmp_path)
+        engine.dispose()
+        return found
+
+    assert use() == private
+    file.chmod(0o644)
+    assert use() == private, "one of an earlier version too"
+    file.chmod(0o660)
+    assert set(use().values()) == {0o660}, "what is given to a group stays so"
 
 
 async def test_writes_are_in_order_and_outlast_the_close(tmp_path: Path) -> None:

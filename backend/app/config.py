@@ -522,7 +522,11 @@ def child_environment(settings: Mapping[str, str], *, first_on_path: Path | None
 
 def env_example() -> str:
     """The text of `.env.example`."""
-    lines = ["# Settings of Prompt Portal. Copy to .env and change what you need.", ""]
+    lines = [
+        "# Settings of Prompt Portal. Change what you need in a copy that only you can read:",
+        "# install -m 600 .env.example .env",
+        "",
+    ]
     for name, field in Settings.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and "section" in extra:
