@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from app.cli.broker import (
     BrokerConfig,
@@ -160,12 +160,8 @@ class Stack:
             ) from None
 
     def settings(self) -> Settings:
-        """The settings that the portal will have. Raises `Failure` when the file is wrong."""
-        try:
-            return load_settings(self.env_file)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-            raise Failure(f"The settings in {self.env_file} are wrong:", *problems) from None
+        """The settings in the file. Raises `WrongSettings`."""
+        return load_settings(self.env_file)
 
     def as_set(self) -> Stack:
         """This stack with the servers that its settings name, where no option asked for own ones."""
