@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
+import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -15,6 +16,7 @@ from sqlalchemy import text
 
 from app.config import BACKEND_DIR
 from app.database import MIGRATIONS, Database, create_portal_engine, head_revision, migrate
+from app.errors import Internal
 from app.models.tables import metadata
 
 
@@ -68,6 +70,25 @@ def test_who_was_an_admin_is_one_after_the_upgrade(tmp_path: Path) -> None:
     with engine.connect() as connection:
         admins = connection.execute(text("SELECT id FROM users WHERE is_admin")).scalars().all()
         assert admins == ["ada"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"), [(None, "no schema yet"), ("0001", "DATABASE_AUTO_MIGRATE"), ("9999", "too old")]
+)
+def test_a_schema_that_may_not_be_changed_must_be_the_right_one(
+    database_url: str, schema: str | None, said: str
+) -> None:
+    engine = create_portal_engine(database_url)
+    if schema is not None:
+        migrate(database_url)
+        migrate(database_url, allowed=False)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :n"), {"n": schema})
+    with pytest.raises(Internal, match=said):
+        migrate(database_url, allowed=False)
+    with engine.connect() as connection:
+        assert engine.dialect.has_table(connection, "users") == (schema is not None)
     engine.dispose()
 
 

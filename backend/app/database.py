@@ -226,15 +226,22 @@ def lock_schema(connection: Connection) -> None:
     raw.execute("BEGIN IMMEDIATE")
 
 
-def migrate(url: str) -> None:
+def migrate(url: str, *, allowed: bool = True) -> None:
     """Brings the schema at `url` up to date. Raises `Internal` when the database is newer than this
-    program."""
+    program, or older and that is not `allowed`."""
     current = _current_revision(url)
     if current == head_revision():
         return
     if current is not None and current > head_revision():
         raise Internal(
-            f"The database has schema {current}; this version of the portal knows {head_revision()}."
+            f"The database has schema {current}; this version of the portal knows {head_revision()}, and is "
+            "too old for it."
+        )
+    if not allowed:
+        raise Internal(
+            f"The database has {f'schema {current}' if current else 'no schema yet'}; this version of the "
+            f"portal needs {head_revision()}. When no older one uses it any more, start this one once with "
+            "DATABASE_AUTO_MIGRATE=true."
         )
     from alembic import command
     from alembic.config import Config
