@@ -216,6 +216,8 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
     code, output = setup.up("--detach", "--llm-url", llama.url, "--broker", mosquitto.url)
     assert code == 0, output
     assert set(setup.status()["parts"]) == {"portal"}
+    assert re.search(r"smollm2-135m-instruct .* ok ", setup.run("models", "list")[1]), "commands ask it too"
+    assert f"http://localhost:{setup.port}/join#" in setup.run("invite")[1]
     setup.run("down")
     with (setup.state / ".env").open("a") as settings:
         settings.write(f"\nLLM_SERVER_URL={llama.url}/v1\nMQTT_BROKER_URL={mosquitto.url}\n")
