@@ -232,8 +232,10 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
 
 def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None:
     fake_thread.script = Script(text("hi"))
+    (setup.state / ".env").write_text(f"MQTT_BROKER_URL=mqtt://127.0.0.1:{free_port()}\n")
     code, output = setup.up("--detach", "--llm-url", fake_thread.url, "--broker", "")
     assert code == 0, output
+    assert "MQTT        none" in output
     fake_thread.script = Script(text(*"0123456789"), between=1)  # longer than any other part has to end
     with httpx.Client(base_url=f"http://localhost:{setup.port}", timeout=30) as client:
         account = {"username": "ada", "email": "ada@example.org", "password": PASSWORD}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli.__main__ import app
+from app.cli.stack import Stack
 from app.config import child_environment
 from tests.support import free_port
 
@@ -58,6 +60,22 @@ def test_the_schema_is_changed_only_where_the_portal_may(tmp_path: Path, refusal
 def test_a_database_that_does_not_answer(tmp_path: Path, refusals: Refusals) -> None:
     (tmp_path / ".env").write_text(f"DATABASE_URL=postgresql://me:tulip@127.0.0.1:{free_port()}/portal\n")
     assert all("The database cannot be used" in said and "tulip" not in said for said in refusals())
+
+
+@pytest.mark.parametrize(
+    "lines", ["SECRET_KEY=\nLLM_MODEL=m\n", "LLM_MODEL=m", 'SECRET_KEY=""\nLLM_MODEL=m\n']
+)
+def test_up_writes_a_secret_into_settings_that_have_none(tmp_path: Path, lines: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(lines)
+    stack = Stack(tmp_path)
+    stack.prepare()
+    written = env_file.read_text()
+    assert len(stack.settings().secret_key.get_secret_value()) >= 48
+    assert stack.settings().llm_model == "m"
+    assert stat.S_IMODE(env_file.stat().st_mode) == 0o600
+    stack.prepare()
+    assert env_file.read_text() == written
 
 
 def test_a_file_of_the_settings_that_is_wrong(tmp_path: Path) -> None:

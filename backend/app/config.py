@@ -149,8 +149,8 @@ class Settings(BaseSettings):
     )
     database_auto_migrate: bool = Field(
         True,
-        description="Bring the database's schema up to date, at start and with commands such as `invite`. With "
-        "false they refuse to work with another schema than their own.",
+        description="Bring the database's schema up to date, at start and with commands such as `invite`. "
+        "With false they refuse to work with another schema than their own.",
     )
 
     secret_key: SecretStr = Field(
@@ -242,7 +242,7 @@ class Settings(BaseSettings):
 
     mqtt_broker_url: str = Field(
         "",
-        description="The MQTT broker: mqtt://, mqtts://, ws:// or wss://host:port. Empty: no MQTT.",
+        description="The MQTT broker: mqtt://, mqtts://, ws:// or wss://host:port. Empty, or none: no MQTT.",
         json_schema_extra=_heading("MQTT"),
     )
     mqtt_username: str = Field("", description="The portal's user name at the broker.")
@@ -347,6 +347,8 @@ class Settings(BaseSettings):
     @field_validator("mqtt_broker_url")
     @classmethod
     def _broker(cls, value: str) -> str:
+        if value == "none":  # in the environment, where nothing would leave what stands in the file
+            return ""
         parts = split_url(value)
         if value and (parts.scheme not in {"mqtt", "mqtts", "ws", "wss"} or not parts.hostname):
             raise ValueError("give a URL such as mqtt://localhost:1883, or nothing for no MQTT")
