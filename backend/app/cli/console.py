@@ -156,7 +156,6 @@ def _advice(log: Path) -> list[str]:
     signs = (
         "NewConnectionError",
         "name resolution",
-        "No matching distribution",
         "Max retries",
         "Could not connect",
     )
@@ -169,5 +168,10 @@ def _advice(log: Path) -> list[str]:
         return [
             "The package index cannot be reached. Check the network; behind a proxy or mirror set",
             "https_proxy or PIP_INDEX_URL. Then run this again: what is there already is kept.",
+        ]
+    if "No matching distribution" in text:
+        return [  # pip may say no more than this
+            "The package index cannot be reached, or has no such package for this system and this Python,",
+            "as on Alpine. Behind a proxy or mirror set https_proxy or PIP_INDEX_URL, and run this again.",
         ]
     return []
