@@ -9,12 +9,24 @@ set "REQUIREMENTS=%ROOT%backend\requirements.txt"
 set "STAMP=%VENV%\requirements.stamp"
 set "CHECK=import sys; sys.exit(sys.version_info < (3, 11))"
 
-if exist "%PYTHON%" "%PYTHON%" -c "%CHECK%" >nul 2>&1 && goto installed
+if not exist "%PYTHON%" goto make
+"%PYTHON%" -c "%CHECK%" >nul 2>&1 || goto make
+rem Without pip it is what an attempt left that broke off.
+if exist "%STAMP%" goto installed
+"%PYTHON%" -m pip --version >nul 2>&1 && goto installed
+
+:make
+set "FAILED="
 for %%P in ("py -3" python3 python) do (
     %%~P -c "%CHECK%" >nul 2>&1 && (
         echo Making a Python environment in .venv ...
         %%~P -m venv --clear "%VENV%" && goto installed
+        set "FAILED=1"
     )
+)
+if defined FAILED (
+    echo The environment could not be made; the message above says why.
+    exit /b 1
 )
 echo Prompt Portal needs Python 3.11 or newer, and none was found. To get one:
 echo   winget install Python.Python.3.13

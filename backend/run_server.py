@@ -7,15 +7,15 @@ import asyncio
 import gc
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from app.config import DEFAULT_ENV_FILE, Settings, host_name, is_loopback, load_settings
+from app.config import DEFAULT_ENV_FILE, Settings, WrongSettings, host_name, is_loopback, load_settings
 from app.container import Container, check_files
 from app.errors import InvalidRequest
 from app.logs import configure_logging, get_logger
@@ -68,8 +68,8 @@ def main() -> int:
             f"{host_name()}:{arguments.host}:{arguments.port}"
         )
         check_files(settings)
-    except ValidationError as error:
-        return _complain("The settings are wrong:", *_problems(error))
+    except WrongSettings as error:
+        return _complain(str(error), *(f"  {line}" for line in error.lines()))
     except InvalidRequest as error:
         return _complain("A file of the settings is wrong:", f"  {error.message}")
     configure_logging(settings.log_level, settings.log_format)
@@ -86,8 +86,9 @@ def main() -> int:
     # process can take over its turns by mistake.
     try:
         listener = _bind(arguments.host, arguments.port)
-    except OSError as error:
-        return _complain(f"Port {arguments.port} on {arguments.host} cannot be used: {error.strerror}.")
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return _complain(f"Port {arguments.port} on {arguments.host} cannot be used: {reason}.")
     return _serve(settings, listener)
 
 
@@ -124,8 +125,11 @@ def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     if sys.platform != "win32":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.listen(2048)  # two sockets may be bound to one port, until one listens
+    with ExitStack() as unless_bound:
+        unless_bound.enter_context(listener)
+        listener.bind((host, port))
+        listener.listen(2048)  # two sockets may be bound to one port, until one listens
+        unless_bound.pop_all()
     return listener
 
 
@@ -135,13 +139,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--env-file", type=Path, default=DEFAULT_ENV_FILE, help="settings (backend/.env)")
     return parser.parse_args()
-
-
-def _problems(error: ValidationError) -> list[str]:
-    return [
-        f"  {'.'.join(map(str, found['loc'])).upper() or 'settings'}: {found['msg']}"
-        for found in error.errors()
-    ]
 
 
 def _complain(*lines: str) -> int:

@@ -151,6 +151,17 @@ def test_a_mosquitto_without_websockets_is_told_of(
     assert "built without WebSockets" in capsys.readouterr().out
 
 
+def test_the_plugin_s_file_without_the_portal_s_password(stack: Stack, tmp_path: Path) -> None:
+    stack = replace(stack, mqtt_plugin=tmp_path / "plugin.so")
+    stack.prepare()
+    stack.broker_config.write(make_credentials(stack.state))
+    assert stack.portal_settings().mqtt_username == "portal"
+    (stack.state / "broker.json").unlink()
+    with pytest.raises(Failure, match="is lost") as failure:
+        stack.portal_settings()
+    assert "dynamic-security.json" in failure.value.remedies[0]
+
+
 def test_a_name_is_no_address(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="no IP address"):
         Stack(tmp_path, mqtt_listen="example.org")

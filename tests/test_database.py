@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
+import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -14,6 +16,7 @@ from sqlalchemy import select, text
 
 from app.config import BACKEND_DIR
 from app.database import MIGRATIONS, Database, create_portal_engine, head_revision, migrate
+from app.errors import Internal
 from app.models.tables import metadata, template_versions
 
 
@@ -92,6 +95,48 @@ def test_the_variables_of_old_templates_are_known_after_the_upgrade(database_url
     assert names == {"good": (["a", "b"], ["c"]), "bad": ([], [])}
     engine.dispose()
     command.downgrade(config, "0011")
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"), [(None, "no schema yet"), ("0001", "DATABASE_AUTO_MIGRATE"), ("9999", "too old")]
+)
+def test_a_schema_that_may_not_be_changed_must_be_the_right_one(
+    database_url: str, schema: str | None, said: str
+) -> None:
+    engine = create_portal_engine(database_url)
+    if schema is not None:
+        migrate(database_url)
+        migrate(database_url, allowed=False)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :n"), {"n": schema})
+    with pytest.raises(Internal, match=said):
+        migrate(database_url, allowed=False)
+    with engine.connect() as connection:
+        assert engine.dialect.has_table(connection, "users") == (schema is not None)
+    engine.dispose()
+
+
+def modes(directory: Path) -> dict[str, int]:
+    return {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()}
+
+
+def test_nobody_else_reads_the_database(tmp_path: Path) -> None:
+    url, file = f"sqlite:///{tmp_path / 'own.db'}", tmp_path / "own.db"
+    private = dict.fromkeys(("own.db", "own.db-wal", "own.db-shm"), 0o600)
+
+    def use() -> dict[str, int]:
+        engine = create_portal_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE IF NOT EXISTS t (n)"))
+            found = modes(tmp_path)
+        engine.dispose()
+        return found
+
+    assert use() == private
+    file.chmod(0o644)
+    assert use() == private, "one of an earlier version too"
+    file.chmod(0o660)
+    assert set(use().values()) == {0o660}, "what is given to a group stays so"
 
 
 async def test_writes_are_in_order_and_outlast_the_close(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -272,6 +274,13 @@ def test_a_broker_that_lets_it_not_in(deploy: Deploy, project: str, tmp_path: Pa
 def test_one_database_is_for_one_of_them(deploy: Deploy, project: str, llama: LlamaServer) -> None:
     deploy("--projects", project, "--server_url", llama.url).serving(project)
     assert "--database" in deploy("--projects", f"{project}x", "--server_url", llama.url).refused()
+
+
+def test_a_database_that_is_newer_is_left_alone(deploy: Deploy, project: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with closing(sqlite3.connect(tmp_path / "one" / "mqtt.db")) as database:
+        database.execute("CREATE TABLE alembic_version AS SELECT '9999' AS version_num")
+    assert "9999" in deploy("--projects", project).refused()
 
 
 def test_a_model_that_is_none(deploy: Deploy, tmp_path: Path) -> None:

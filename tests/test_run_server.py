@@ -33,12 +33,12 @@ def refuse(*words: str) -> str:
     return done.stderr
 
 
-def refuse_settings(directory: Path, lines: str) -> str:
+def refuse_settings(directory: Path, lines: str, port: int | None = None) -> str:
     """What it says of settings with which it does not start: in this process, since nothing has begun by
     then."""
     env_file = directory / ".env"
     env_file.write_text(lines)
-    words = ["run_server.py", "--port", str(free_port()), "--env-file", str(env_file)]
+    words = ["run_server.py", "--port", str(port or free_port()), "--env-file", str(env_file)]
     with mock.patch.object(sys, "argv", words), redirect_stderr(io.StringIO()) as said:
         assert run_server.main() == 2
     return said.getvalue()
@@ -58,7 +58,9 @@ def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path, make_po
 
 
 def test_elsewhere_it_wants_a_secret(tmp_path: Path) -> None:
-    said = refuse("--host", "0.0.0.0", "--port", str(free_port()), "--env-file", str(tmp_path / ".env"))
+    env_file = tmp_path / ".env"
+    env_file.touch()
+    said = refuse("--host", "0.0.0.0", "--port", str(free_port()), "--env-file", str(env_file))
     assert re.search(r"SECRET_KEY is empty.*0\.0\.0\.0", said)
 
 
@@ -78,11 +80,16 @@ def test_wrong_settings_are_named_without_their_values(tmp_path: Path, line: str
     assert line.split("=")[1] not in output
 
 
-def test_a_port_in_use(tmp_path: Path) -> None:
+def test_a_port_that_cannot_be_used(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = refuse("--port", str(port), "--env-file", str(tmp_path / ".env"))
-    assert f"Port {port}" in said
+        for port in (taken.getsockname()[1], 70000):
+            assert f"Port {port}" in refuse_settings(tmp_path, "", port)
+
+
+def test_settings_that_are_not_there(tmp_path: Path) -> None:
+    said = refuse("--port", str(free_port()), "--env-file", str(tmp_path / "typo.env"))
+    assert "there is no such file" in said
+    assert list(tmp_path.iterdir()) == [], "no database is made beside them"
 
 
 def test_a_database_that_is_newer_is_left_alone(tmp_path: Path, make_portal: MakePortal) -> None:

@@ -128,7 +128,7 @@ def test_a_server_is_drained_while_a_stream_runs_on_it(
 
 def test_the_command_drains_for_every_portal(pool: Portal, admin: httpx.Client) -> None:
     def run(*words: str) -> str:
-        result = CliRunner().invoke(app, ["servers", *words, "--env-file", str(pool.env_file)])
+        result = CliRunner().invoke(app, ["servers", *words, "--state", str(pool.directory)])
         assert result.exit_code == 0, result.output
         return result.output
 

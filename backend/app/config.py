@@ -11,16 +11,24 @@ import re
 import secrets
 import socket
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -43,6 +51,23 @@ KNOWN_SECRETS = (
 )
 
 
+class WrongSettings(Exception):
+    """What is wrong with settings, as pairs of a setting's name, empty where it is about none, and a problem.
+    It does not tell their values."""
+
+    def __init__(self, env_file: Path, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__(f"The settings in {env_file} are wrong:")
+        self._problems = problems
+
+    def lines(self, flags: Mapping[str, str] | None = None) -> list[str]:
+        """A line for each problem; a setting that `flags` has is called what it is called there."""
+        names = flags or {}
+        return [
+            f"{names.get(setting, setting.upper())}: {problem}" if setting else problem
+            for setting, problem in self._problems
+        ]
+
+
 def _heading(title: str) -> dict[str, Any]:
     return {"section": title}
 
@@ -50,7 +75,9 @@ def _heading(title: str) -> dict[str, Any]:
 class Settings(BaseSettings):
     """Everything that can be set. Names are those of the environment, in lower case."""
 
-    model_config = SettingsConfigDict(env_file=None, extra="ignore", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=None, extra="ignore", frozen=True, env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     llm_server_url: str = Field(
         DEFAULT_LLM_SERVER_URL,
@@ -120,7 +147,11 @@ class Settings(BaseSettings):
         ".env file) or postgresql://user:password@host/name.",
         json_schema_extra=_heading("Database"),
     )
-    database_auto_migrate: bool = Field(True, description="Bring the database's schema up to date at start.")
+    database_auto_migrate: bool = Field(
+        True,
+        description="Bring the database's schema up to date, at start and with commands such as `invite`. "
+        "With false they refuse to work with another schema than their own.",
+    )
 
     secret_key: SecretStr = Field(
         SecretStr(""),
@@ -211,7 +242,7 @@ class Settings(BaseSettings):
 
     mqtt_broker_url: str = Field(
         "",
-        description="The MQTT broker: mqtt://, mqtts://, ws:// or wss://host:port. Empty: no MQTT.",
+        description="The MQTT broker: mqtt://, mqtts://, ws:// or wss://host:port. Empty, or none: no MQTT.",
         json_schema_extra=_heading("MQTT"),
     )
     mqtt_username: str = Field("", description="The portal's user name at the broker.")
@@ -290,10 +321,18 @@ class Settings(BaseSettings):
     def _percents(cls, value: object) -> object:
         return tuple(map(int, value.replace(",", " ").split())) if isinstance(value, str) else value
 
+    @field_validator("database_url")
+    @classmethod
+    def _database(cls, value: str) -> str:
+        if not re.match(r"sqlite:///|postgres(ql)?://|postgresql\+psycopg://", value):
+            raise ValueError("give sqlite:///FILE or postgresql://user:password@host/name")
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: str) -> str:
-        if value and (urlsplit(value).scheme not in {"redis", "rediss"} or not urlsplit(value).hostname):
+        parts = split_url(value)
+        if value and (parts.scheme not in {"redis", "rediss"} or not parts.hostname):
             raise ValueError("give a URL such as redis://localhost:6379/0, or nothing")
         return value
 
@@ -308,10 +347,12 @@ class Settings(BaseSettings):
     @field_validator("mqtt_broker_url")
     @classmethod
     def _broker(cls, value: str) -> str:
-        parts = urlsplit(value)
+        if value == "none":  # in the environment, where nothing would leave what stands in the file
+            return ""
+        parts = split_url(value)
         if value and (parts.scheme not in {"mqtt", "mqtts", "ws", "wss"} or not parts.hostname):
             raise ValueError("give a URL such as mqtt://localhost:1883, or nothing for no MQTT")
-        if parts.port == 0 or parts.username or parts.password:  # reading the port checks its range
+        if parts.username or parts.password:
             raise ValueError("the user name and the password have settings of their own")
         return value
 
@@ -352,7 +393,7 @@ class Settings(BaseSettings):
     @field_validator("alert_webhook_url")
     @classmethod
     def _hook(cls, value: SecretStr) -> SecretStr:
-        parts = urlsplit(value.get_secret_value())
+        parts = split_url(value.get_secret_value())
         if value.get_secret_value() and (parts.scheme not in {"http", "https"} or not parts.hostname):
             raise ValueError("give a URL such as https://example.org/hook, or nothing")
         return value
@@ -462,27 +503,47 @@ class Settings(BaseSettings):
 
 
 def load_settings(env_file: Path = DEFAULT_ENV_FILE, **overrides: Any) -> Settings:
-    """Settings from `overrides`, the environment and `env_file` (which need not exist).
-
-    Raises pydantic's `ValidationError`, whose errors name the settings that are wrong.
-    """
-    settings = Settings(_env_file=env_file, **overrides)
+    """Settings from `overrides`, the environment and `env_file`; only the default one need not exist. Raises
+    `WrongSettings`."""
+    try:
+        if env_file != DEFAULT_ENV_FILE and not env_file.exists():
+            raise WrongSettings(env_file, [("", "there is no such file")])
+        settings = Settings(_env_file=env_file, **overrides)
+    except ValidationError as error:
+        problems = [(".".join(map(str, found["loc"])), found["msg"]) for found in error.errors()]
+        raise WrongSettings(env_file, problems) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongSettings(env_file, [("", f"the file cannot be read: {_reason(error)}")]) from None
     settings._base = env_file.resolve().parent
     settings._env_file = env_file
     return settings
 
 
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL, with a port that can be. Raises `ValueError`, which tells nothing of the URL: there
+    may be a password in it."""
+    try:
+        parts = urlsplit(url)
+        if parts.port != 0:  # reading it checks its range
+            return parts
+    except ValueError:
+        pass
+    raise ValueError("give a URL whose port, if it names one, is from 1 to 65535")
+
+
 def http_url(value: str) -> str:
     """A URL of a server, without a slash at its end. Raises `ValueError` when it is none."""
-    parts = urlsplit(value)
+    parts = split_url(value)
     if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("give a URL such as http://localhost:8080")
     if parts.username is not None or parts.password is not None:
         raise ValueError("leave the user and the password out of it: keys have a place of their own")
     if not value.isascii() or any(character <= " " for character in value):
         raise ValueError("write what is no visible character of ASCII with % or, in a host name, as xn--")
-    if parts.port == 0:  # reading the port checks its range
-        raise ValueError("give a port from 1 to 65535")
     return value.rstrip("/")
 
 
@@ -522,7 +583,11 @@ def child_environment(settings: Mapping[str, str], *, first_on_path: Path | None
 
 def env_example() -> str:
     """The text of `.env.example`."""
-    lines = ["# Settings of Prompt Portal. Copy to .env and change what you need.", ""]
+    lines = [
+        "# Settings of Prompt Portal. Change what you need in a copy that only you can read:",
+        "# install -m 600 .env.example .env",
+        "",
+    ]
     for name, field in Settings.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and "section" in extra:

@@ -123,8 +123,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
     global _current  # noqa: PLW0603 - what the documented accessors return
     settings = settings.with_instance(f"python-{new_id()}")
     async with AsyncExitStack() as stack:
-        if settings.database_auto_migrate:
-            await asyncio.to_thread(migrate, settings.sqlalchemy_url)
+        await asyncio.to_thread(migrate, settings.sqlalchemy_url, allowed=settings.database_auto_migrate)
         database = Database(settings.sqlalchemy_url, before_commit=seal)
         await database.open()
         stack.push_async_callback(database.close)

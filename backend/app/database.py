@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,7 +132,8 @@ def insert_of(dialect: str, table: Table) -> Any:
 
 
 def create_portal_engine(url: str) -> Engine:
-    """An engine for `url` (SQLAlchemy's form), with SQLite's directory made and its pragmas set."""
+    """An engine for `url` (SQLAlchemy's form), with SQLite's file made for its owner alone and its pragmas
+    set."""
     options: dict[str, Any] = {
         "hide_parameters": True,  # prompts have no place in error messages
         "json_serializer": lambda value: msgspec.json.encode(value).decode(),
@@ -140,13 +142,24 @@ def create_portal_engine(url: str) -> Engine:
     }
     if not url.startswith("sqlite"):
         return create_engine(url, pool_pre_ping=True, **options)
-    Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    _keep_private(Path(url.removeprefix("sqlite:///")))
     engine = create_engine(
         url, connect_args={"check_same_thread": False, "timeout": LOCK_TIMEOUT_S}, **options
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _keep_private(file: Path) -> None:
+    """Makes SQLite's file, for its owner alone, and takes one that everybody may read from all others; what
+    the owner has given to a group stays so. SQLite makes its other files with the rights of this one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # SQLite says it better
+        file.touch(0o600)
+        for found in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
+            if found.exists() and found.stat().st_mode & 0o007:
+                found.chmod(0o600)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -213,15 +226,22 @@ def lock_schema(connection: Connection) -> None:
     raw.execute("BEGIN IMMEDIATE")
 
 
-def migrate(url: str) -> None:
+def migrate(url: str, *, allowed: bool = True) -> None:
     """Brings the schema at `url` up to date. Raises `Internal` when the database is newer than this
-    program."""
+    program, or older and that is not `allowed`."""
     current = _current_revision(url)
     if current == head_revision():
         return
     if current is not None and current > head_revision():
         raise Internal(
-            f"The database has schema {current}; this version of the portal knows {head_revision()}."
+            f"The database has schema {current}; this version of the portal knows {head_revision()}, and is "
+            "too old for it."
+        )
+    if not allowed:
+        raise Internal(
+            f"The database has {f'schema {current}' if current else 'no schema yet'}; this version of the "
+            f"portal needs {head_revision()}. When no older one uses it any more, start this one once with "
+            "DATABASE_AUTO_MIGRATE=true."
         )
     from alembic import command
     from alembic.config import Config

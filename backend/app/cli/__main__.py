@@ -16,9 +16,10 @@ from app.cli import devices, install, models, page, people, servers, up
 from app.cli.broker import Certificate
 from app.cli.checks import run_benchmarks, run_checks
 from app.cli.console import Failure, Step, console, done, failures_shown
+from app.cli.portal import Portal, url_of
 from app.cli.stack import DEFAULT_STATE, HOST, Stack
 from app.cli.supervisor import StackState, process, read_state, stop_leftovers
-from app.config import DEFAULT_ENV_FILE
+from app.logs import configure_logging
 
 NOT_RUNNING = 3
 """Exit code of `status` when nothing runs, as service managers have it."""
@@ -151,17 +152,18 @@ def _certificate(file: Path | None, key: Path | None) -> Certificate | None:
 def down(state: State = DEFAULT_STATE) -> None:
     """Stops everything that `up` started."""
     stack = replace(Stack(), state=state.resolve())
-    found = read_state(stack)
-    supervisor = process(found.pid, found.created) if found else None
-    if found is not None and supervisor is not None:
-        supervisor.terminate()
-        with Step("Stopping"):
-            supervisor.wait(DOWN_TIMEOUT_S + sum(part.stop_s for part in found.parts.values()))
-        done("Stopped")
-    elif (left := stop_leftovers(stack)) > 0:
-        done(f"Stopped {left} programs that a killed supervisor had left behind")
-    else:
-        console.print("It is not running.")
+    with failures_shown():
+        found = read_state(stack)
+        supervisor = process(found.pid, found.created) if found else None
+        if found is not None and supervisor is not None:
+            supervisor.terminate()
+            with Step("Stopping"):
+                supervisor.wait(DOWN_TIMEOUT_S + sum(part.stop_s for part in found.parts.values()))
+            done("Stopped")
+        elif (left := stop_leftovers(stack)) > 0:
+            done(f"Stopped {left} programs that a killed supervisor had left behind")
+        else:
+            console.print("It is not running.")
 
 
 @app.command()
@@ -170,7 +172,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
 ) -> None:
     """Shows how every part is. The exit code is 0 when all are ready, 3 when nothing runs, else 1."""
-    found = read_state(replace(Stack(), state=state.resolve()))
+    with failures_shown():
+        found = read_state(replace(Stack(), state=state.resolve()))
     if found is None or not found.is_running:
         console.print('{"running": false}' if as_json else "It is not running. Start it with `up`.")
         sys.exit(NOT_RUNNING)
@@ -280,21 +283,18 @@ def bench(context: typer.Context) -> None:
         sys.exit(run_benchmarks(context.args))
 
 
-EnvFile = Annotated[
-    Path, typer.Option("--env-file", help="The portal's settings", metavar="FILE", show_default=False)
-]
-
-
 @app.command()
 def invite(
     role: Annotated[str, typer.Option("--role", help="The role of the new account")] = "author",
     days: Annotated[float, typer.Option("--days", help="How long the link is good", min=0.01, max=365)] = 7,
-    url: Annotated[str, typer.Option("--url", help="Where the portal is")] = "http://127.0.0.1:8000",
-    env_file: EnvFile = DEFAULT_ENV_FILE,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Where people reach the portal", metavar="URL")
+    ] = None,
+    portal: Portal = DEFAULT_STATE,
 ) -> None:
     """Prints a link with which one account can be made, such as the first admin's (--role admin)."""
     with failures_shown():
-        print(url.rstrip("/") + people.invite(env_file, role, days).path)
+        print((url or url_of(portal)).rstrip("/") + people.invite(portal, role, days).path)
 
 
 @audit_app.command()
@@ -302,11 +302,11 @@ def verify(
     head: Annotated[
         str | None, typer.Option("--head", help="A head (seq:hash) that was noted before", metavar="HEAD")
     ] = None,
-    env_file: EnvFile = DEFAULT_ENV_FILE,
+    portal: Portal = DEFAULT_STATE,
 ) -> None:
     """Checks that no row of the audit log was changed, taken out or put in. The exit code is 1 if so."""
     with failures_shown():
-        verdict = people.verify_audit(env_file, head)
+        verdict = people.verify_audit(portal, head)
         if verdict.problem is not None:
             raise Failure(
                 f"The audit log is broken: {verdict.problem}.", f"{verdict.rows} rows before it fit."
@@ -320,6 +320,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in {"-h", "--help"}):
         arguments = ["up", *arguments]
+    configure_logging("info")
     app(arguments, prog_name="setup_llm.bat" if sys.platform == "win32" else "./setup_llm.sh")
 
 

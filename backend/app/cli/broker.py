@@ -86,6 +86,11 @@ class BrokerConfig:
         return self.data / "mosquitto.conf"
 
     @property
+    def rights(self) -> Path:
+        """The file in which the plugin keeps who may do what."""
+        return self.data / "dynamic-security.json"
+
+    @property
     def anonymous(self) -> bool:
         """Whether clients without a user name are let in: only from this machine."""
         return is_loopback(self.listen)
@@ -94,9 +99,8 @@ class BrokerConfig:
         """Writes the configuration and, the first time, the file that the plugin then keeps itself."""
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.file.write_text("".join(f"{line}\n" for line in self._lines()))
-        rights = self.data / "dynamic-security.json"
-        if credentials is not None and not rights.exists():
-            write_private(rights, msgspec.json.encode(_first_rights(credentials)))
+        if credentials is not None and not self.rights.exists():
+            write_private(self.rights, msgspec.json.encode(_first_rights(credentials)))
 
     def _lines(self) -> Iterator[str]:
         yield CONFIG.format(anonymous=str(self.anonymous).lower(), data=self.data)
@@ -105,7 +109,7 @@ class BrokerConfig:
             yield f"user {getpass.getuser()}"
         if self.plugin is not None:
             yield f"plugin {self.plugin}"
-            yield f"plugin_opt_config_file {self.data / 'dynamic-security.json'}"
+            yield f"plugin_opt_config_file {self.rights}"
         yield from self._listener(self.port, "mqtt")
         if self.ws_port:
             yield from self._listener(self.ws_port, "websockets")

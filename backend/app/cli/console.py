@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.config import WrongSettings
+from app.errors import PortalError
 
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
@@ -112,12 +117,31 @@ def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
 
 @contextmanager
 def failures_shown() -> Iterator[None]:
-    """Ends the program with code 1 on a `Failure`, after showing it."""
+    """Ends the program with code 1, after showing what failed."""
     try:
         yield
-    except Failure as failure:
-        failure.show()
+    except (Failure, WrongSettings, PortalError, SQLAlchemyError, psutil.Error, OSError) as error:
+        failure_of(error).show()
         sys.exit(1)
+
+
+def failure_of(error: Exception) -> Failure:
+    """What to show for what may go wrong outside of this program."""
+    match error:
+        case Failure():
+            return error
+        case WrongSettings():
+            return Failure(str(error), *error.lines())
+        case psutil.AccessDenied():
+            return Failure(f"Process {error.pid} is another user's.", "Do this as that user, or as root.")
+        case SQLAlchemyError():
+            return Failure(
+                f"The database cannot be used: {str(getattr(error, 'orig', None) or error).strip()}"
+            )
+        case OSError():
+            return Failure(f"{error.filename or 'The system'}: {error.strerror or error}.")
+        case _:
+            return Failure(str(error))
 
 
 def _last_line(log: Path) -> str:
@@ -132,7 +156,6 @@ def _advice(log: Path) -> list[str]:
     signs = (
         "NewConnectionError",
         "name resolution",
-        "No matching distribution",
         "Max retries",
         "Could not connect",
     )
@@ -145,5 +168,10 @@ def _advice(log: Path) -> list[str]:
         return [
             "The package index cannot be reached. Check the network; behind a proxy or mirror set",
             "https_proxy or PIP_INDEX_URL. Then run this again: what is there already is kept.",
+        ]
+    if "No matching distribution" in text:
+        return [  # pip may say no more than this
+            "The package index cannot be reached, or has no such package for this system and this Python,",
+            "as on Alpine. Behind a proxy or mirror set https_proxy or PIP_INDEX_URL, and run this again.",
         ]
     return []

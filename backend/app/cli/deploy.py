@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.cli.console import Failure
+from app.cli.console import Failure, failure_of
 from app.cli.only_bridge import check_alone
 from app.cli.own_llm import own_llm
 from app.cli.stack import HOST, Stack
 from app.cli.statistics import tell_statistics
 from app.cli.supervisor import lock_file, on_signals
-from app.config import BACKEND_DIR, Settings, is_loopback, load_settings
+from app.config import BACKEND_DIR, Settings, WrongSettings, is_loopback, load_settings
 from app.container import Container, check_files, open_container
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, PortalError
 from app.logs import configure_logging, get_logger
 
 PROGRAM = "llamacpp_mqtt_deploy.py"
@@ -87,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         deployment = _read(options)
         check_files(deployment.settings)
-    except ValidationError as error:
-        return _complain(*_problems(error, options))
+    except WrongSettings as error:
+        return _complain(*error.lines(_flags_of(options)))
     except (_Wrong, InvalidRequest) as error:
         return _complain(str(error))
     configure_logging(deployment.settings.log_level, deployment.settings.log_format)
@@ -97,11 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(_run(deployment))
-    except Failure as failure:
-        failure.show()
-        return 1
-    except SQLAlchemyError as error:
-        Failure(f"{deployment.database} cannot be used: {getattr(error, 'orig', None) or error}.").show()
+    except (Failure, PortalError, SQLAlchemyError) as error:
+        failure_of(error).show()
         return 1
     return 0
 
@@ -111,13 +107,11 @@ def _complain(*problems: str) -> int:
     return 2
 
 
-def _problems(error: ValidationError, options: argparse.Namespace) -> Iterator[str]:
-    """What is wrong, by the flag that said so, else by the setting's name."""
-    flags = {setting: flag for flag, setting in SETTING_OF.items() if getattr(options, flag) is not None}
-    for found in error.errors():
-        setting = ".".join(map(str, found["loc"]))
-        name = f"--{flags[setting]}" if setting in flags else setting.upper() or "settings"
-        yield f"{name}: {found['msg']}"
+def _flags_of(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that were given, by their settings."""
+    return {
+        setting: f"--{flag}" for flag, setting in SETTING_OF.items() if getattr(options, flag) is not None
+    }
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -196,7 +190,7 @@ def _port(text: str) -> int:
 
 
 def _read(options: argparse.Namespace) -> Deployment:
-    """What is asked for. Raises `_Wrong`, or pydantic's `ValidationError`."""
+    """What is asked for. Raises `_Wrong` or `WrongSettings`."""
     database = (options.database or DEFAULT_DATABASE).expanduser().resolve()
     if not database.parent.is_dir():
         raise _Wrong(f"--database: there is no folder {database.parent}")

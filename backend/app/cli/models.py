@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,9 @@ from rich.table import Table
 from app.access import LOCAL
 from app.cli.console import Failure, console, done, failures_shown, note
 from app.cli.people import open_database
-from app.config import DEFAULT_ENV_FILE, Settings, load_settings
+from app.cli.portal import Portal, settings_of
+from app.cli.stack import DEFAULT_STATE
+from app.config import Settings
 from app.errors import PortalError
 from app.services.audit import Audit
 from app.services.authorizer import Authorizer
@@ -26,9 +27,6 @@ from app.services.model_list import DefaultView, ModelList, Models, ModelView
 
 app = typer.Typer(help="Models: which are served, and which is the default.", no_args_is_help=True)
 
-EnvFile = Annotated[
-    Path, typer.Option("--env-file", help="The portal's settings", metavar="FILE", show_default=False)
-]
 Name = Annotated[
     str | None, typer.Argument(help="A model, as `models list` shows it", metavar="NAME", show_default=False)
 ]
@@ -36,27 +34,27 @@ Reset = Annotated[bool, typer.Option("--reset", help="The model of LLM_MODEL aga
 
 
 @app.command("list")
-def list_models(env_file: EnvFile = DEFAULT_ENV_FILE) -> None:
+def list_models(portal: Portal = DEFAULT_STATE) -> None:
     """Asks the LLM servers what they serve, and shows it."""
     with failures_shown():
-        _show(asyncio.run(_listed(load_settings(env_file), sync=False)))
+        _show(asyncio.run(_listed(settings_of(portal), sync=False)))
 
 
 @app.command()
-def sync(env_file: EnvFile = DEFAULT_ENV_FILE) -> None:
+def sync(portal: Portal = DEFAULT_STATE) -> None:
     """The same, and has every portal that runs ask its servers anew."""
     with failures_shown():
-        _show(asyncio.run(_listed(load_settings(env_file), sync=True)))
+        _show(asyncio.run(_listed(settings_of(portal), sync=True)))
         done("Portals that run ask their servers anew within two seconds")
 
 
 @app.command()
-def default(name: Name = None, reset: Reset = False, env_file: EnvFile = DEFAULT_ENV_FILE) -> None:
+def default(name: Name = None, reset: Reset = False, portal: Portal = DEFAULT_STATE) -> None:
     """Makes a model the default for all who have chosen none; without a name, shows which it is."""
     with failures_shown():
         if name is not None and reset:
             raise Failure("There is both a name and --reset.", "Give one of them.")
-        found = asyncio.run(_default(load_settings(env_file), name, is_new=reset or name is not None))
+        found = asyncio.run(_default(settings_of(portal), name, is_new=reset or name is not None))
         done(f"The default model is {found.model or 'not known: no LLM server answers'}")
         if found.note is not None:
             note(found.note)

@@ -121,12 +121,11 @@ def _portal(stack: Stack, settings: Settings) -> Part:
         lambda: answers(f"http://{HOST}:{stack.port}/health/live"),
         settings={
             "LLM_SERVER_URL": stack.llm_address,
-            "MQTT_BROKER_URL": settings.mqtt_broker_url,
+            "MQTT_BROKER_URL": settings.mqtt_broker_url or "none",
             "MQTT_USERNAME": settings.mqtt_username,
             "MQTT_PASSWORD": settings.mqtt_password.get_secret_value(),
             "MQTT_ACL": settings.mqtt_acl,
             "MQTT_ANONYMOUS": settings.mqtt_anonymous or "",
-            "SECRET_KEY": settings.secret_key.get_secret_value(),
         },
         stop_s=settings.drain_timeout + CLOSE_S,
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from app.access import LOCAL
 from app.cli.console import Failure
-from app.config import Settings, load_settings
+from app.cli.portal import settings_of
+from app.config import Settings
 from app.database import Database, migrate
 from app.services.audit import Audit, Verdict, seal
 from app.services.authorizer import Authorizer
@@ -22,8 +23,8 @@ from app.services.sign_ins import SignIns
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[Database]:
-    """The database of a portal, brought up to date."""
-    await asyncio.to_thread(migrate, settings.sqlalchemy_url)
+    """The database of a portal, brought up to date where the portal would do that too."""
+    await asyncio.to_thread(migrate, settings.sqlalchemy_url, allowed=settings.database_auto_migrate)
     database = Database(settings.sqlalchemy_url, before_commit=seal)
     await database.open()
     try:
@@ -55,16 +56,16 @@ async def _invite(settings: Settings, role: str, days: float, *, unless_admin: b
         return await Links(database, authorizer, policies).invite(LOCAL, role, days, alone=unless_admin)
 
 
-def invite(env_file: Path, role: str, days: float = INVITATION_DAYS) -> Link:
+def invite(portal: Path, role: str, days: float = INVITATION_DAYS) -> Link:
     """An invitation in the operator's name. Raises `Failure`."""
-    link = asyncio.run(_invite(load_settings(env_file), role, days, unless_admin=False))
+    link = asyncio.run(_invite(settings_of(portal), role, days, unless_admin=False))
     assert link is not None
     return link
 
 
-def invite_first_admin(env_file: Path) -> Link | None:
+def invite_first_admin(portal: Path) -> Link | None:
     """An invitation for an admin, in place of earlier ones; nothing when there is an admin."""
-    return asyncio.run(_invite(load_settings(env_file), ADMIN, INVITATION_DAYS, unless_admin=True))
+    return asyncio.run(_invite(settings_of(portal), ADMIN, INVITATION_DAYS, unless_admin=True))
 
 
 async def _verify(settings: Settings, head: str | None) -> Verdict:
@@ -72,6 +73,6 @@ async def _verify(settings: Settings, head: str | None) -> Verdict:
         return await Audit(database).verify(head)
 
 
-def verify_audit(env_file: Path, head: str | None) -> Verdict:
+def verify_audit(portal: Path, head: str | None) -> Verdict:
     """Whether the audit log is whole."""
-    return asyncio.run(_verify(load_settings(env_file), head))
+    return asyncio.run(_verify(settings_of(portal), head))

@@ -4,7 +4,6 @@ it."""
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,9 @@ from rich.table import Table
 from app.access import LOCAL
 from app.cli.console import Failure, console, done, failures_shown
 from app.cli.people import open_database
-from app.config import DEFAULT_ENV_FILE, Settings, load_settings
+from app.cli.portal import Portal, settings_of
+from app.cli.stack import DEFAULT_STATE
+from app.config import Settings
 from app.errors import NotFound
 from app.services.audit import Audit
 from app.services.authorizer import Authorizer
@@ -24,34 +25,31 @@ from app.services.servers import Servers, ServerView
 app = typer.Typer(help="LLM servers: which are in service.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The server, as `servers list` shows it", metavar="NAME")]
-EnvFile = Annotated[
-    Path, typer.Option("--env-file", help="The portal's settings", metavar="FILE", show_default=False)
-]
 
 
 @app.command("list")
-def list_servers(env_file: EnvFile = DEFAULT_ENV_FILE) -> None:
+def list_servers(portal: Portal = DEFAULT_STATE) -> None:
     """Shows the LLM servers, and which of them are out of service."""
     with failures_shown():
         table = Table("Server", "Address", "In service", box=None, pad_edge=False)
-        for server in asyncio.run(_run(load_settings(env_file), None, False)):
+        for server in asyncio.run(_run(settings_of(portal), None, False)):
             table.add_row(server.name, server.url, "no" if server.draining else "yes")
         console.print(table)
 
 
 @app.command()
-def drain(name: Name, env_file: EnvFile = DEFAULT_ENV_FILE) -> None:
+def drain(name: Name, portal: Portal = DEFAULT_STATE) -> None:
     """Takes a server out of service: it gets no new requests, and what runs there ends as ever."""
     with failures_shown():
-        asyncio.run(_run(load_settings(env_file), name, True))
+        asyncio.run(_run(settings_of(portal), name, True))
         done(f"{name} gets no new requests")
 
 
 @app.command()
-def undrain(name: Name, env_file: EnvFile = DEFAULT_ENV_FILE) -> None:
+def undrain(name: Name, portal: Portal = DEFAULT_STATE) -> None:
     """Takes a server back into service."""
     with failures_shown():
-        asyncio.run(_run(load_settings(env_file), name, False))
+        asyncio.run(_run(settings_of(portal), name, False))
         done(f"{name} is in service")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
-
-from pydantic import SecretStr, ValidationError
 
 from app.cli.broker import (
     BrokerConfig,
@@ -16,6 +15,7 @@ from app.cli.broker import (
     find_plugin,
     has_websockets,
     make_credentials,
+    read_credentials,
     write_private,
 )
 from app.cli.console import Failure, note
@@ -149,23 +149,23 @@ class Stack:
         return replace(self, broker_url="")
 
     def prepare(self) -> None:
-        """Makes the state directory, and the settings where there are none."""
+        """Makes the state directory, the settings where there are none, and the secret that they lack. Raises
+        `Failure`, or `WrongSettings`."""
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             if not self.env_file.exists():
-                _write_settings(self.env_file)
+                write_private(self.env_file, env_example().encode())
+            if not self.settings().secret_key.get_secret_value():
+                _add_secret(self.env_file)
         except OSError as error:
             raise Failure(
-                f"{self.state} cannot be written: {error.strerror}.", "Choose another place with --state DIR."
+                f"{error.filename} cannot be written: {error.strerror}.",
+                "Choose another place with --state DIR.",
             ) from None
 
     def settings(self) -> Settings:
-        """The settings that the portal will have. Raises `Failure` when the file is wrong."""
-        try:
-            return load_settings(self.env_file)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-            raise Failure(f"The settings in {self.env_file} are wrong:", *problems) from None
+        """The settings in the file. Raises `WrongSettings`."""
+        return load_settings(self.env_file)
 
     def as_set(self) -> Stack:
         """This stack with the servers that its settings name, where no option asked for own ones."""
@@ -178,21 +178,25 @@ class Stack:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def portal_settings(self) -> Settings:
-        """The settings of this stack's portal: those of the file, with a secret for this run where that has
-        none, and with the own broker."""
-        settings = self.settings()
-        if not settings.secret_key.get_secret_value():
-            settings = settings.replace(secret_key=SecretStr(secrets.token_urlsafe(48)))
-        settings = settings.replace(mqtt_broker_url=self.broker_address)
+        """The settings of this stack's portal: those of the file, with the own broker. Raises `Failure`, or
+        `WrongSettings`."""
+        settings = self.settings().replace(mqtt_broker_url=self.broker_address)
         if self.broker_url is not None:
             return settings
         if not self.broker_config.anonymous:
             settings = settings.replace(mqtt_anonymous="deny")
         if self.mqtt_plugin is None:
             return settings.replace(mqtt_acl="none")
+        rights = self.broker_config.rights
+        if rights.exists() and read_credentials(self.state) is None:
+            raise Failure(
+                f"{self.state / 'broker.json'} is lost, and with it the portal's password at its broker.",
+                f"Take it from a backup; or delete {rights} too: devices then need new passwords.",
+            )
         return make_credentials(self.state).put_into(settings)
 
 
-def _write_settings(env_file: Path) -> None:
-    text = env_example().replace("\nSECRET_KEY=\n", f"\nSECRET_KEY={secrets.token_urlsafe(48)}\n")
-    write_private(env_file, text.encode())
+def _add_secret(env_file: Path) -> None:
+    line = f"SECRET_KEY={secrets.token_urlsafe(48)}\n"
+    text, found = re.subn(r"(?m)^SECRET_KEY=\s*?\n", line, env_file.read_text(), count=1)
+    write_private(env_file.resolve(), (text if found else f"{text}\n{line}").encode())

@@ -57,6 +57,7 @@ class StackState(msgspec.Struct):
     started: float
     url: str
     broker: str
+    llm: str = ""
     ready: bool = False
     failure: list[str] = []
     parts: dict[str, PartState] = {}
@@ -119,7 +120,8 @@ class Supervisor:
         self._failure: Failure | None = None
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         me = psutil.Process()
-        self._state = StackState(me.pid, me.create_time(), time.time(), stack.url, stack.broker_address)
+        began = (me.pid, me.create_time(), time.time())
+        self._state = StackState(*began, stack.url, stack.broker_address, stack.llm_address)
         self._state.parts = {part.name: _state_of(part) for part in parts}
 
     async def run(self) -> None:

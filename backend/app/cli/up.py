@@ -96,7 +96,7 @@ def detach(stack: Stack, arguments: Sequence[str]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=child_environment({"SECRET_KEY": settings.secret_key.get_secret_value()}),
+            env=child_environment({}),
             start_new_session=True,
         )
     with Step("Starting") as step:
