@@ -229,9 +229,9 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
 
 
 def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None:
-    fake_thread.script = Script(text("hi"))
+    fake_thread.script = Script(text("[/INST] [bold]hi :heart:"))
     code, output = setup.up("--detach", "--llm-url", fake_thread.url, "--broker", "")
-    assert code == 0, output
+    assert (code, "HTTP: “[/INST] [bold]hi :heart:”" in output) == (0, True), output
     fake_thread.script = Script(text(*"0123456789"), between=1)  # longer than any other part has to end
     with httpx.Client(base_url=f"http://localhost:{setup.port}", timeout=30) as client:
         account = {"username": "ada", "email": "ada@example.org", "password": PASSWORD}
@@ -248,9 +248,11 @@ def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None
 
 
 def test_an_llm_server_that_is_not_there_yet_is_waited_for(setup: Setup, mosquitto: Any) -> None:
-    gone = f"http://127.0.0.1:{free_port()}"
+    gone = "http://[fd00::5]:8080"
     code, output = setup.up("--detach", "--llm-url", gone, "--broker", mosquitto.url)
-    assert (code, "llm is down" in output, gone in output) == (1, True, True), output
+    assert (code, "llm is down" in output, f"LLM server  {gone}\n" in output) == (1, True, True), output
+    assert re.search(r"First admin http://\S+", output), output
+    assert "It runs in the background" in output
     assert setup.status()["parts"]["portal"]["state"] == "ready", "it goes on looking"
 
 

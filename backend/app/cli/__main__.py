@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from app.cli import devices, install, models, page, people, servers, up
 from app.cli.broker import Certificate
@@ -134,7 +135,7 @@ def up_command(
             mqtt_certificate=certificate,
         )
         if detach:
-            up.detach(stack, ["up", "--background", *_arguments(stack)])
+            sys.exit(0 if up.detach(stack, ["up", "--background", *_arguments(stack)]) else 1)
         else:
             up.run(stack, introduce=not background)
 
@@ -184,12 +185,11 @@ def status(
 def _table(found: StackState) -> Table:
     table = Table("Part", "State", "Process", "Up for", "Restarts", "Address", box=None, pad_edge=False)
     for part in found.parts.values():
-        colour = "green" if part.state == "ready" else "yellow"
         seconds = max(0, round(time.time() - part.since))
         lasted = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         table.add_row(
             part.title,
-            f"[{colour}]{part.state}[/{colour}]",
+            Text(part.state, style="green" if part.state == "ready" else "yellow"),
             str(part.pid or "-"),
             lasted,
             str(part.restarts),

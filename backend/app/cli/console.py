@@ -11,12 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # a console that has no ✓ shows something else for it
 
-console = Console(highlight=False)
+
+def _console(*, stderr: bool = False) -> Console:
+    """One that shows a string as it is: it may be of others, such as a model's reply. `Text` colours."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+console = _console()
 
 QUIET_INTERVAL_S = 10.0
 """Without a terminal, how often a long step says that it goes on."""
@@ -34,20 +41,21 @@ class Failure(Exception):
 
     def show(self) -> None:
         """Prints it to standard error."""
-        errors = Console(stderr=True, highlight=False)
-        errors.print(f"[red]✗[/red] {self.problem}", markup=True, soft_wrap=True)
+        errors = _console(stderr=True)
+        errors.print(Text.assemble(("✗", "red"), " ", self.problem), soft_wrap=True)
         for remedy in self.remedies:
-            errors.print(f"  {remedy}", markup=False, soft_wrap=True)
+            errors.print(f"  {remedy}", soft_wrap=True)
 
 
-def done(text: str) -> None:
+def done(text: str, detail: str = "") -> None:
     """A step is done."""
-    console.print(f"[green]✓[/green] {text}", soft_wrap=True)
+    told = (f" {detail}", "dim") if detail else ""
+    console.print(Text.assemble(("✓", "green"), " ", text, told), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Something worth knowing."""
-    console.print(f"[yellow]![/yellow] {text}", soft_wrap=True)
+    console.print(Text.assemble(("!", "yellow"), " ", text), soft_wrap=True)
 
 
 class Step:
@@ -56,17 +64,17 @@ class Step:
     def __init__(self, title: str) -> None:
         self.title = title
         self._began = self._told = time.monotonic()
-        self._status = console.status(title) if console.is_terminal else None
+        self._status = console.status(Text(title)) if console.is_terminal else None
 
     def tell(self, detail: str = "") -> None:
         """Shows the time that has passed, and `detail`."""
         now = time.monotonic()
-        text = f"{self.title} ({now - self._began:.0f} s) [dim]{detail}[/dim]"
+        text = Text.assemble(f"{self.title} ({now - self._began:.0f} s) ", (detail, "dim"))
         if self._status is not None:
             self._status.update(text)
         elif now - self._told >= QUIET_INTERVAL_S:
             self._told = now
-            console.print(f"  {text}", soft_wrap=True)
+            console.print(Text.assemble("  ", text), soft_wrap=True)
 
     @property
     def seconds(self) -> float:
@@ -122,7 +130,7 @@ def failures_shown() -> Iterator[None]:
 
 def _last_line(log: Path) -> str:
     lines = tail(log, 1)
-    return lines[0].strip()[:80].replace("[", "(") if lines else ""
+    return lines[0].strip()[:80] if lines else ""
 
 
 def _advice(log: Path) -> list[str]:
