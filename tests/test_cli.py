@@ -106,8 +106,11 @@ def test_up_status_logs_and_down(setup: Setup) -> None:
     assert httpx.get(f"http://localhost:{setup.port}/health/ready").json()["mqtt"] == "ok"
     model = httpx.get(f"http://localhost:{setup.llm_port}/v1/models").json()["data"][0]["id"]
     assert model == "smollm2-135m-instruct", "no path is told"
-    code, output = setup.up("--detach")
+    written = [setup.state / "mosquitto" / "mosquitto.conf", setup.state / "logs" / "supervisor.log"]
+    before = [file.read_text() for file in written]
+    code, output = setup.up("--detach", "--mqtt-listen", "0.0.0.0")
     assert (code, "running already" in output) == (1, True), output
+    assert [file.read_text() for file in written] == before, "what runs keeps its own"
     code, output = setup.run("logs", "portal", "-n", "100")
     assert "MQTT project is served" in output
     secret = re.search(r"^SECRET_KEY=(.+)$", settings, re.MULTILINE)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from app.cli import install
 from app.cli.console import Failure, tail
-from app.cli.parts import STOP_S, Part, check_port, llm_server
+from app.cli.parts import STOP_S, Part, check_ports, llm_server
 from app.cli.stack import Stack
 from app.cli.supervisor import BACKOFF_FIRST_S, BACKOFF_MOST_S, HEALTHY_S, START_TIMEOUT_S
 from app.config import child_environment
@@ -47,7 +47,7 @@ def _prepare(stack: Stack, slots: int) -> Part:
     if importlib.util.find_spec("xllamacpp") is None:
         install.install_packages(stack, "requirements-llm.txt", "llama.cpp's server (35 MB)")
     part = llm_server(stack, stack.model or install.starter_model(stack), slots)
-    check_port(part)
+    check_ports([part])
     return part
 
 

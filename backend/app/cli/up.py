@@ -18,12 +18,13 @@ from app.cli.parts import Part, in_checkout, parts_of
 from app.cli.people import invite_first_admin
 from app.cli.proof import prove
 from app.cli.stack import Stack
-from app.cli.supervisor import Supervisor, read_state
+from app.cli.supervisor import Supervisor, check_not_running, read_state, rotate, stopped_as_by_ctrl_c
 from app.config import Settings, child_environment
 
 POLL_S = 0.1
 
 
+@stopped_as_by_ctrl_c()
 def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
     """Gets everything that the stack needs: the stack as it can be, its model, its broker's program."""
     stack.prepare()
@@ -95,9 +96,10 @@ def detach(stack: Stack, arguments: Sequence[str]) -> bool:
     works. Raises `Failure` when it does not start."""
     stack, _, _ = prepare(stack)
     settings = stack.portal_settings()
+    check_not_running(stack)
     log = stack.logs / "supervisor.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    rotate(log)
+    with log.open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "app.cli", *arguments],
             stdin=subprocess.DEVNULL,
