@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +29,9 @@ QUIET_INTERVAL_S = 10.0
 """Without a terminal, how often a long step says that it goes on."""
 
 TAIL_LINES = 12
+
+STEP_STOP_S = 5.0
+"""How long the program of a step has to end, when this one is ended."""
 
 
 class Failure(Exception):
@@ -103,19 +106,33 @@ def run_step(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
         )
-        while process.poll() is None:
-            time.sleep(0.1)
-            step.tell(_last_line(log))
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                step.tell(_last_line(log))
+        finally:
+            end(process, STEP_STOP_S)
     if process.returncode != 0:
         raise Failure(f"{title}: it failed.", *_advice(log), *tail(log), f"(all of it: {log})")
     done(f"{title} ({step.seconds:.0f} s)")
 
 
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ends a program, if it runs, which has so many seconds for it."""
+    with suppress(PermissionError):  # what sudo started is root's
+        process.terminate()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log."""
-    if not log.exists():
+    """The last lines of a log, where it can be read."""
+    try:
+        return log.read_text(errors="replace").splitlines()[-lines:]
+    except OSError:
         return []
-    return log.read_text(errors="replace").splitlines()[-lines:]
 
 
 @contextmanager
