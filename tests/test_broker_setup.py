@@ -103,6 +103,13 @@ def test_on_this_machine_everybody_is_let_in(stack: Stack, run: Run) -> None:
     assert stack.mqtt_addresses == [f"mqtt://{HOST}:{stack.mqtt_port}", f"ws://{HOST}:{stack.mqtt_ws_port}"]
 
 
+def test_the_name_of_another_user_counts_for_nothing(
+    stack: Stack, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "nobody")  # as `su` leaves it
+    assert rules_can_be_read(run(stack))
+
+
 def test_at_one_address_of_many(stack: Stack, run: Run) -> None:
     stack = run(replace(stack, mqtt_listen="127.0.0.2"))
     assert can_connect(stack.mqtt_port, host="127.0.0.2")

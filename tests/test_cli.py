@@ -24,7 +24,7 @@ from app.cli import install, page
 from app.cli.console import Failure
 from app.cli.gguf import trained_context
 from app.cli.install import MODEL
-from app.cli.llm_server import alias_of
+from app.cli.llm_server import alias_of, cores
 from app.cli.stack import DEFAULT_STATE, Stack
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import PASSWORD, ROOT, WORKERS, answers, can_sign_in, free_port, wait_until
@@ -126,7 +126,9 @@ def test_up_status_logs_and_down(setup: Setup) -> None:
 
 
 def test_what_dies_is_started_again(setup: Setup) -> None:
-    assert setup.up("--detach")[0] == 0
+    assert setup.up("--detach", "--ctx", "1024")[0] == 0
+    props = httpx.get(f"http://localhost:{setup.llm_port}/props").json()
+    assert props["default_generation_settings"]["n_ctx"] == 1024
     before = setup.status()["parts"]
     for part in before.values():
         os.kill(part["pid"], signal.SIGKILL)
@@ -272,6 +274,17 @@ def test_a_wrong_setting_is_named_before_anything_starts(setup: Setup) -> None:
     assert (code, "LLM_TEMPERATURE" in output) == (1, True), output
 
 
+def test_who_has_a_gpu_is_told_of_the_way_to_it(
+    setup: Setup, tmp_path: Path, starter_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.touch(0o755)
+    monkeypatch.setenv("PATH", str(driver.parent), prepend=os.pathsep)
+    code, output = setup.run("install", "--broker", "", "--model", str(starter_model))
+    assert (code, "runs on the CPU" in output, "--llm-url" in output) == (0, True, True), output
+
+
 def test_a_file_that_is_no_model(setup: Setup, tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_text("not a model")
@@ -341,6 +354,16 @@ def test_the_model_server_ends_at_once_in_mid_generation(llama: Any, starter_mod
 
 def test_the_context_that_a_model_was_trained_for(starter_model: Path) -> None:
     assert trained_context(starter_model) == 8192
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such mask")
+def test_cores_that_are_for_others_do_not_count() -> None:
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def test_names_of_models() -> None:

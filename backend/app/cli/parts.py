@@ -78,6 +78,8 @@ def llm_server(stack: Stack, model: Path, slots: int) -> Part:
     """llama.cpp with a model, for so many generations at once."""
     command = [sys.executable, "-m", "app.cli.llm_server", "--model", str(model)]
     command += ["--host", HOST, "--port", str(stack.llm_port), "--slots", str(slots)]
+    if stack.context is not None:
+        command += ["--ctx", str(stack.context)]
     return Part(
         "llm",
         "LLM server",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,6 +34,8 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
     if stack.llm_url is None:
         install.install_packages(stack, "requirements-llm.txt", "llama.cpp's server (35 MB)")
         model = stack.model or install.starter_model(stack)
+        if stack.model is not None and _has_gpu():
+            note("This llama.cpp runs on the CPU. For a server that uses the GPU: --llm-url URL.")
     broker = None
     if stack.broker_url is None:
         broker = install.mosquitto(stack)
@@ -43,6 +46,10 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
             stack = stack.with_broker(broker)
     page.build_page_if_possible(stack)
     return stack, model, broker
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
 def run(stack: Stack, *, introduce: bool) -> None:
