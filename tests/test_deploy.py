@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -15,7 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.cli import supervisor
 from app.cli.deploy import main
+from app.cli.own_llm import own_llm
+from app.cli.parts import Part
 from app.config import child_environment
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
@@ -136,6 +140,16 @@ def test_its_llama_dies_with_it(deploy: Deploy, project: str, starter_model: Pat
     (llm,) = psutil.Process(running.pid).children()
     running.kill()
     wait_until(lambda: not llm.is_running() or llm.status() == psutil.STATUS_ZOMBIE, what="the end of it")
+
+
+async def test_the_log_of_its_llama_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "LOG_MOST_BYTES", 1000)
+    chatter = "import sys, time\nwhile True: print('x' * 99, flush=True); time.sleep(0.001)"
+    part = Part("llm", "LLM server", [sys.executable, "-c", chatter], 0, "", "", is_ready=lambda: True)
+    log, old = tmp_path / "llm.log", tmp_path / "llm.old.log"
+    async with own_llm(part, log):
+        await asyncio.to_thread(wait_until, old.exists, what="another log")
+    assert b"\0" not in old.read_bytes() + log.read_bytes()
 
 
 FETCHING = """

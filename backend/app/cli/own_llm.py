@@ -19,6 +19,7 @@ from app.cli.supervisor import (
     BACKOFF_MOST_S,
     HEALTHY_S,
     START_TIMEOUT_S,
+    cut,
     rotate,
     stopped_as_by_ctrl_c,
 )
@@ -85,6 +86,7 @@ class _Server:
             began = time.monotonic()
             while self._process.poll() is None:
                 await asyncio.sleep(POLL_S)
+                cut(self._file)
             last = " | ".join(tail(self._file, 3))
             log.error("llama.cpp died; starting it again", code=self._process.returncode, said=last)
             backoff = BACKOFF_FIRST_S if time.monotonic() - began > HEALTHY_S else backoff

@@ -227,8 +227,7 @@ class Supervisor:
             await asyncio.sleep(WATCH_S)
             is_ready = not part.is_watched or await asyncio.to_thread(part.is_ready)
             self._note(state, "ready" if is_ready else "unresponsive")
-            if sys.platform != "win32":  # there the part would write on at its old place, after a hole
-                await asyncio.to_thread(rotate, log, LOG_MOST_BYTES)
+            await asyncio.to_thread(cut, log)
 
     def _note(self, state: PartState, found: State) -> None:
         if state.state != found or not self._is_written:
@@ -316,6 +315,12 @@ def rotate(log: Path, beyond: int = 0) -> None:
         if log.exists() and log.stat().st_size > beyond:
             shutil.copyfile(log, log.with_suffix(".old.log"))
             os.truncate(log, 0)
+
+
+def cut(log: Path) -> None:
+    """Begins a log that has grown too long anew, while a program appends to it."""
+    if sys.platform != "win32":  # there the program would write on at its old place, after a hole
+        rotate(log, LOG_MOST_BYTES)
 
 
 @contextlib.contextmanager
