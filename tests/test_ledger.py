@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.events import new_id
-from app.services.ledger import Hold, Ledger, MemoryLedger, Window
+from app.services.ledger import Hold, Lacking, Ledger, MemoryLedger, Window
 from app.services.redis_ledger import RedisLedger
 
 FAR = 4102444800.0
@@ -107,7 +107,7 @@ async def test_a_budget_holds_what_is_reserved_and_keeps_what_was_spent(ledger: 
     await ledger.seed(tokens, 90)  # somebody else was first
     assert await ledger.unknown([tokens]) == []
     assert await ledger.reserve("a", [tokens]) is None
-    assert await ledger.reserve("b", [tokens]) == tokens
+    assert await ledger.reserve("b", [tokens]) == Lacking(tokens, 10)
     assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 35}
     assert await ledger.reserve("b", [tokens]) is None
     assert await ledger.settle("b", [tokens], {}) == {tokens.key: 35}
@@ -126,7 +126,7 @@ async def test_of_several_budgets_all_are_reserved_or_none(ledger: Ledger) -> No
     for budget in (large, small):
         await ledger.seed(budget, 0)
     assert await ledger.reserve("a", [large, small]) is None
-    assert await ledger.reserve("b", [large, small]) == small
+    assert await ledger.reserve("b", [large, small]) == Lacking(small, 0)
     assert await ledger.reserve("c", [hold(90, 100, large.key)]) is None
 
 
@@ -155,7 +155,7 @@ async def test_two_processes_count_together(redis_url: str) -> None:
     await one.seed(tokens, 0)
     assert await two.unknown([tokens]) == []
     assert await one.reserve("a", [tokens]) is None
-    assert await two.reserve("b", [tokens]) == tokens
+    assert await two.reserve("b", [tokens]) == Lacking(tokens, 0)
     for ledger in (one, two):
         await ledger.close()
 
@@ -171,7 +171,7 @@ async def test_what_is_handed_over_is_counted_where_it_is_now(redis_url: str) ->
     await one.reserve("a", [tokens])
     await two.reserve("a", [tokens], force=True)
     await one.hand_over("a", [tokens])
-    assert await one.reserve("b", [tokens]) == tokens, "it is reserved there"
+    assert await one.reserve("b", [tokens]) == Lacking(tokens, 0), "it is reserved there"
     assert await two.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 25}
     for ledger in (one, two):
         await ledger.close()

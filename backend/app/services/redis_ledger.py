@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from app.errors import Overloaded
 from app.logs import get_logger
-from app.services.ledger import RESERVATION_S, Hold, Quota, Window
+from app.services.ledger import RESERVATION_S, Hold, Lacking, Quota, Window
 
 PREFIX = "portal:"
 
@@ -71,20 +71,21 @@ _RESERVE = (
 local id, force, lasts = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 for i = 1, #KEYS / 2 do
     local amount, budget = tonumber(ARGV[2 + 2 * i]), tonumber(ARGV[3 + 2 * i])
-    local used = tonumber(redis.call('GET', KEYS[2 * i - 1]) or '0')
+    local spent = redis.call('GET', KEYS[2 * i - 1]) or '0'
+    local used = tonumber(spent)
     local reserved = redis.call('HGETALL', KEYS[2 * i])
     for j = 1, #reserved, 2 do
         local held, till = string.match(reserved[j + 1], '^(.-):(.*)$')
         if tonumber(till) < now then redis.call('HDEL', KEYS[2 * i], reserved[j])
         elseif reserved[j] ~= id then used = used + tonumber(held) end
     end
-    if not force and used + amount > budget then return i end
+    if not force and used + amount > budget then return {i, spent} end
 end
 for i = 1, #KEYS / 2 do
     redis.call('HSET', KEYS[2 * i], id, ARGV[2 + 2 * i] .. ':' .. string.format('%.3f', now + lasts))
     redis.call('PEXPIRE', KEYS[2 * i], math.ceil(lasts * 1000))
 end
-return 0
+return {0, '0'}
 """
 )
 
@@ -141,14 +142,14 @@ class RedisLedger:
         until = int(hold.ends_at * 1000)
         await _answered(self._redis.set(_keys(hold)[0], spent, nx=True, pxat=until))
 
-    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Hold | None:
+    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
         arguments: list[Any] = [id, int(force), RESERVATION_S]
         for hold in holds:
             arguments += [hold.amount, hold.budget]
         keys = [key for hold in holds for key in _keys(hold)]
-        lacking = int(await _answered(self._reserve(keys, arguments)))
-        return holds[lacking - 1] if lacking else None
+        lacking, spent = await _answered(self._reserve(keys, arguments))
+        return Lacking(holds[lacking - 1], float(spent)) if lacking else None
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
         """See `Ledger`."""
