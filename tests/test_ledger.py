@@ -31,7 +31,7 @@ async def ledger(request: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
     if request.param == "memory":
         opened = MemoryLedger()
     else:
-        opened = RedisLedger(request.getfixturevalue("redis_url"))
+        opened = RedisLedger(request.getfixturevalue("redis_url"), "db")
     yield opened
     await opened.close()
 
@@ -147,7 +147,7 @@ async def test_things_at_once_are_never_spent(ledger: Ledger) -> None:
 
 
 async def test_two_processes_count_together(redis_url: str) -> None:
-    one, two = RedisLedger(redis_url), RedisLedger(redis_url)
+    one, two = RedisLedger(redis_url, "db"), RedisLedger(redis_url, "db")
     things, tokens = window(2), hold(60, 100)
     await one.take("a", [things])
     await two.take("b", [things])
@@ -160,13 +160,24 @@ async def test_two_processes_count_together(redis_url: str) -> None:
         await ledger.close()
 
 
+async def test_portals_of_two_databases_count_each_for_itself(redis_url: str) -> None:
+    one, other = RedisLedger(redis_url, "one"), RedisLedger(redis_url, "other")
+    things, tokens = window(1), hold(60, 100)
+    for ledger in (one, other):
+        assert not (await ledger.take("a", [things]))[0].is_full
+        assert await ledger.unknown([tokens]) == [tokens]
+        await ledger.seed(tokens, 0)
+        assert await ledger.reserve("a", [tokens]) is None
+        await ledger.close()
+
+
 async def test_what_is_handed_over_is_counted_where_it_is_now(redis_url: str) -> None:
     here, tokens = MemoryLedger(), hold(60, 100)
     await here.seed(tokens, 0)
     await here.reserve("a", [tokens])
     await here.hand_over("a", [tokens])
     assert await here.reserve("b", [tokens]) is None, "nothing is reserved here"
-    one, two = RedisLedger(redis_url), RedisLedger(redis_url)
+    one, two = RedisLedger(redis_url, "db"), RedisLedger(redis_url, "db")
     await one.seed(tokens, 0)
     await one.reserve("a", [tokens])
     await two.reserve("a", [tokens], force=True)

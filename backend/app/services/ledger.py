@@ -113,7 +113,8 @@ _Windows = OrderedDict[str, deque[tuple[float, str]]]
 class MemoryLedger:
     """The ledger of one process."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` measures windows: it goes on whatever becomes of the time of day."""
         self._clock = clock
         self._windows: dict[float, _Windows] = {}
         self._budgets: dict[str, _Budget] = {}
@@ -212,7 +213,7 @@ class MemoryLedger:
             return
         self._looked_at = now
         for key, budget in list(self._budgets.items()):
-            if not budget.reserved and budget.ends_at < now:
+            if not budget.reserved and budget.ends_at < time.time():
                 del self._budgets[key]
 
 

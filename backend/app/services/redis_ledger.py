@@ -15,8 +15,6 @@ from app.errors import Overloaded
 from app.logs import get_logger
 from app.services.ledger import RESERVATION_S, Hold, Lacking, Quota, Window
 
-PREFIX = "portal:"
-
 log = get_logger(__name__)
 
 _NOW = "local t = redis.call('TIME'); local now = tonumber(t[1]) + tonumber(t[2]) / 1000000\n"
@@ -103,10 +101,11 @@ return sums
 
 
 class RedisLedger:
-    """A ledger that all processes with the same `url` share. Raises `Overloaded` when Redis does not
-    answer: what cannot be counted is not let through."""
+    """A ledger that all processes with the same `url` and `database_id` share. Raises `Overloaded` when Redis
+    does not answer: what cannot be counted is not let through."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, database_id: str) -> None:
+        self._prefix = f"portal:{database_id}:"
         self._redis = Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2)
         self._take = self._redis.register_script(_TAKE)
         self._give_back = self._redis.register_script(_GIVE_BACK)
@@ -118,7 +117,7 @@ class RedisLedger:
         arguments: list[Any] = [id]
         for window in windows:
             arguments += [window.amount, window.seconds]
-        answer = await _answered(self._take([f"{PREFIX}w:{window.key}" for window in windows], arguments))
+        answer = await _answered(self._take(self._windows(windows), arguments))
         stands = zip(windows, answer[0::3], answer[1::3], answer[2::3], strict=True)
         return [
             Quota(window, int(remaining), float(wait), bool(is_full))
@@ -127,33 +126,33 @@ class RedisLedger:
 
     async def give_back(self, id: str, windows: Sequence[Window]) -> None:
         """See `Ledger`."""
-        await _answered(self._give_back([f"{PREFIX}w:{window.key}" for window in windows], [id]))
+        await _answered(self._give_back(self._windows(windows), [id]))
 
     async def unknown(self, holds: Sequence[Hold]) -> list[Hold]:
         """See `Ledger`."""
         spent = [hold for hold in holds if hold.ends_at]
         if not spent:
             return []
-        values = await _answered(self._redis.mget([_keys(hold)[0] for hold in spent]))
+        values = await _answered(self._redis.mget([self._keys(hold)[0] for hold in spent]))
         return [hold for hold, value in zip(spent, values, strict=True) if value is None]
 
     async def seed(self, hold: Hold, spent: float) -> None:
         """See `Ledger`."""
         until = int(hold.ends_at * 1000)
-        await _answered(self._redis.set(_keys(hold)[0], spent, nx=True, pxat=until))
+        await _answered(self._redis.set(self._keys(hold)[0], spent, nx=True, pxat=until))
 
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
         arguments: list[Any] = [id, int(force), RESERVATION_S]
         for hold in holds:
             arguments += [hold.amount, hold.budget]
-        keys = [key for hold in holds for key in _keys(hold)]
+        keys = [key for hold in holds for key in self._keys(hold)]
         lacking, spent = await _answered(self._reserve(keys, arguments))
         return Lacking(holds[lacking - 1], float(spent)) if lacking else None
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
         """See `Ledger`."""
-        keys = [key for hold in holds for key in _keys(hold)]
+        keys = [key for hold in holds for key in self._keys(hold)]
         amounts = [spent.get(hold.key, 0.0) for hold in holds]
         sums = await _answered(self._settle(keys, [id, *amounts]))
         return {hold.key: float(total) for hold, total in zip(holds, sums, strict=True) if total}
@@ -165,9 +164,11 @@ class RedisLedger:
         """See `Ledger`."""
         await self._redis.aclose()
 
+    def _windows(self, windows: Sequence[Window]) -> list[str]:
+        return [f"{self._prefix}w:{window.key}" for window in windows]
 
-def _keys(hold: Hold) -> tuple[str, str]:
-    return f"{PREFIX}s:{hold.key}", f"{PREFIX}r:{hold.key}"
+    def _keys(self, hold: Hold) -> tuple[str, str]:
+        return f"{self._prefix}s:{hold.key}", f"{self._prefix}r:{hold.key}"
 
 
 async def _answered(call: Any) -> Any:
