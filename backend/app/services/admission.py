@@ -32,7 +32,7 @@ from app.services.catalog import Catalog
 from app.services.ledger import Hold, Lacking, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
 from app.services.prompts import estimate_tokens
-from app.services.usage import PERSON, Spent, UsageBook, day_of, month_of, today
+from app.services.usage import PERSON, Spent, UsageBook, month_of, today
 
 BUDGETS = {
     "daily_tokens": "tokens",
@@ -76,6 +76,8 @@ class Ticket(msgspec.Struct, frozen=True):
     budgets: dict[str, tuple[str, str]] = {}
     """The subject and the budget of each hold, by its key."""
     quotas: tuple[Quota, ...] = ()
+    day: str = ""
+    """That it counts for, also when it ends on another one."""
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -197,13 +199,13 @@ class Admission:
         ticket = self._ticket(who, request, turn_id, partial(self._estimate, request, model))
         await self._seed(ticket)
         await self._ledger.reserve(turn_id, ticket.holds, force=True)
-        return Ticket(turn_id, (), ticket.holds, ticket.budgets)
+        return msgspec.structs.replace(ticket, windows=())
 
     async def admit_work(self, turn: Ticket, work_id: str) -> Ticket:
         """The ticket of work that follows a turn: it is charged to the same budgets, and counts for no rate
         limit and not as a turn. Raises `BudgetExceeded`."""
         holds = tuple(hold for hold in turn.holds if hold.key in turn.budgets)
-        ticket = Ticket(work_id, (), holds, turn.budgets)
+        ticket = Ticket(work_id, holds=holds, budgets=turn.budgets, day=turn.day)
         await self._reserve(ticket)
         return ticket
 
@@ -254,8 +256,9 @@ class Admission:
         if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
             key = f"{who.owner}|{request.session_id}|1m"
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
-        holds, budgets = self._holds(counted, estimate)
-        return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
+        day = today()
+        holds, budgets = self._holds(counted, day, estimate)
+        return Ticket(turn_id, tuple(windows), tuple(holds), budgets, day=day)
 
     def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
         """What is set for a subject; for a device also what its project's file says of devices."""
@@ -265,7 +268,7 @@ class Admission:
         return found
 
     def _holds(
-        self, subjects: Sequence[tuple[str, Limits]], estimate: Callable[[], Spent]
+        self, subjects: Sequence[tuple[str, Limits]], day: str, estimate: Callable[[], Spent]
     ) -> tuple[list[Hold], dict[str, tuple[str, str]]]:
         holds, budgets = [], {}
         most: Spent | None = None
@@ -276,7 +279,6 @@ class Admission:
                 amount = getattr(limits, budget)
                 if amount:
                     most = most or estimate()
-                    day = day_of(time.time())
                     period = day if budget.startswith("daily") else day[:7]
                     key = f"{subject}|{budget}|{period}"
                     holds.append(Hold(key, float(getattr(most, counted)), amount, _end_of(period)))
@@ -344,7 +346,7 @@ class Admission:
         known: dict[tuple[str, str], Spent] = {}
         for hold in await self._ledger.unknown(ticket.holds):
             subject, budget = ticket.budgets[hold.key]
-            spent = await self._spent(subject, budget, today(), known)
+            spent = await self._spent(subject, budget, ticket.day, known)
             await self._ledger.seed(hold, spent)
 
     async def _spent(self, subject: str, budget: str, day: str, known: dict[tuple[str, str], Spent]) -> float:
