@@ -160,6 +160,19 @@ async def test_two_processes_count_together(redis_url: str) -> None:
         await ledger.close()
 
 
+async def test_a_reservation_that_has_lapsed_is_charged_once_all_the_same(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.services.redis_ledger.RESERVATION_S", -1.0)
+    ledger, tokens = RedisLedger(redis_url, "db"), hold(60, 100)
+    await ledger.seed(tokens, 0)
+    assert await ledger.reserve("a", [tokens]) is None
+    assert await ledger.reserve("b", [tokens]) is None
+    for _ in range(2):
+        assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 25}
+    await ledger.close()
+
+
 async def test_portals_of_two_databases_count_each_for_itself(redis_url: str) -> None:
     one, other = RedisLedger(redis_url, "one"), RedisLedger(redis_url, "other")
     things, tokens = window(1), hold(60, 100)

@@ -62,7 +62,8 @@ for _, key in ipairs(KEYS) do
 end
 """
 
-# KEYS are pairs: what is spent, and a hash of the reservations, each `amount:until`.
+# KEYS are pairs: what is spent, and a hash of the reservations, each `amount:until`. One that has lapsed is
+# kept for a day more, so that a turn which takes that long is charged all the same.
 _RESERVE = (
     _NOW
     + """
@@ -74,14 +75,14 @@ for i = 1, #KEYS / 2 do
     local reserved = redis.call('HGETALL', KEYS[2 * i])
     for j = 1, #reserved, 2 do
         local held, till = string.match(reserved[j + 1], '^(.-):(.*)$')
-        if tonumber(till) < now then redis.call('HDEL', KEYS[2 * i], reserved[j])
-        elseif reserved[j] ~= id then used = used + tonumber(held) end
+        if tonumber(till) + 86400 < now then redis.call('HDEL', KEYS[2 * i], reserved[j])
+        elseif tonumber(till) >= now and reserved[j] ~= id then used = used + tonumber(held) end
     end
     if not force and used + amount > budget then return {i, spent} end
 end
 for i = 1, #KEYS / 2 do
     redis.call('HSET', KEYS[2 * i], id, ARGV[2 + 2 * i] .. ':' .. string.format('%.3f', now + lasts))
-    redis.call('PEXPIRE', KEYS[2 * i], math.ceil(lasts * 1000))
+    redis.call('PEXPIRE', KEYS[2 * i], math.ceil((lasts + 86400) * 1000))
 end
 return {0, '0'}
 """
