@@ -226,6 +226,29 @@ def test_what_runs_at_once_cannot_share_what_is_left(
     assert answers.count(200) == 1
 
 
+def test_what_is_only_reserved_is_soon_free(
+    client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM
+) -> None:
+    limit(admin, owner_of(client), daily_tokens=130)
+    module_fake.script = Script(usage=USAGE, gate=threading.Event())
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, client, max_tokens=60)
+        wait_until(lambda: module_fake.running, what="the generation")
+        refused = ask(client, max_tokens=70)
+        assert module_fake.script.gate is not None
+        module_fake.script.gate.set()
+        assert running.result().status_code == 200
+    assert (refused.status_code, code(refused)) == (429, "rate_limited")
+    assert refused.json()["detail"] == (
+        "The daily budget of 130 tokens (person) is reserved by turns that run; wait for one to end."
+    )
+    assert int(refused.headers["Retry-After"]) < 10
+    assert ask(client, max_tokens=70).status_code == 200
+    refused = ask(client, max_tokens=70)
+    assert (refused.status_code, code(refused)) == (429, "budget_exceeded")
+    assert "has 30 left" in refused.json()["detail"]
+
+
 def test_a_stopped_turn_is_charged_for_what_it_used(
     client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM
 ) -> None:
@@ -346,6 +369,26 @@ def test_an_alert_is_raised_once_when_a_threshold_is_crossed(
     assert {alert["percent"] for alert in mine} == {80, 100}
     assert all(alert["budget"] == "daily_tokens" and alert["amount"] == 120 for alert in mine)
     assert len(mine) == 2
+
+
+def test_the_last_alert_is_raised_when_nothing_fits_any_more(
+    client: httpx.Client, admin: httpx.Client
+) -> None:
+    owner = owner_of(client)
+
+    def raised() -> list[tuple[int, float]]:
+        alerts = admin.get("/api/admin/alerts").json()["alerts"]
+        return sorted((alert["percent"], alert["spent"]) for alert in alerts if alert["subject"] == owner)
+
+    limit(admin, owner, daily_tokens=600)
+    assert ask(client, max_tokens=512).status_code == 200
+    assert ask(client, max_tokens=100_000).status_code == 429
+    assert raised() == [], "others would fit"
+    assert ask(client).status_code == 200
+    assert ask(client).status_code == 429
+    assert ask(client, message="much " * 1000, max_tokens=20).status_code == 429
+    assert raised() == [(80, 100), (100, 100)]
+    assert ask(client, max_tokens=20).status_code == 200
 
 
 # --- at once, and too long -----------------------------------------------------------------------

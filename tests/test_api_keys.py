@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,6 +13,9 @@ import httpx
 import pytest
 
 from app.access import NEVER_BY_KEY
+from app.config import Settings
+from app.container import open_container
+from app.errors import Unauthenticated
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script
 from tests.support import GameClient, Mosquitto, Portal, ask, wait_until
@@ -54,6 +60,23 @@ def test_a_revoked_key_is_worthless_at_once(client: httpx.Client) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthenticated")
     assert client.get("/api/keys").json()["keys"] == []
     assert client.delete(f"/api/keys/{key['id']}").status_code == 404
+
+
+async def test_a_key_that_is_revoked_elsewhere_is_worthless_also_when_the_clock_is_put_back(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, clock = settings_for(), time.time
+    async with open_container(settings) as portal, open_container(settings) as other:
+        ada = await portal.accounts.register("ada", "ada@example.org", "correct horse")
+        key, secret = await portal.keys.make(ada, "k")
+        assert (await portal.accounts.identify(secret)).owner == ada.owner
+        monkeypatch.setattr(time, "time", lambda: clock() - 3600)
+        await other.keys.revoke(ada, key.id)
+        with pytest.raises(Unauthenticated):
+            async with asyncio.timeout(10):
+                while True:
+                    await portal.accounts.identify(secret)
+                    await asyncio.sleep(0.05)
 
 
 def test_a_key_that_has_run_out_is_worthless(client: httpx.Client) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.events import new_id
 from app.services import ledger as ledger_module
-from app.services.ledger import Hold, Ledger, MemoryLedger, Window
+from app.services.ledger import Hold, Lacking, Ledger, MemoryLedger, Window
 from app.services.redis_ledger import RedisLedger
 
 FAR = 4102444800.0
@@ -32,7 +32,7 @@ async def ledger(request: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
     if request.param == "memory":
         opened = MemoryLedger()
     else:
-        opened = RedisLedger(request.getfixturevalue("redis_url"))
+        opened = RedisLedger(request.getfixturevalue("redis_url"), "db")
     yield opened
     await opened.close()
 
@@ -121,7 +121,7 @@ async def test_a_budget_holds_what_is_reserved_and_keeps_what_was_spent(ledger: 
     await ledger.seed(tokens, 90)  # somebody else was first
     assert await ledger.unknown([tokens]) == []
     assert await ledger.reserve("a", [tokens]) is None
-    assert await ledger.reserve("b", [tokens]) == tokens
+    assert await ledger.reserve("b", [tokens]) == Lacking(tokens, 10)
     assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 35}
     assert await ledger.reserve("b", [tokens]) is None
     assert await ledger.settle("b", [tokens], {}) == {tokens.key: 35}
@@ -140,7 +140,7 @@ async def test_of_several_budgets_all_are_reserved_or_none(ledger: Ledger) -> No
     for budget in (large, small):
         await ledger.seed(budget, 0)
     assert await ledger.reserve("a", [large, small]) is None
-    assert await ledger.reserve("b", [large, small]) == small
+    assert await ledger.reserve("b", [large, small]) == Lacking(small, 0)
     assert await ledger.reserve("c", [hold(90, 100, large.key)]) is None
 
 
@@ -161,7 +161,7 @@ async def test_things_at_once_are_never_spent(ledger: Ledger) -> None:
 
 
 async def test_two_processes_count_together(redis_url: str) -> None:
-    one, two = RedisLedger(redis_url), RedisLedger(redis_url)
+    one, two = RedisLedger(redis_url, "db"), RedisLedger(redis_url, "db")
     things, tokens = window(2), hold(60, 100)
     await one.take("a", [things])
     await two.take("b", [things])
@@ -169,8 +169,32 @@ async def test_two_processes_count_together(redis_url: str) -> None:
     await one.seed(tokens, 0)
     assert await two.unknown([tokens]) == []
     assert await one.reserve("a", [tokens]) is None
-    assert await two.reserve("b", [tokens]) == tokens
+    assert await two.reserve("b", [tokens]) == Lacking(tokens, 0)
     for ledger in (one, two):
+        await ledger.close()
+
+
+async def test_a_reservation_that_has_lapsed_is_charged_once_all_the_same(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.services.redis_ledger.RESERVATION_S", -1.0)
+    ledger, tokens = RedisLedger(redis_url, "db"), hold(60, 100)
+    await ledger.seed(tokens, 0)
+    assert await ledger.reserve("a", [tokens]) is None
+    assert await ledger.reserve("b", [tokens]) is None
+    for _ in range(2):
+        assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 25}
+    await ledger.close()
+
+
+async def test_portals_of_two_databases_count_each_for_itself(redis_url: str) -> None:
+    one, other = RedisLedger(redis_url, "one"), RedisLedger(redis_url, "other")
+    things, tokens = window(1), hold(60, 100)
+    for ledger in (one, other):
+        assert not (await ledger.take("a", [things]))[0].is_full
+        assert await ledger.unknown([tokens]) == [tokens]
+        await ledger.seed(tokens, 0)
+        assert await ledger.reserve("a", [tokens]) is None
         await ledger.close()
 
 
@@ -180,12 +204,12 @@ async def test_what_is_handed_over_is_counted_where_it_is_now(redis_url: str) ->
     await here.reserve("a", [tokens])
     await here.hand_over("a", [tokens])
     assert await here.reserve("b", [tokens]) is None, "nothing is reserved here"
-    one, two = RedisLedger(redis_url), RedisLedger(redis_url)
+    one, two = RedisLedger(redis_url, "db"), RedisLedger(redis_url, "db")
     await one.seed(tokens, 0)
     await one.reserve("a", [tokens])
     await two.reserve("a", [tokens], force=True)
     await one.hand_over("a", [tokens])
-    assert await one.reserve("b", [tokens]) == tokens, "it is reserved there"
+    assert await one.reserve("b", [tokens]) == Lacking(tokens, 0), "it is reserved there"
     assert await two.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 25}
     for ledger in (one, two):
         await ledger.close()

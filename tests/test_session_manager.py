@@ -549,6 +549,25 @@ async def test_who_leaves_before_a_chat_is_let_in_takes_nothing(
         assert answer_of(await turn.ended()).response == "Hello there"
 
 
+async def test_a_turn_counts_for_the_day_on_which_it_was_accepted(
+    fake: FakeLLM, settings_for: SettingsFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    midnight = (time.time() // 86400 + 1) * 86400
+    monkeypatch.setattr(time, "time", lambda: midnight - 60)
+    fake.script = Script(gate=threading.Event())
+    async with open_container(settings_for(fake.url, daily_token_budget=10_000)) as portal:
+        before = today()
+        turn = await portal.sessions.submit(request())
+        await fake.until(lambda: fake.running == 1)
+        monkeypatch.setattr(time, "time", lambda: midnight + 60)
+        assert fake.script.gate is not None
+        fake.script.gate.set()
+        await turn.ended()
+        assert (await portal.book.spent(ADA.owner, before)).turns == 1
+        assert (await portal.book.spent(ADA.owner, today())).turns == 0
+        assert [budget.spent for budget in await portal.admission.budgets(ADA)] == [0]
+
+
 def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: SettingsFor) -> None:
     background = BackgroundLoop()
     stack = AsyncExitStack()

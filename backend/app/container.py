@@ -135,7 +135,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
         authorizer = Authorizer(audit)
         projects = await stack.enter_async_context(_projects(settings, database, authorizer))
         policies = await stack.enter_async_context(_policies(settings, database, authorizer, projects))
-        ledger = _ledger(settings)
+        ledger = await _ledger(settings, store)
         stack.push_async_callback(ledger.close)
         known = KnownTokens(database, policies)
         sign_ins = SignIns(settings, database, authorizer, known)
@@ -299,12 +299,12 @@ async def _beside_others(
         yield
 
 
-def _ledger(settings: Settings) -> Ledger:
+async def _ledger(settings: Settings, store: Store) -> Ledger:
     if not settings.redis_url:
         return MemoryLedger()
     from app.services.redis_ledger import RedisLedger
 
-    return RedisLedger(settings.redis_url)
+    return RedisLedger(settings.redis_url, await store.database_id())
 
 
 async def _wire(settings: Settings, store: Store) -> Wire | None:

@@ -164,7 +164,7 @@ class RateLimited(PortalError):
 
 
 class BudgetExceeded(RateLimited):
-    """The budget of tokens, cost or GPU time is spent."""
+    """The budget of tokens, cost or GPU time is spent, or has too little left."""
 
     code = "budget_exceeded"
 

@@ -76,7 +76,7 @@ class Accounting:
 
     def write(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
         """Writes it down, with this transaction, unless that was done before."""
-        if not usage.write(connection, used):
+        if not usage.write(connection, used, _day(turn, used)):
             return
         details = {
             "session": turn.session.session_id,
@@ -143,7 +143,7 @@ class Accounting:
 
     def write_work(self, connection: Connection, turn: Turn, used: TurnUsage) -> None:
         """Writes it down, with this transaction, unless that was done before."""
-        if not usage.write(connection, used, turns=0):
+        if not usage.write(connection, used, _day(turn, used), turns=0):
             return
         details = {
             "session": turn.session.session_id,
@@ -161,3 +161,8 @@ class Accounting:
             except PortalError as error:
                 log.error("what work has used could not be stored", turn=turn.id, reason=error.code)
         await self._charge(ticket, used, 0)
+
+
+def _day(turn: Turn, used: TurnUsage) -> str:
+    """The day that what was used counts for: that of the budgets it is charged to, where it has such."""
+    return turn.ticket.day or usage.day_of(used.at)

@@ -29,10 +29,10 @@ from app.logs import get_logger
 from app.services.alerts import Alerts
 from app.services.arrears import Arrears
 from app.services.catalog import Catalog
-from app.services.ledger import Hold, Ledger, Quota, Window
+from app.services.ledger import Hold, Lacking, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
 from app.services.prompts import estimate_tokens
-from app.services.usage import PERSON, Spent, UsageBook, day_of, month_of, today
+from app.services.usage import PERSON, Spent, UsageBook, month_of, today
 
 BUDGETS = {
     "daily_tokens": "tokens",
@@ -76,6 +76,8 @@ class Ticket(msgspec.Struct, frozen=True):
     budgets: dict[str, tuple[str, str]] = {}
     """The subject and the budget of each hold, by its key."""
     quotas: tuple[Quota, ...] = ()
+    day: str = ""
+    """That it counts for, also when it ends on another one."""
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -188,7 +190,7 @@ class Admission:
         if ticket.windows:
             ticket = await self._take(ticket)
             _check_windows(ticket.quotas)
-        await self._reserve(ticket)
+        await self._reserve(ticket, lambda: self._usual(request, model, longest))
         return ticket
 
     async def admit_again(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
@@ -197,13 +199,13 @@ class Admission:
         ticket = self._ticket(who, request, turn_id, partial(self._estimate, request, model))
         await self._seed(ticket)
         await self._ledger.reserve(turn_id, ticket.holds, force=True)
-        return Ticket(turn_id, (), ticket.holds, ticket.budgets)
+        return msgspec.structs.replace(ticket, windows=())
 
     async def admit_work(self, turn: Ticket, work_id: str) -> Ticket:
         """The ticket of work that follows a turn: it is charged to the same budgets, and counts for no rate
         limit and not as a turn. Raises `BudgetExceeded`."""
         holds = tuple(hold for hold in turn.holds if hold.key in turn.budgets)
-        ticket = Ticket(work_id, (), holds, turn.budgets)
+        ticket = Ticket(work_id, holds=holds, budgets=turn.budgets, day=turn.day)
         await self._reserve(ticket)
         return ticket
 
@@ -230,9 +232,8 @@ class Admission:
         for hold in ticket.holds:
             if hold.key in sums and amounts.get(hold.key):
                 subject, budget = ticket.budgets[hold.key]
-                period = hold.key.rsplit("|", 1)[-1]
                 await self._alerts.look(
-                    _told_as(subject), budget, period, sums[hold.key], amounts[hold.key], hold.budget
+                    _told_as(subject), budget, _period(hold), sums[hold.key], amounts[hold.key], hold.budget
                 )
 
     def cost(self, model: str, usage: Usage, gpu_seconds: float) -> float:
@@ -255,8 +256,9 @@ class Admission:
         if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
             key = f"{who.owner}|{request.session_id}|1m"
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
-        holds, budgets = self._holds(counted, estimate)
-        return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
+        day = today()
+        holds, budgets = self._holds(counted, day, estimate)
+        return Ticket(turn_id, tuple(windows), tuple(holds), budgets, day=day)
 
     def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
         """What is set for a subject; for a device also what its project's file says of devices."""
@@ -266,7 +268,7 @@ class Admission:
         return found
 
     def _holds(
-        self, subjects: Sequence[tuple[str, Limits]], estimate: Callable[[], Spent]
+        self, subjects: Sequence[tuple[str, Limits]], day: str, estimate: Callable[[], Spent]
     ) -> tuple[list[Hold], dict[str, tuple[str, str]]]:
         holds, budgets = [], {}
         most: Spent | None = None
@@ -277,7 +279,6 @@ class Admission:
                 amount = getattr(limits, budget)
                 if amount:
                     most = most or estimate()
-                    day = day_of(time.time())
                     period = day if budget.startswith("daily") else day[:7]
                     key = f"{subject}|{budget}|{period}"
                     holds.append(Hold(key, float(getattr(most, counted)), amount, _end_of(period)))
@@ -287,14 +288,22 @@ class Admission:
     def _estimate(self, request: TurnRequest, model: str, longest: Callable[[], int] | None = None) -> Spent:
         """What a turn may spend at most, but for the history, whose length is not known yet."""
         prompt = estimate_tokens(request.message) + estimate_tokens(request.system_prompt or "")
-        default = self._settings.llm_max_tokens if longest is None else longest()
-        written = request.options.max_tokens or default
-        usage = Usage(prompt, written)
+        return self._most(prompt, request.options.max_tokens or self._default_length(longest), model)
+
+    def _usual(self, request: TurnRequest, model: str, longest: Callable[[], int] | None) -> Spent:
+        """The same, had the message no words and were its reply to be no longer than others."""
+        default = self._default_length(longest)
+        return self._most(0, min(request.options.max_tokens or default, default), model)
+
+    def _default_length(self, longest: Callable[[], int] | None) -> int:
+        return self._settings.llm_max_tokens if longest is None else longest()
+
+    def _most(self, prompt: int, written: int, model: str) -> Spent:
         return Spent(
             prompt_tokens=prompt,
             completion_tokens=written,
             gpu_seconds=TYPICAL_GPU_S,
-            cost=self.cost(model, usage, TYPICAL_GPU_S),
+            cost=self.cost(model, Usage(prompt, written), TYPICAL_GPU_S),
         )
 
     async def _take(self, ticket: Ticket) -> Ticket:
@@ -306,8 +315,9 @@ class Admission:
             raise
         return msgspec.structs.replace(ticket, quotas=tuple(quotas))
 
-    async def _reserve(self, ticket: Ticket) -> None:
-        """Reserves what the turn may spend. Raises why that cannot be, and takes nothing at all then."""
+    async def _reserve(self, ticket: Ticket, usual: Callable[[], Spent] | None = None) -> None:
+        """Reserves what the turn may spend. Raises why that cannot be, and takes nothing at all then. Admins
+        are told of a budget that has no room for a `usual` turn any more."""
         if not ticket.holds:
             return
         try:
@@ -315,30 +325,28 @@ class Admission:
             await self._seed(ticket)
             lacking = await self._ledger.reserve(ticket.turn_id, ticket.holds)
             if lacking is not None:
-                raise self._refusal(ticket, lacking)
+                if usual is not None:
+                    await self._tell_spent(ticket, lacking, usual)
+                raise _refusal(ticket, lacking)
         except BaseException:
             await self.give_back(ticket)
             raise
 
-    def _refusal(self, ticket: Ticket, lacking: Hold) -> RateLimited:
-        if lacking.key not in ticket.budgets:
-            return RateLimited(
-                f"At most {lacking.budget:.0f} turns may wait or run at once; wait for one to end.",
-                retry_after=NEXT_TURN_S,
-            )
-        subject, budget = ticket.budgets[lacking.key]
-        period, what = budget.split("_", 1)
-        return BudgetExceeded(
-            f"The {period} budget of {lacking.budget:g} {WORDS[what]} is spent ({_kind(subject)}).",
-            retry_after=math.ceil(max(lacking.ends_at - time.time(), 1.0)),
-            details={"budget": budget},
-        )
+    async def _tell_spent(self, ticket: Ticket, lacking: Lacking, usual: Callable[[], Spent]) -> None:
+        """Raises the alerts of a budget that nothing fits into any more: the last of it is never spent."""
+        hold = lacking.hold
+        if hold.key not in ticket.budgets:
+            return
+        subject, budget = ticket.budgets[hold.key]
+        if lacking.spent + float(getattr(usual(), BUDGETS[budget])) > hold.budget:
+            period = _period(hold)
+            await self._alerts.exhaust(_told_as(subject), budget, period, lacking.spent, hold.budget)
 
     async def _seed(self, ticket: Ticket) -> None:
         known: dict[tuple[str, str], Spent] = {}
         for hold in await self._ledger.unknown(ticket.holds):
             subject, budget = ticket.budgets[hold.key]
-            spent = await self._spent(subject, budget, today(), known)
+            spent = await self._spent(subject, budget, ticket.day, known)
             await self._ledger.seed(hold, spent)
 
     async def _spent(self, subject: str, budget: str, day: str, known: dict[tuple[str, str], Spent]) -> float:
@@ -368,6 +376,28 @@ def _kind(subject: str) -> str:
     return kind if kind in WHOSE else "person"
 
 
+def _refusal(ticket: Ticket, lacking: Lacking) -> RateLimited:
+    hold, spent = lacking.hold, lacking.spent
+    if hold.key not in ticket.budgets:
+        return RateLimited(
+            f"At most {hold.budget:.0f} turns may wait or run at once; wait for one to end.",
+            retry_after=NEXT_TURN_S,
+        )
+    subject, budget = ticket.budgets[hold.key]
+    period, what = budget.split("_", 1)
+    named = f"The {period} budget of {hold.budget:g} {WORDS[what]} ({_kind(subject)})"
+    left = hold.budget - spent
+    if hold.amount <= left:
+        return RateLimited(
+            f"{named} is reserved by turns that run; wait for one to end.", retry_after=NEXT_TURN_S
+        )
+    return BudgetExceeded(
+        f"{named} has {left:g} left; this may take {hold.amount:g}." if left > 0 else f"{named} is spent.",
+        retry_after=math.ceil(max(hold.ends_at - time.time(), 1.0)),
+        details={"budget": budget},
+    )
+
+
 def _check_windows(quotas: Sequence[Quota]) -> None:
     full = [quota for quota in quotas if quota.is_full]
     if not full:
@@ -381,6 +411,11 @@ def _check_windows(quotas: Sequence[Quota]) -> None:
         retry_after=worst.resets_in,
         quotas=[quota.info for quota in quotas],
     )
+
+
+def _period(hold: Hold) -> str:
+    """The day, or the month, of a budget."""
+    return hold.key.rsplit("|", 1)[-1]
 
 
 def _end_of(period: str) -> float:

@@ -22,6 +22,9 @@ from app.services.authorizer import Authorizer
 if TYPE_CHECKING:
     from app.services.webhooks import Webhook
 
+MOST_EXHAUSTED = 10_000
+"""Budgets that are remembered, so that not each refusal asks the database."""
+
 log = get_logger(__name__)
 
 
@@ -53,6 +56,7 @@ class Alerts:
         self._authorizer = authorizer
         self._percents = percents
         self._webhook = webhook
+        self._exhausted: set[tuple[str, str, str]] = set()
 
     async def look(
         self, subject: str, budget: str, period: str, spent: float, added: float, amount: float
@@ -64,6 +68,20 @@ class Alerts:
                 await self._raise(
                     Alert(new_id(), subject, budget, period, percent, spent, amount, time.time())
                 )
+
+    async def exhaust(self, subject: str, budget: str, period: str, spent: float, amount: float) -> None:
+        """There is no room in a budget for what is asked: raises its alerts, though a rest is not spent."""
+        which = (subject, budget, period)
+        if which in self._exhausted:
+            return
+        for percent in self._percents:
+            if percent <= 100:
+                await self._raise(
+                    Alert(new_id(), subject, budget, period, percent, spent, amount, time.time())
+                )
+        if len(self._exhausted) >= MOST_EXHAUSTED:
+            self._exhausted.clear()
+        self._exhausted.add(which)
 
     async def _raise(self, alert: Alert) -> None:
         details = {"budget": alert.budget, "period": alert.period, "percent": alert.percent}

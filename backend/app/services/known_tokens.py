@@ -29,6 +29,11 @@ class Holder:
     identity: Identity
     ends_at: float | None
 
+    @property
+    def is_good(self) -> bool:
+        """Whether the token has not run out yet."""
+        return self.ends_at is None or time.time() < self.ends_at
+
 
 class KnownTokens:
     """Remembers who holds a token, and forgets it when accounts, sign-ins or keys change."""
@@ -53,22 +58,19 @@ class KnownTokens:
         if known is not None:
             held, until = known
             identity = held.identity
-            if time.time() < until and self._policies.role(identity.role_name) is identity.role:
+            is_fresh = time.monotonic() < until and held.is_good
+            if is_fresh and self._policies.role(identity.role_name) is identity.role:
                 return identity
         changes = self._changes
         found = await look_up()
         if changes == self._changes:  # else it may be what was so before the change
-            until = time.time() + KEPT_S
             if len(self._holders) >= MOST_KEPT:
                 self._holders.clear()
-            kept = until if found.ends_at is None else min(until, found.ends_at)
-            self._holders[token, door] = (found, kept)
+            self._holders[token, door] = (found, time.monotonic() + KEPT_S)
         return found.identity
 
     def last(self, token: str, door: Door) -> Identity | None:
         """Who held the token when that was looked up last, however long ago, unless it has run out since;
         None when that is not known any more."""
         held, _ = self._holders.get((token, door), (None, 0.0))
-        if held is None or (held.ends_at is not None and held.ends_at <= time.time()):
-            return None
-        return held.identity
+        return held.identity if held is not None and held.is_good else None

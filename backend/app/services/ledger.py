@@ -60,6 +60,13 @@ class Hold(msgspec.Struct, frozen=True):
     ends_at: float = 0.0
 
 
+class Lacking(msgspec.Struct, frozen=True):
+    """A budget that has not enough left for a hold, and what of it is `spent`: the rest is reserved."""
+
+    hold: Hold
+    spent: float
+
+
 class Ledger(Protocol):
     """Counts. Every method is one step: what two ask for at once is one after the other. `id` names
     whoever takes, for giving back."""
@@ -76,7 +83,7 @@ class Ledger(Protocol):
     async def seed(self, hold: Hold, spent: float) -> None:
         """Tells what is spent of a budget already, unless it is known by now."""
 
-    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Hold | None:
+    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """Reserves all, or returns the budget that has not enough left; with `force` it reserves in any
         case."""
 
@@ -106,7 +113,8 @@ _Windows = OrderedDict[str, deque[tuple[float, str]]]
 class MemoryLedger:
     """The ledger of one process."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` measures windows: it goes on whatever becomes of the time of day."""
         self._clock = clock
         self._windows: dict[float, _Windows] = {}
         self._budgets: dict[str, _Budget] = {}
@@ -166,14 +174,14 @@ class MemoryLedger:
         if budget.spent is None:
             budget.spent = spent
 
-    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Hold | None:
+    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
         if not force:
             for hold in holds:
                 budget = self._budget(hold)
-                used = (budget.spent or 0.0) + sum(budget.reserved.values())
-                if used + hold.amount > hold.budget:
-                    return hold
+                spent = budget.spent or 0.0
+                if spent + sum(budget.reserved.values()) + hold.amount > hold.budget:
+                    return Lacking(hold, spent)
         for hold in holds:
             self._budget(hold).reserved[id] = hold.amount
         return None
@@ -210,7 +218,7 @@ class MemoryLedger:
             return
         self._looked_at = now
         for key, budget in list(self._budgets.items()):
-            if not budget.reserved and budget.ends_at < now:
+            if not budget.reserved and budget.ends_at < time.time():
                 del self._budgets[key]
 
 

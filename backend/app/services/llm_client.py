@@ -303,8 +303,11 @@ class LLMClient:
 
     def max_tokens_of(self, options: GenerationOptions) -> int:
         """How long a reply may get that is asked for with these options, in tokens."""
-        default = self.router.route(options.model).entry.options.max_tokens
-        return options.max_tokens or default or self._settings.llm_max_tokens
+        return options.max_tokens or self.default_max_tokens(options.model)
+
+    def default_max_tokens(self, model: str | None) -> int:
+        """The same, where it is not asked for."""
+        return self.router.route(model).entry.options.max_tokens or self._settings.llm_max_tokens
 
     async def count_tokens(self, messages: Sequence[Message], model: str | None = None) -> int | None:
         """The exact length of the prompt that `messages` make for a model, in tokens; None where the server

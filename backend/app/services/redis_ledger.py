@@ -13,9 +13,7 @@ from redis.exceptions import RedisError
 
 from app.errors import Overloaded
 from app.logs import get_logger
-from app.services.ledger import RESERVATION_S, Hold, Quota, Window
-
-PREFIX = "portal:"
+from app.services.ledger import RESERVATION_S, Hold, Lacking, Quota, Window
 
 log = get_logger(__name__)
 
@@ -64,27 +62,29 @@ for _, key in ipairs(KEYS) do
 end
 """
 
-# KEYS are pairs: what is spent, and a hash of the reservations, each `amount:until`.
+# KEYS are pairs: what is spent, and a hash of the reservations, each `amount:until`. One that has lapsed is
+# kept for a day more, so that a turn which takes that long is charged all the same.
 _RESERVE = (
     _NOW
     + """
 local id, force, lasts = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 for i = 1, #KEYS / 2 do
     local amount, budget = tonumber(ARGV[2 + 2 * i]), tonumber(ARGV[3 + 2 * i])
-    local used = tonumber(redis.call('GET', KEYS[2 * i - 1]) or '0')
+    local spent = redis.call('GET', KEYS[2 * i - 1]) or '0'
+    local used = tonumber(spent)
     local reserved = redis.call('HGETALL', KEYS[2 * i])
     for j = 1, #reserved, 2 do
         local held, till = string.match(reserved[j + 1], '^(.-):(.*)$')
-        if tonumber(till) < now then redis.call('HDEL', KEYS[2 * i], reserved[j])
-        elseif reserved[j] ~= id then used = used + tonumber(held) end
+        if tonumber(till) + 86400 < now then redis.call('HDEL', KEYS[2 * i], reserved[j])
+        elseif tonumber(till) >= now and reserved[j] ~= id then used = used + tonumber(held) end
     end
-    if not force and used + amount > budget then return i end
+    if not force and used + amount > budget then return {i, spent} end
 end
 for i = 1, #KEYS / 2 do
     redis.call('HSET', KEYS[2 * i], id, ARGV[2 + 2 * i] .. ':' .. string.format('%.3f', now + lasts))
-    redis.call('PEXPIRE', KEYS[2 * i], math.ceil(lasts * 1000))
+    redis.call('PEXPIRE', KEYS[2 * i], math.ceil((lasts + 86400) * 1000))
 end
-return 0
+return {0, '0'}
 """
 )
 
@@ -102,10 +102,11 @@ return sums
 
 
 class RedisLedger:
-    """A ledger that all processes with the same `url` share. Raises `Overloaded` when Redis does not
-    answer: what cannot be counted is not let through."""
+    """A ledger that all processes with the same `url` and `database_id` share. Raises `Overloaded` when Redis
+    does not answer: what cannot be counted is not let through."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, database_id: str) -> None:
+        self._prefix = f"portal:{database_id}:"
         self._redis = Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2)
         self._take = self._redis.register_script(_TAKE)
         self._give_back = self._redis.register_script(_GIVE_BACK)
@@ -117,7 +118,7 @@ class RedisLedger:
         arguments: list[Any] = [id]
         for window in windows:
             arguments += [window.amount, window.seconds]
-        answer = await _answered(self._take([f"{PREFIX}w:{window.key}" for window in windows], arguments))
+        answer = await _answered(self._take(self._windows(windows), arguments))
         stands = zip(windows, answer[0::3], answer[1::3], answer[2::3], strict=True)
         return [
             Quota(window, int(remaining), float(wait), bool(is_full))
@@ -126,33 +127,33 @@ class RedisLedger:
 
     async def give_back(self, id: str, windows: Sequence[Window]) -> None:
         """See `Ledger`."""
-        await _answered(self._give_back([f"{PREFIX}w:{window.key}" for window in windows], [id]))
+        await _answered(self._give_back(self._windows(windows), [id]))
 
     async def unknown(self, holds: Sequence[Hold]) -> list[Hold]:
         """See `Ledger`."""
         spent = [hold for hold in holds if hold.ends_at]
         if not spent:
             return []
-        values = await _answered(self._redis.mget([_keys(hold)[0] for hold in spent]))
+        values = await _answered(self._redis.mget([self._keys(hold)[0] for hold in spent]))
         return [hold for hold, value in zip(spent, values, strict=True) if value is None]
 
     async def seed(self, hold: Hold, spent: float) -> None:
         """See `Ledger`."""
         until = int(hold.ends_at * 1000)
-        await _answered(self._redis.set(_keys(hold)[0], spent, nx=True, pxat=until))
+        await _answered(self._redis.set(self._keys(hold)[0], spent, nx=True, pxat=until))
 
-    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Hold | None:
+    async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
         arguments: list[Any] = [id, int(force), RESERVATION_S]
         for hold in holds:
             arguments += [hold.amount, hold.budget]
-        keys = [key for hold in holds for key in _keys(hold)]
-        lacking = int(await _answered(self._reserve(keys, arguments)))
-        return holds[lacking - 1] if lacking else None
+        keys = [key for hold in holds for key in self._keys(hold)]
+        lacking, spent = await _answered(self._reserve(keys, arguments))
+        return Lacking(holds[lacking - 1], float(spent)) if lacking else None
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
         """See `Ledger`."""
-        keys = [key for hold in holds for key in _keys(hold)]
+        keys = [key for hold in holds for key in self._keys(hold)]
         amounts = [spent.get(hold.key, 0.0) for hold in holds]
         sums = await _answered(self._settle(keys, [id, *amounts]))
         return {hold.key: float(total) for hold, total in zip(holds, sums, strict=True) if total}
@@ -164,9 +165,11 @@ class RedisLedger:
         """See `Ledger`."""
         await self._redis.aclose()
 
+    def _windows(self, windows: Sequence[Window]) -> list[str]:
+        return [f"{self._prefix}w:{window.key}" for window in windows]
 
-def _keys(hold: Hold) -> tuple[str, str]:
-    return f"{PREFIX}s:{hold.key}", f"{PREFIX}r:{hold.key}"
+    def _keys(self, hold: Hold) -> tuple[str, str]:
+        return f"{self._prefix}s:{hold.key}", f"{self._prefix}r:{hold.key}"
 
 
 async def _answered(call: Any) -> Any:

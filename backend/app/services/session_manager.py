@@ -161,7 +161,7 @@ class SessionManager:
     def _default_length(self, request: TurnRequest) -> int:
         """How long a reply may get where the request does not say it, in tokens."""
         of_project = self._projects.project(request.project).max_tokens if request.session_id else None
-        return of_project or self._llm.max_tokens_of(self._with_model(request))
+        return of_project or self._llm.default_max_tokens(self._model(request))
 
     def _model(self, request: TurnRequest) -> str | None:
         """The model that the request is for: it stays as it came, for whoever sends it again."""

@@ -103,13 +103,13 @@ def _add_to_sums(dialect: str) -> Any:
 _ROW, _SUMS = Prepared(_add_row), Prepared(_add_to_sums)
 
 
-def write(connection: Connection, used: TurnUsage, *, turns: int = 1) -> bool:
-    """Adds what an attempt has used, with this transaction, unless that was done before; tells whether it
-    did. It counts for so many `turns`: work that nobody asked for is none."""
+def write(connection: Connection, used: TurnUsage, day: str, *, turns: int = 1) -> bool:
+    """Adds what an attempt has used to a `day`, with this transaction, unless that was done before; tells
+    whether it did. It counts for so many `turns`: work that nobody asked for is none."""
     if _ROW.first(connection, msgspec.structs.asdict(used)) is None:
         return False
     line = {name: getattr(used, name) for name in (*_KEYS[1:], *SUMS[1:])}
-    _SUMS.run(connection, {**line, "day": day_of(used.at), "turns": turns})
+    _SUMS.run(connection, {**line, "day": day, "turns": turns})
     return True
 
 
