@@ -111,6 +111,10 @@ def serious_findings(page: Page, options: dict[str, Any] | None = None) -> list[
 
 def sign_in(page: Page, url: str, username: str, password: str = PASSWORD) -> None:
     page.goto(f"{url}/sign-in")
+    fill_in_sign_in(page, username, password)
+
+
+def fill_in_sign_in(page: Page, username: str, password: str = PASSWORD) -> None:
     page.get_by_label("Username or email").fill(username)
     page.get_by_label(re.compile("^Password")).fill(password)
     page.get_by_role("button", name="Sign in").click()

@@ -13,6 +13,7 @@ from tests.e2e.support import (
     answers,
     ask,
     begun,
+    fill_in_sign_in,
     go,
     let_in,
     scrolls_sideways,
@@ -25,6 +26,11 @@ from tests.support import PASSWORD, Portal, wait_until
 
 AT_ONE_WIDTH = pytest.mark.parametrize("context", [1280], ids=["desktop"], indirect=True)
 """For what is the same however wide the page is."""
+
+
+SEES_NO_SESSION = """() => new MutationObserver(() => {
+  window.sawNoSession ||= document.body.innerText.includes("no such session");
+}).observe(document.body, { subtree: true, childList: true })"""
 
 
 def endless() -> list[dict[str, str]]:
@@ -89,31 +95,37 @@ def test_chats_are_found_renamed_deleted_and_brought_back(ada: Page, portal: Por
         path = f"/api/sessions/{ada.url.rsplit('/', 1)[1]}"
         assert elsewhere.patch(path, json={"title": "Tea, once more"}).status_code == 200
     expect(ada.get_by_role("heading", name="Tea, once more")).to_be_visible()
+    ada.evaluate(SEES_NO_SESSION)
     ada.get_by_role("button", name="What to do with this chat").click()
     ada.get_by_role("menuitem", name="Delete").click()
     expect(ada).to_have_url(re.compile(r"/chat$"))
     ada.get_by_role("button", name="Undo").click()
+    assert not ada.evaluate("window.sawNoSession")
     go(ada, "Tea, once more")
     expect(answers(ada)).to_have_count(1)
 
 
-def test_a_reload_stays_signed_in_and_signing_out_does_not(ada: Page) -> None:
+def test_a_reload_loses_nothing_and_signing_out_leaves_nothing(
+    ada: Page, portal: Portal, username: str
+) -> None:
+    def choose(item: str) -> None:
+        if ada.get_by_role("button", name="Menu", exact=True).is_visible():
+            ada.get_by_role("button", name="Menu", exact=True).click()
+        ada.get_by_role("button", name="Account of").click()
+        ada.get_by_role("menuitem", name=item).click()
+
+    box = ada.get_by_role("textbox", name="Message")
+    box.fill("half a thought")
     ada.reload()
-    expect(ada.get_by_role("textbox", name="Message")).to_be_visible()
+    expect(box).to_have_value("half a thought")
     assert ada.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie])").count("eyJ") == 0
-    if ada.get_by_role("button", name="Menu", exact=True).is_visible():
-        ada.get_by_role("button", name="Menu", exact=True).click()
-    ada.get_by_role("button", name="Account of").click()
-    ada.get_by_role("menuitem", name="Sign out").click()
+    choose("Account")
+    choose("Sign out")
     expect(ada.get_by_role("heading", name="Sign in")).to_be_visible()
-    ada.reload()
-    expect(ada.get_by_role("heading", name="Sign in")).to_be_visible()
-
-
-def test_what_was_written_is_not_lost_by_a_reload(ada: Page) -> None:
-    ada.get_by_role("textbox", name="Message").fill("half a thought")
-    ada.reload()
-    expect(ada.get_by_role("textbox", name="Message")).to_have_value("half a thought")
+    other = f"{username}-b"
+    with portal.client(other):
+        fill_in_sign_in(ada, other)
+    expect(box).to_have_value("")
 
 
 class TestWithAnLLMThatDoesAsItIsTold:
@@ -153,8 +165,15 @@ class TestWithAnLLMThatDoesAsItIsTold:
         script.before_first = 60
         ask(ada, "Hi")
         expect(ada.get_by_text("Waiting for the model")).to_be_visible()
+        ada.get_by_role("textbox", name="Message").fill("Next")
+        ada.route("**/stop", lambda route: route.abort())
         ada.get_by_role("button", name="Stop the answer").click()
+        alert = ada.get_by_role("main").get_by_role("alert")
+        expect(alert).to_contain_text("cannot be reached")
+        ada.unroute("**/stop")
+        alert.get_by_role("button", name="Try again").click()
         expect(ada.get_by_text("Stopped")).to_be_visible()
+        expect(ada.get_by_role("textbox", name="Message")).to_have_value("Next")
         assert [message["status"] for message in history(portal, ada, username)] == ["cancelled"]
 
     @AT_ONE_WIDTH
@@ -211,8 +230,9 @@ class TestWithAnLLMThatDoesAsItIsTold:
         ada.reload()
         expect(alert).to_contain_text("whoever runs the portal")
         script.status = 200
-        alert.get_by_role("button", name="Ask again").click()
+        alert.get_by_role("button", name="Ask again").dblclick()
         expect(answers(ada)).to_contain_text("Hello there")
+        expect(ada.get_by_role("article", name="You")).to_have_count(2)
 
     @AT_ONE_WIDTH
     def test_an_answer_that_breaks_off_stays_as_far_as_it_came(self, ada: Page, script: Script) -> None:
@@ -240,6 +260,127 @@ class TestWithAnLLMThatDoesAsItIsTold:
         portal.start()
         alert.get_by_role("button", name="Try again").click()
         answered(ada, 2)
+
+    @AT_ONE_WIDTH
+    def test_a_message_is_sent_once_and_takes_nothing_with_it(
+        self, ada: Page, portal: Portal, username: str
+    ) -> None:
+        box = ada.get_by_role("textbox", name="Message")
+        chats = ada.get_by_role("region", name="Chats").get_by_role("link")
+        ada.get_by_role("button", name="Write a system prompt").click()
+        ada.get_by_label("System prompt").fill("Be brief.")
+        ada.route("**/session/stream", lambda route: (route.fetch(), route.abort()))
+        ask(ada, "First")
+        expect(ada.get_by_role("main").get_by_role("alert")).to_contain_text("cannot be reached")
+        ada.unroute("**/session/stream")
+        ada.reload()
+        expect(ada.get_by_label("System prompt")).to_have_value("Be brief.")
+        box.press("Enter")
+        answered(ada)
+        assert [message["role"] for message in history(portal, ada, username)] == [
+            "system",
+            "user",
+            "assistant",
+        ]
+        expect(chats).to_have_text(["First"])
+
+        held: list[Route] = []
+
+        def hold(route: Route) -> None:
+            held.append(route)
+
+        ada.route("**/session/stream", hold)
+        with ada.expect_request("**/session/stream"):
+            ask(ada, "Second")
+        box.fill("Third")
+        held[0].continue_()
+        answered(ada, 2)
+        expect(box).to_have_value("Third")
+
+        go(ada, "New chat")
+        expect(ada.get_by_label("System prompt")).to_have_value("")
+        with ada.expect_request("**/session/stream"):
+            ask(ada, "Another")
+        go(ada, "Templates")
+        held[1].continue_()
+        expect(chats).to_have_text(["Another", "First"])
+        expect(ada).to_have_url(re.compile("/templates$"))
+
+        ada.goto(f"{portal.url}/chat?template=gone")
+        ask(ada, "With the template")
+        alerts = ada.get_by_role("main").get_by_role("alert")
+        expect(alerts.last).to_contain_text("not loaded")
+        alerts.first.get_by_role("button", name="Go on without it").click()
+        expect(ada).to_have_url(re.compile("/chat$"))
+        assert len(held) == 2
+
+    @AT_ONE_WIDTH
+    def test_a_place_in_a_long_chat_is_kept(
+        self, ada: Page, portal: Portal, username: str, script: Script
+    ) -> None:
+        with portal.client(username) as elsewhere:
+
+            def say(message: str) -> None:
+                body = {"session_id": "long", "message": message}
+                assert elsewhere.post("/api/llm/chat/session", json=body).status_code == 200
+
+            for number in range(52):
+                say(f"Message {number}")
+            go(ada, "Message 0")
+            expect(answers(ada)).to_have_count(50)
+            say("From elsewhere")
+            expect(ada.get_by_text("From elsewhere")).to_be_in_viewport()
+        # The oldest of the newest hundred, when the answer to that is there too.
+        expect(ada.get_by_role("article").first).to_have_text("Message 3")
+        ada.evaluate("window.scrollTo(0, 0)")
+        first = ada.get_by_text("Message 3", exact=True)
+        before = first.bounding_box()
+        ada.get_by_role("button", name="Show earlier messages").click()
+        expect(ada.get_by_text("Message 0", exact=True).last).to_be_attached()
+        after = first.bounding_box()
+        assert before is not None
+        assert after is not None
+        assert abs(before["y"] - after["y"]) < 2
+
+        script.pieces, script.between = endless(), 0.01
+        ask(ada, "Hi")
+        begun(ada)
+        ada.mouse.move(640, 300)
+        ada.mouse.wheel(0, -30)
+        from_end = "document.documentElement.scrollHeight - innerHeight - scrollY"
+        wait_until(lambda: ada.evaluate(from_end) > 20, what="a little way up")
+        place = ada.evaluate("scrollY")
+        wait_until(lambda: ada.evaluate(from_end) > 120, what="more words below")
+        assert ada.evaluate("scrollY") == place
+        ada.get_by_role("textbox", name="Message").press("Escape")
+        expect(ada.get_by_text("Stopped")).to_be_visible()
+
+    @AT_ONE_WIDTH
+    def test_an_answer_goes_on_when_the_network_is_back(
+        self, page: Page, portal: Portal, username: str, script: Script, module_fake: FakeLLM
+    ) -> None:
+        asked = len(module_fake.requests)
+        proxy = Proxy(portal.port)
+        page.clock.install()
+        let_in(page, portal, username, url=proxy.url)
+        script.pieces, script.between = endless(), 0.05
+        ask(page, "Hi")
+        begun(page)
+        page.context.set_offline(True)
+        proxy.cut()
+        again = page.get_by_role("log").get_by_role("button", name="Try again")
+
+        def given_up() -> bool:
+            page.clock.fast_forward(10_000)
+            return again.is_visible()
+
+        wait_until(given_up, what="the last try to follow the answer")
+        page.context.set_offline(False)
+        begun(page)
+        expect(again).to_have_count(0)
+        assert_shown_to_the_end(portal, page, username, script)
+        assert len(module_fake.requests) == asked + 1
+        proxy.close()
 
     @AT_ONE_WIDTH
     def test_an_answer_is_shown_whole_when_it_ends_while_the_chat_is_loaded(

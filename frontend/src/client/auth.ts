@@ -1,8 +1,9 @@
 import { PortalError } from "./errors";
 import type { AccessToken, Login } from "./schema";
 
-/** Whether somebody is signed in; `unknown` until the refresh cookie was tried. */
-export type AuthStatus = "unknown" | "in" | "out";
+/** Whether somebody is signed in; `unknown` until the refresh cookie was tried, and `left` where it was ended
+ * on purpose: whoever comes next does not go on where the last one was. */
+export type AuthStatus = "unknown" | "in" | "out" | "left";
 
 // The access token lives here and nowhere else: no storage that injected script could read later.
 let accessToken: string | undefined;
@@ -25,6 +26,13 @@ export const authStore = {
   snapshot: (): AuthStatus => status,
 };
 
+/** Calls `forget` when nobody is signed in any more: what belonged to one person must not be shown to the next. */
+export function whenSignedOut(forget: () => void): () => void {
+  return authStore.subscribe(() => {
+    if (status === "out" || status === "left") forget();
+  });
+}
+
 async function post(path: string, body?: object): Promise<Response> {
   const init: RequestInit = { method: "POST" };
   if (body !== undefined) {
@@ -45,10 +53,10 @@ export async function signIn(login: Login): Promise<void> {
 export async function signOut(): Promise<void> {
   const response = await post("/api/auth/logout");
   if (!response.ok) throw await PortalError.of(response);
-  become("out");
+  become("left");
 }
 
-/** Gets a new access token by the cookie; false where nobody is signed in. One at a time. */
+/** Gets a new access token by the cookie; false where the person is not signed in any more. One at a time. */
 export function renew(): Promise<boolean> {
   renewing ??= requestRenewal().finally(() => {
     renewing = undefined;
@@ -63,8 +71,20 @@ async function requestRenewal(): Promise<boolean> {
     return false;
   }
   if (!response.ok) throw await PortalError.of(response);
-  become("in", ((await response.json()) as AccessToken).access_token);
+  const { access_token: renewed } = (await response.json()) as AccessToken;
+  if (accessToken !== undefined && personOf(renewed) !== personOf(accessToken)) {
+    // Somebody else has signed in in another tab. Nothing on this page may become theirs.
+    become("left");
+    window.location.replace("/");
+    return false;
+  }
+  become("in", renewed);
   return true;
+}
+
+function personOf(token: string): unknown {
+  const [, claims = ""] = token.split(".");
+  return JSON.parse(atob(claims.replaceAll("-", "+").replaceAll("_", "/"))).sub;
 }
 
 /** `fetch` with the access token, which is renewed once when it has run out. */

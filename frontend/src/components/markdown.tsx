@@ -1,4 +1,5 @@
 import { Anchor, Code, Table, Typography } from "@mantine/core";
+import { memo } from "react";
 import ReactMarkdown, { type Components } from "react-markdown";
 import rehypeHighlight from "rehype-highlight";
 import remarkGfm from "remark-gfm";
@@ -9,7 +10,7 @@ import classes from "./markdown.module.css";
  * What a model wrote, as Markdown. HTML in it is shown as text, addresses have harmless schemes only, and
  * images are links: nothing is fetched because a model named it.
  */
-export function Markdown({ text }: { text: string }) {
+export const Markdown = memo(function Markdown({ text }: { text: string }) {
   return (
     <Typography className={classes["markdown"] ?? ""}>
       <ReactMarkdown remarkPlugins={[remarkGfm]} rehypePlugins={[rehypeHighlight]} components={COMPONENTS}>
@@ -17,7 +18,7 @@ export function Markdown({ text }: { text: string }) {
       </ReactMarkdown>
     </Typography>
   );
-}
+});
 
 const COMPONENTS: Components = {
   a: ({ href, children }) => <Outside href={href}>{children}</Outside>,

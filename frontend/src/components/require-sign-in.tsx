@@ -2,7 +2,7 @@ import { Center } from "@mantine/core";
 import { useQueryClient } from "@tanstack/react-query";
 import { type ReactNode, useEffect, useState, useSyncExternalStore } from "react";
 import { Navigate, useLocation } from "react-router";
-import { authStore, renew } from "../client/auth";
+import { authStore, renew, whenSignedOut } from "../client/auth";
 import { PortalError } from "../client/errors";
 import { ErrorNotice } from "./error-notice";
 import { Loading } from "./loading";
@@ -18,11 +18,11 @@ export function RequireSignIn({ children }: { children: ReactNode }) {
     if (status === "unknown" && error === undefined) {
       renew().catch((thrown: unknown) => setError(PortalError.from(thrown)));
     }
-    // What belonged to one person must not be shown to the next.
-    if (status === "out") queries.clear();
-  }, [status, error, queries]);
+  }, [status, error]);
+  useEffect(() => whenSignedOut(() => queries.clear()), [queries]);
 
   if (status === "in") return children;
+  if (status === "left") return <Navigate to="/sign-in" replace />;
   if (status === "out") return <Navigate to="/sign-in" replace state={{ from: location }} />;
   return (
     <Center h="100dvh" p="md">

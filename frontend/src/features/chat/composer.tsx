@@ -1,63 +1,80 @@
 import { ActionIcon, Group, Text, Textarea, Tooltip } from "@mantine/core";
+import { useMediaQuery } from "@mantine/hooks";
 import { IconArrowUp, IconPlayerStopFilled } from "@tabler/icons-react";
 import { type KeyboardEvent, useRef, useState } from "react";
+import { newId } from "../../api";
 import { PortalError } from "../../client/errors";
 import { ErrorNotice } from "../../components/error-notice";
 import classes from "./composer.module.css";
+import { actionOf } from "./composer-keys";
+import { drafts, useDraft } from "./drafts";
 
 interface Props {
-  /** Resolves once the message is stored; the text stays in the box until then. */
-  onSend: (message: string) => Promise<void>;
+  /** Resolves once the message is stored; the text stays in the box until then. Tried again, it is the same
+   * request. */
+  onSend: (message: string, requestId: string) => Promise<void>;
   /** There while an answer is running. */
   onStop?: (() => Promise<void>) | undefined;
   /** Where the draft is kept while one looks elsewhere. */
   draftKey: string;
 }
 
-/** The box to write in. Enter sends, Shift+Enter begins a line, Escape stops the running answer. */
+/**
+ * The box to write in. Enter sends, Shift+Enter begins a line, Escape stops the running answer; on a touch
+ * screen Enter begins a line.
+ */
 export function Composer({ onSend, onStop, draftKey }: Props) {
   const [draft, setDraft] = useDraft(draftKey);
+  // A message may have arrived though its answer was lost. With the same id it counts once.
+  const [requestId, setRequestId] = useDraft(`${draftKey}:request`);
   const [sending, setSending] = useState(false);
   const [stopping, setStopping] = useState(false);
-  const [error, setError] = useState<PortalError>();
+  const [failed, setFailed] = useState<{ error: PortalError; action: "send" | "stop" }>();
   const box = useRef<HTMLTextAreaElement>(null);
+  const isTouch = useMediaQuery("(pointer: coarse)", false, { getInitialValueInEffect: false });
 
+  const write = (text: string) => {
+    setDraft(text);
+    setRequestId("");
+  };
   const send = async () => {
     if (draft.trim() === "" || sending) return;
+    const id = requestId || newId();
+    setRequestId(id);
     setSending(true);
-    setError(undefined);
+    setFailed(undefined);
     try {
-      await onSend(draft);
-      setDraft("");
+      await onSend(draft, id);
+      drafts.clear(draftKey, draft);
+      drafts.clear(`${draftKey}:request`, id);
     } catch (thrown) {
-      setError(PortalError.from(thrown));
+      setFailed({ error: PortalError.from(thrown), action: "send" });
     }
     setSending(false);
     box.current?.focus();
   };
   const stop = async () => {
-    if (onStop === undefined || stopping) return;
+    if (stopping) return;
     setStopping(true);
-    await onStop().catch((thrown: unknown) => setError(PortalError.from(thrown)));
+    setFailed(undefined);
+    await onStop?.().catch((thrown: unknown) =>
+      setFailed({ error: PortalError.from(thrown), action: "stop" }),
+    );
     setStopping(false);
     box.current?.focus();
   };
+  const actions = { send, stop };
   const onKeyDown = (event: KeyboardEvent) => {
-    // While a word is being composed, Enter and Escape belong to the input method.
-    if (event.nativeEvent.isComposing) return;
-    if (event.key === "Enter" && !event.shiftKey) {
-      event.preventDefault();
-      void send();
-    } else if (event.key === "Escape") {
-      void stop();
-    }
+    const action = actionOf(event.nativeEvent, isTouch);
+    if (action === "send") event.preventDefault();
+    if (action) void actions[action]();
   };
 
   return (
     <div className={classes["composer"]}>
-      {error && (
+      {failed && (
         <div className={classes["error"]}>
-          <ErrorNotice error={error} onRetry={() => void send()} />
+          <ErrorNotice error={failed.error} onRetry={actions[failed.action]} />
         </div>
       )}
       <Group gap="xs" wrap="nowrap" align="flex-end" className={classes["frame"] ?? ""}>
@@ -71,9 +88,8 @@ export function Composer({ onSend, onStop, draftKey }: Props) {
           maxRows={12}
           flex={1}
           value={draft}
-          onChange={(event) => setDraft(event.currentTarget.value)}
+          onChange={(event) => write(event.currentTarget.value)}
           onKeyDown={onKeyDown}
-          data-autofocus
           autoFocus
         />
         {onStop && (
@@ -90,7 +106,7 @@ export function Composer({ onSend, onStop, draftKey }: Props) {
             </ActionIcon>
           </Tooltip>
         )}
-        <Tooltip label="Send (Enter)">
+        <Tooltip label={isTouch ? "Send" : "Send (Enter)"}>
           <ActionIcon
             size={36}
             radius="xl"
@@ -104,20 +120,9 @@ export function Composer({ onSend, onStop, draftKey }: Props) {
         </Tooltip>
       </Group>
       <Text size="xs" c="dimmed" ta="center" mt={6} visibleFrom="sm">
-        Enter sends, Shift+Enter begins a new line. Models make mistakes; check what matters.
+        {!isTouch && "Enter sends, Shift+Enter begins a new line. "}
+        Models make mistakes; check what matters.
       </Text>
     </div>
   );
-}
-
-/** A text that survives a reload of the page, but not the tab. */
-function useDraft(key: string): [string, (text: string) => void] {
-  const name = `draft:${key}`;
-  const [draft, setDraft] = useState(() => sessionStorage.getItem(name) ?? "");
-  const change = (text: string) => {
-    setDraft(text);
-    if (text === "") sessionStorage.removeItem(name);
-    else sessionStorage.setItem(name, text);
-  };
-  return [draft, change];
 }

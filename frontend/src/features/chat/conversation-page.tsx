@@ -2,7 +2,7 @@ import { ActionIcon, Affix, Badge, Button, Center, Group, Menu, Stack, Text, Tit
 import { modals } from "@mantine/modals";
 import { IconArrowDown, IconDots, IconEraser, IconPencil, IconTrash } from "@tabler/icons-react";
 import type { UseQueryResult } from "@tanstack/react-query";
-import { Fragment, useState } from "react";
+import { Fragment, memo, useCallback, useLayoutEffect, useState } from "react";
 import { Link, useNavigate, useParams } from "react-router";
 import { llmAPI } from "../../api";
 import { PortalError } from "../../client/errors";
@@ -35,11 +35,23 @@ function Conversation({ sessionId }: { sessionId: string }) {
   const turns = useLiveTurns();
   const messages = history.data?.messages ?? [];
   const running = messages.some((message) => message.status === "pending");
-  const { end, atEnd, scrollToEnd } = useStickToEnd(history.isSuccess);
+  const answered = new Set(messages.map((message) => message.role === "assistant" && message.turn_id));
+  const { end, atEnd, scrollToEnd, keepPlace, restorePlace } = useStickToEnd(history.isSuccess);
+  const first = messages[0];
+  // biome-ignore lint/correctness/useExhaustiveDependencies: earlier messages are there now
+  useLayoutEffect(restorePlace, [first?.id]);
 
-  const send = async (message: string) => {
-    await turns.send(sessionId, message, {});
+  const send = async (message: string, requestId: string) => {
+    await turns.send(sessionId, message, { request_id: requestId });
     scrollToEnd();
+  };
+  const askAgain = useCallback(
+    (message: string) => turns.send(sessionId, message, {}).then(scrollToEnd, notifyError),
+    [turns, sessionId, scrollToEnd],
+  );
+  const showEarlier = () => {
+    keepPlace();
+    setLimit(limit + MORE_SHOWN);
   };
   const stop = async () => {
     await llmAPI.stopSession(sessionId);
@@ -60,13 +72,8 @@ function Conversation({ sessionId }: { sessionId: string }) {
       <title>{`${session.data?.title ?? "Chat"} · Prompt Portal`}</title>
       {session.data && <Header session={session.data} />}
       <Stack className={classes["messages"] ?? ""} gap="lg" role="log" aria-label="Conversation">
-        {messages[0]?.parent_id && (
-          <Button
-            variant="subtle"
-            mx="auto"
-            loading={history.isPlaceholderData}
-            onClick={() => setLimit(limit + MORE_SHOWN)}
-          >
+        {first?.parent_id && (
+          <Button variant="subtle" mx="auto" loading={history.isPlaceholderData} onClick={showEarlier}>
             Show earlier messages
           </Button>
         )}
@@ -76,8 +83,8 @@ function Conversation({ sessionId }: { sessionId: string }) {
             key={message.id}
             message={message}
             sessionId={sessionId}
-            hasAnswer={messages.some((other) => isAnswerTo(message, other))}
-            onAskAgain={() => send(message.content).catch(notifyError)}
+            hasAnswer={answered.has(message.turn_id)}
+            onAskAgain={askAgain}
           />
         ))}
         {history.isSuccess && messages.every((message) => message.role === "system") && (
@@ -109,11 +116,8 @@ function failureOf({ data, error }: UseQueryResult<unknown>): PortalError | unde
   return data !== undefined && failure.options.retryable ? undefined : failure;
 }
 
-function isAnswerTo(question: HistoryMessage, message: HistoryMessage): boolean {
-  return message.role === "assistant" && message.turn_id === question.turn_id;
-}
-
-function Entry({
+// However many there are, only what has changed of them is drawn anew.
+const Entry = memo(function Entry({
   message,
   sessionId,
   hasAnswer,
@@ -122,12 +126,16 @@ function Entry({
   message: HistoryMessage;
   sessionId: string;
   hasAnswer: boolean;
-  onAskAgain: () => void;
+  onAskAgain: (message: string) => Promise<void>;
 }) {
   if (message.role === "system") return <SystemPrompt content={message.content} />;
   const isOver = message.status === "complete" || message.status === "cancelled";
   const live = !isOver && message.turn_id !== null && (
-    <LiveAnswer turnId={message.turn_id} sessionId={sessionId} onAskAgain={onAskAgain} />
+    <LiveAnswer
+      turnId={message.turn_id}
+      sessionId={sessionId}
+      onAskAgain={() => onAskAgain(message.content)}
+    />
   );
   if (message.role === "assistant") {
     return (
@@ -144,7 +152,7 @@ function Entry({
       {!hasAnswer && live}
     </Fragment>
   );
-}
+});
 
 function Header({ session }: { session: Session }) {
   const navigate = useNavigate();

@@ -1,11 +1,14 @@
 import { PortalError } from "../../client/errors";
 import type { TurnEvent } from "../../client/schema";
 
-/** A turn as this page has seen it so far. `state` is `ended` also when it cannot be followed any more. */
+/**
+ * A turn as this page has seen it so far. `state` is `lost` when it may go on but cannot be followed for now, and
+ * `ended` also when it cannot be followed any more.
+ */
 export interface LiveTurn {
   turnId: string;
   sessionId: string;
-  state: "waiting" | "queued" | "thinking" | "answering" | "ended";
+  state: "waiting" | "queued" | "thinking" | "answering" | "lost" | "ended";
   position: number;
   etaS: number;
   thinking: string;
@@ -40,6 +43,11 @@ export function advance(turn: LiveTurn, event: TurnEvent): LiveTurn {
         error: new PortalError("superseded", "A newer message took its place."),
       };
   }
+}
+
+/** The turn after following it has failed. */
+export function breakOff(turn: LiveTurn, error: PortalError): LiveTurn {
+  return { ...turn, state: error.options.retryable ? "lost" : "ended", error };
 }
 
 /** A turn of which nothing has come yet. */

@@ -9,7 +9,7 @@ import { ErrorNotice } from "../../components/error-notice";
 import { Markdown } from "../../components/markdown";
 import type { LiveTurn } from "./live-turn";
 import classes from "./message.module.css";
-import { useLiveTurn } from "./use-live-turns";
+import { useLiveTurn, useLiveTurns } from "./use-live-turns";
 
 /** A message of the person. */
 export function Question({ content }: { content: string }) {
@@ -55,8 +55,15 @@ export function Stopped() {
 
 function StoredReasoning({ turnId, sessionId }: { turnId: string; sessionId: string }) {
   const turn = useLiveTurn(turnId, sessionId);
-  if (turn?.error) return <Text size="sm">It is no longer there.</Text>;
+  if (turn?.state === "lost") return <Lost turn={turn} />;
+  if (turn?.error?.code === "not_found") return <Text size="sm">It is no longer there.</Text>;
   return <Reasoning text={turn?.thinking ?? ""} />;
+}
+
+/** Says why a turn cannot be followed, which perhaps goes on at the portal. */
+function Lost({ turn }: { turn: LiveTurn }) {
+  const turns = useLiveTurns();
+  return turn.error && <ErrorNotice error={turn.error} onRetry={() => turns.again(turn.turnId)} />;
 }
 
 function Reasoning({ text }: { text: string }) {
@@ -75,10 +82,11 @@ export function LiveAnswer({
 }: {
   turnId: string;
   sessionId: string;
-  onAskAgain: () => void;
+  onAskAgain: () => Promise<void>;
 }) {
   const turn = useLiveTurn(turnId, sessionId);
   if (turn === undefined) return null;
+  if (turn.state === "lost") return <Lost turn={turn} />;
   if (turn.error) {
     const gone = turn.error.code === "not_found";
     const error = gone ? new PortalError("gone", "This message was not answered.") : turn.error;

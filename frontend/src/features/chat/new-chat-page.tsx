@@ -1,15 +1,19 @@
 import { Anchor, Collapse, Select, Stack, Text, Textarea, Title, UnstyledButton } from "@mantine/core";
 import { useDisclosure } from "@mantine/hooks";
-import { useState } from "react";
+import { useEffect, useRef } from "react";
 import { Link, useNavigate, useSearchParams } from "react-router";
-import { newId } from "../../api";
 import { PortalError } from "../../client/errors";
+import { ErrorNotice } from "../../components/error-notice";
 import { VariableInputs } from "../../components/variable-inputs";
 import { useMay } from "../../queries/access";
 import { useTemplate, useTemplates, type Variables } from "../../queries/templates";
 import { Composer } from "./composer";
 import classes from "./conversation.module.css";
+import { drafts, useDraft } from "./drafts";
 import { useLiveTurns } from "./use-live-turns";
+
+const VARIABLES = "new:variables";
+const SYSTEM_PROMPT = "new:system-prompt";
 
 /** Where a chat begins: with a template, with a system prompt, or just so. */
 export function NewChatPage() {
@@ -19,28 +23,38 @@ export function NewChatPage() {
   const mayUseTemplates = may("templates:read");
   const { data } = useTemplates("", mayUseTemplates);
   // The chosen one may be beyond the end of the list.
-  const { data: template } = useTemplate(templateId ?? "", templateId !== null);
+  const chosen = useTemplate(templateId ?? "", templateId !== null);
+  const template = chosen.data;
   const listed = data?.templates.filter(({ id }) => id !== template?.id) ?? [];
   const choices = (template ? [template, ...listed] : listed).map(({ id, title }) => ({
     value: id,
     label: title,
   }));
-  const [variables, setVariables] = useState<Variables>({});
-  const [systemPrompt, setSystemPrompt] = useState("");
-  const [opened, { toggle }] = useDisclosure();
+  const [values, setValues] = useDraft(VARIABLES);
+  const variables: Variables = values === "" ? {} : JSON.parse(values);
+  const [systemPrompt, setSystemPrompt] = useDraft(SYSTEM_PROMPT);
+  const [opened, { toggle }] = useDisclosure(systemPrompt !== "");
   const turns = useLiveTurns();
   const navigate = useNavigate();
+  const isHere = useIsHere();
 
-  const send = async (message: string) => {
+  const send = async (message: string, requestId: string) => {
+    if (templateId !== null && template === undefined) {
+      throw new PortalError("invalid_request", "The template of this chat is not loaded.");
+    }
     const missing = template?.variables.filter((name) => !variables[name]) ?? [];
     if (missing.length > 0) {
       throw new PortalError("invalid_request", `Fill in ${missing.join(", ")} first: the template needs it.`);
     }
-    const sessionId = newId();
+    // Tried again, it is the same chat too.
+    const sessionId = requestId;
     const told = systemPrompt.trim() === "" ? {} : { system_prompt: systemPrompt };
     const start = template === undefined ? told : { template_id: template.id, variables };
-    await turns.send(sessionId, message, start);
-    void navigate(`/chat/${sessionId}`);
+    await turns.send(sessionId, message, { ...start, request_id: requestId });
+    drafts.clear(VARIABLES, values);
+    drafts.clear(SYSTEM_PROMPT, systemPrompt);
+    // Who has gone elsewhere meanwhile stays there.
+    if (isHere.current) void navigate(`/chat/${sessionId}`);
   };
 
   return (
@@ -74,9 +88,21 @@ export function NewChatPage() {
             onChange={(id) => setQuery(id === null ? {} : { template: id }, { replace: true })}
           />
         )}
-        {template ? (
-          <VariableInputs names={template.variables} values={variables} onChange={setVariables} />
-        ) : (
+        {template && (
+          <VariableInputs
+            names={template.variables}
+            values={variables}
+            onChange={(changed) => setValues(JSON.stringify(changed))}
+          />
+        )}
+        {chosen.error && !template && (
+          <MissingTemplate
+            error={PortalError.from(chosen.error)}
+            onRetry={chosen.refetch}
+            onDoWithout={() => setQuery({}, { replace: true })}
+          />
+        )}
+        {templateId === null && (
           <div>
             <UnstyledButton onClick={toggle} aria-expanded={opened}>
               <Text size="sm" c="dimmed" td="underline">
@@ -103,4 +129,33 @@ export function NewChatPage() {
       </div>
     </div>
   );
+}
+
+/** Says that the template of a link could not be loaded; the chat is not begun without it unasked. */
+function MissingTemplate({
+  error,
+  onRetry,
+  onDoWithout,
+}: {
+  error: PortalError;
+  onRetry: () => unknown;
+  onDoWithout: () => void;
+}) {
+  return error.options.retryable ? (
+    <ErrorNotice error={error} onRetry={onRetry} />
+  ) : (
+    <ErrorNotice error={error} onRetry={onDoWithout} retryLabel="Go on without it" />
+  );
+}
+
+/** Whether the page is still looked at, for what comes to its end later. */
+function useIsHere() {
+  const isHere = useRef(false);
+  useEffect(() => {
+    isHere.current = true;
+    return () => {
+      isHere.current = false;
+    };
+  }, []);
+  return isHere;
 }

@@ -7,8 +7,8 @@ import { useDeleteSession, useRenameSession, useRestoreSession } from "../../que
 
 const LONGEST_TITLE = 200;
 
-/** Renaming and deleting a session; `onRemoved` is called once it is gone. */
-export function useSessionActions(session: Session, onRemoved: () => void) {
+/** Renaming and deleting a session; `onRemove` is called before it goes. */
+export function useSessionActions(session: Session, onRemove: () => void) {
   const { mutateAsync: renameSession } = useRenameSession();
   const { mutateAsync: deleteSession } = useDeleteSession();
   const { mutateAsync: restoreSession } = useRestoreSession();
@@ -29,11 +29,10 @@ export function useSessionActions(session: Session, onRemoved: () => void) {
     });
   };
   const remove = () => {
+    // A page that still showed it would say that there is no such session.
+    onRemove();
     deleteSession(id)
-      .then(() => {
-        onRemoved();
-        notifyUndoable("The chat is deleted.", () => restoreSession(id));
-      })
+      .then(() => notifyUndoable("The chat is deleted.", () => restoreSession(id)))
       .catch(notifyError);
   };
   return { rename, remove };

@@ -1,6 +1,7 @@
 import { type QueryClient, useQueryClient } from "@tanstack/react-query";
-import { useEffect, useSyncExternalStore } from "react";
-import { sessionKeys } from "../../queries/sessions";
+import { useCallback, useSyncExternalStore } from "react";
+import { whenSignedOut } from "../../client/auth";
+import { refreshHistory, sessionKeys } from "../../queries/sessions";
 import type { LiveTurn } from "./live-turn";
 import { LiveTurns } from "./live-turns";
 
@@ -12,12 +13,12 @@ export function useLiveTurns(): LiveTurns {
   let store = stores.get(queries);
   if (store === undefined) {
     store = new LiveTurns((sessionId) => {
-      const queryKey = sessionKeys.history(sessionId);
-      // A first load that is on its way tells of the time before, and would not be begun again otherwise.
-      void queries.cancelQueries({ queryKey }).then(() => queries.invalidateQueries({ queryKey }));
+      void refreshHistory(queries, sessionId);
       void queries.invalidateQueries({ queryKey: sessionKeys.all });
     });
     stores.set(queries, store);
+    whenSignedOut(() => store?.clear());
+    window.addEventListener("online", () => store?.allAgain());
   }
   return store;
 }
@@ -25,6 +26,9 @@ export function useLiveTurns(): LiveTurns {
 /** A turn as it goes on; it is followed from its beginning if it is not already. */
 export function useLiveTurn(turnId: string, sessionId: string): LiveTurn | undefined {
   const turns = useLiveTurns();
-  useEffect(() => turns.follow(turnId, sessionId), [turns, turnId, sessionId]);
-  return useSyncExternalStore(turns.subscribe, () => turns.get(turnId));
+  const subscribe = useCallback(
+    (watcher: () => void) => turns.watch(turnId, sessionId, watcher),
+    [turns, turnId, sessionId],
+  );
+  return useSyncExternalStore(subscribe, () => turns.get(turnId));
 }

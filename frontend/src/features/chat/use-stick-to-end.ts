@@ -1,17 +1,32 @@
 import { useCallback, useEffect, useRef, useState } from "react";
 
+/** How close to the end one scrolls down to follow it again. */
+const CLOSE_PX = 80;
+
 /**
  * Keeps the end of a growing page in sight for as long as the person stays there. `end` goes on an element
- * behind the last one; `ready` tells that there is something to be at the end of.
+ * behind the last one; `ready` tells that there is something to be at the end of. `restorePlace` shows what was in
+ * sight at the last `keepPlace`, when something has come before it.
  */
 export function useStickToEnd(ready: boolean) {
   const end = useRef<HTMLDivElement>(null);
   const following = useRef(true);
+  const kept = useRef<number>(undefined);
   const [atEnd, setAtEnd] = useState(true);
 
   const scrollToEnd = useCallback(() => {
     following.current = true;
     window.scrollTo({ top: document.documentElement.scrollHeight });
+  }, []);
+
+  const keepPlace = useCallback(() => {
+    const { scrollHeight, scrollTop } = document.documentElement;
+    kept.current = scrollHeight - scrollTop;
+  }, []);
+  const restorePlace = useCallback(() => {
+    if (kept.current === undefined) return;
+    window.scrollTo({ top: document.documentElement.scrollHeight - kept.current });
+    kept.current = undefined;
   }, []);
 
   useEffect(() => {
@@ -21,10 +36,14 @@ export function useStickToEnd(ready: boolean) {
       rootMargin: "0px 0px 120px 0px",
     });
     seen.observe(mark);
-    // Only the person's own scrolling lets go of the end, not the page's growth.
+    let before = window.scrollY;
+    // Only the person's own scrolling lets go of the end, not the page's growth: upwards, however little.
     const onScroll = () => {
       const { scrollHeight, clientHeight, scrollTop } = document.documentElement;
-      following.current = scrollHeight - clientHeight - scrollTop < 80;
+      const left = scrollHeight - clientHeight - scrollTop;
+      if (left < 1 || (left < CLOSE_PX && scrollTop > before)) following.current = true;
+      else if (scrollTop < before) following.current = false;
+      before = scrollTop;
     };
     const grown = new ResizeObserver(() => {
       if (following.current) scrollToEnd();
@@ -38,5 +57,5 @@ export function useStickToEnd(ready: boolean) {
     };
   }, [ready, scrollToEnd]);
 
-  return { end, atEnd, scrollToEnd };
+  return { end, atEnd, scrollToEnd, keepPlace, restorePlace };
 }
