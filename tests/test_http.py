@@ -119,6 +119,11 @@ def test_chat_without_a_session(client: httpx.Client) -> None:
     assert usage["cached_tokens"] > 0, "the same prompt again"
 
 
+def test_a_reply_that_was_cut_at_its_longest_says_so(client: httpx.Client) -> None:
+    said = say(client, "cut", "Tell me all about the sea.", max_tokens=3)
+    assert said["finish_reason"] == history(client, "cut")[-1]["finish_reason"] == "length"
+
+
 def test_a_session_remembers(client: httpx.Client) -> None:
     first = say(client, "memory", "My name is Ada.", system_prompt="You are brief.")
     say(client, "memory", "What is my name?")

@@ -31,6 +31,11 @@ aliases = ["smart", "gpt-4o"]
 [models.secret]
 id = "fake-1"
 
+[models.shy]
+provider = "other"
+id = "fake-2"
+fallbacks = ["big"]
+
 [models.gone]
 id = "nobody-serves-this"
 """
@@ -48,7 +53,8 @@ CALLS = [
 def door(module_fake: FakeLLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Portal]:
     """A portal with names for its model, that shows what models think."""
     directory = tmp_path_factory.mktemp("openai")
-    (directory / "models.toml").write_text(MODELS)
+    other = f'[providers.other]\nkind = "openai"\nurl = "{module_fake.url}"\nkey = "sk-x"\n'
+    (directory / "models.toml").write_text(other + MODELS)
     running = Portal(directory, LLM_SERVER_URL=module_fake.url, LLM_SKIP_THINKING="false").start()
     yield running
     running.stop()
@@ -362,7 +368,7 @@ def test_limits_are_told(door: Portal) -> None:
 
 
 def test_models_by_each_of_their_names(sdk: OpenAI) -> None:
-    assert [model.id for model in sdk.models.list()] == ["big", "fake-1", "gpt-4o", "secret", "smart"]
+    assert [model.id for model in sdk.models.list()] == ["big", "fake-1", "gpt-4o", "secret", "shy", "smart"]
     assert sdk.models.retrieve("smart").owned_by == "default"
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("gone")
@@ -427,6 +433,25 @@ def test_responses_go_on_in_a_session(sdk: OpenAI, ada: httpx.Client, llm: FakeL
     assert sdk.responses.retrieve(first.id).max_output_tokens == 50
     with pytest.raises(openai.ConflictError, match="other responses"):
         sdk.responses.delete(first.id)
+
+
+def test_the_model_that_answered_is_named_whenever_it_is_asked_for(
+    sdk: OpenAI, ada: httpx.Client, llm: FakeLLM, session: str
+) -> None:
+    llm.failing = {"fake-2": Script(status=503)}
+    try:
+        key = {"Idempotency-Key": new_id()}
+        made = [sdk.responses.create(model="shy", input="One", extra_headers=key) for _ in range(2)]
+        found = [*made, sdk.responses.retrieve(made[0].id)]
+        key["X-Session-Id"] = session
+        chat = sdk.with_options(default_headers=key).chat.completions
+        said = [chat.create(model="shy", messages=HELLO) for _ in range(2)]
+    finally:
+        llm.failing = {}
+    answers: list[Any] = [*found, *said]
+    assert [answer.model for answer in answers] == ["big"] * 5
+    [_, shown] = ada.get(f"/api/llm/chat/session/{session}/history").json()["messages"]
+    assert (shown["usage"]["model"], shown["finish_reason"]) == ("big", "stop")
 
 
 def test_what_goes_on_from_an_older_response_is_a_branch(

@@ -65,7 +65,7 @@ async def accept(store: Store, asked: TurnRequest, instance: str = "a") -> Accep
 
 def final(acceptance: Acceptance, response: str = "yes") -> tuple[Final, Reply]:
     usage = Usage(5, 1)
-    reply = Reply(new_id(), response, [], usage)
+    reply = Reply(new_id(), response, [], usage, "stop")
     return Final(acceptance.turn.id, response, "stop", usage, [], 1, 1, reply.message_id), reply
 
 
@@ -329,7 +329,7 @@ async def test_an_answer_that_is_made_again_is_taken_up_and_tried_again_where_it
     assert session is not None
     assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"]
     failed = Failed(again.turn.id, ErrorInfo("llm_unavailable", "away", True))
-    partial = Reply(new_id(), "tw", [], None)
+    partial = Reply(new_id(), "tw", [], None, None)
     await store.end(row, failed, reply=partial)
     assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "tw"]
     retried = await accept(store, anew)

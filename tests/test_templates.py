@@ -13,6 +13,8 @@ from tests.support import Portal
 
 pytestmark = pytest.mark.slow
 
+OPTIONAL = "{{ b }} {{ a }} {{ c | default('') }}"
+
 
 @pytest.fixture
 def client(portal: Portal) -> Iterator[httpx.Client]:
@@ -61,9 +63,10 @@ def test_rendering(client: httpx.Client) -> None:
     assert error(client.post(path, json={"variables": {"name": "Ada"}})) == (422, "variables: missing place")
     preview = {"content": "Hi {{ x }}", "variables": {"x": 1}}
     shown = client.post("/api/templates/preview", json=preview).json()
-    assert shown == {"variables": ["x"], "missing": [], "prompt": "Hi 1"}
-    shown = client.post("/api/templates/preview", json={"content": "{{ b }} {{ a }}", "variables": {"b": ""}})
-    assert shown.json() == {"variables": ["a", "b"], "missing": ["a"], "prompt": None}
+    assert shown == {"variables": ["x"], "optional": [], "missing": [], "prompt": "Hi 1"}
+    shown = client.post("/api/templates/preview", json={"content": OPTIONAL, "variables": {"b": ""}})
+    assert shown.json() == {"variables": ["a", "b"], "optional": ["c"], "missing": ["a"], "prompt": None}
+    assert create(client, content=OPTIONAL)["optional"] == ["c"]
     refused = client.post("/api/templates/preview", json={"content": "a\n{{ broken"})
     assert error(refused)[0] == 422
     assert error(refused)[1].startswith("content: line 2:")

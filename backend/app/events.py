@@ -210,7 +210,7 @@ class Usage(msgspec.Struct, frozen=True):
     server's report nor made with its tokenizer. `ttft_ms` are the milliseconds from acceptance to the first
     piece of the reply, `tokens_per_second` the speed at which it was written, where these are known. With
     `cache_hit` the answer was kept from an earlier time and nothing was asked of a model: the tokens are
-    those of that time."""
+    those of that time. `model` is the one that answered, which need not be the one that was asked for."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -220,6 +220,7 @@ class Usage(msgspec.Struct, frozen=True):
     ttft_ms: int | None = None
     tokens_per_second: float | None = None
     cache_hit: bool = False
+    model: str | None = None
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type"):

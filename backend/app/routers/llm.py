@@ -118,6 +118,7 @@ class UsageBody(BaseModel):
     ttft_ms: int | None = None
     tokens_per_second: float | None = None
     cache_hit: bool = False
+    model: Annotated[str | None, Field(description="The one that answered")] = None
 
 
 class ChatAnswer(BaseModel):
@@ -149,6 +150,9 @@ class HistoryMessage(BaseModel):
     created_at: datetime
     status: Literal["complete", "pending", "failed", "cancelled", "expired", "superseded"]
     tool_calls: list[dict[str, Any]] | None = None
+    finish_reason: Annotated[
+        str | None, Field(description="`length`: the reply was cut at `max_tokens`; null where it broke off")
+    ] = None
     usage: UsageBody | None = None
     pinned: Annotated[bool, Field(description="Sent to the model however often the history is cut")] = False
 
@@ -339,6 +343,7 @@ def _message(message: MessageRow) -> HistoryMessage:
             "created_at": moment(message.created_at),
             "status": message.status,
             "tool_calls": message.tool_calls,
+            "finish_reason": message.finish_reason,
             "usage": None if message.usage is None else msgspec.to_builtins(message.usage),
             "pinned": message.pinned,
         }

@@ -12,7 +12,7 @@ from app.dependencies import AuthorizerDep, CurrentUser, TemplatesDep
 from app.hardening import StrictRoute
 from app.routers.times import moment
 from app.services.templates import Draft, TemplateVersion
-from app.services.templating import LONGEST_TEMPLATE, render, variables_of
+from app.services.templating import LONGEST_TEMPLATE, names_of, render
 
 router = APIRouter(prefix="/api/templates", tags=["templates"], route_class=StrictRoute)
 
@@ -54,6 +54,7 @@ class Template(BaseModel):
     description: str
     content: str
     variables: list[str]
+    optional: Annotated[list[str], Field(description="Variables that it can do without")]
     saved_at: datetime
 
     @classmethod
@@ -67,6 +68,7 @@ class Template(BaseModel):
             description=version.description,
             content=version.content,
             variables=version.variables,
+            optional=version.optional,
             saved_at=moment(version.created_at),
         )
 
@@ -108,6 +110,7 @@ class Preview(BaseModel):
     """What a template would make. `prompt` is null while variables are `missing`."""
 
     variables: list[str]
+    optional: list[str]
     missing: list[str]
     prompt: str | None
 
@@ -135,10 +138,10 @@ async def create_template(body: TemplateBody, user: CurrentUser, templates: Temp
 async def preview_template(body: PreviewBody, user: CurrentUser, authorizer: AuthorizerDep) -> Preview:
     """The prompt of a template that need not be saved, and the variables that it needs."""
     await authorizer.check(user, "templates:read")
-    variables = variables_of(body.content)
-    missing = [name for name in variables if name not in body.variables]
+    names = names_of(body.content)
+    missing = [name for name in names.variables if name not in body.variables]
     prompt = None if missing else render(body.content, body.variables)
-    return Preview(variables=variables, missing=missing, prompt=prompt)
+    return Preview(variables=names.variables, optional=names.optional, missing=missing, prompt=prompt)
 
 
 @router.get("/{template_id}")

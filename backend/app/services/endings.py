@@ -27,12 +27,13 @@ from app.services.rows import (
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """The assistant's message that a turn ends with."""
+    """The assistant's message that a turn ends with; it has no `finish_reason` where it broke off."""
 
     message_id: str
     content: str
     tool_calls: list[dict[str, Any]]
     usage: Usage | None
+    finish_reason: str | None
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -150,6 +151,7 @@ def _insert_reply(connection: Connection, turn: TurnRow, reply: Reply, now: floa
         "content": reply.content,
         "tool_calls": reply.tool_calls or None,
         "usage": None if reply.usage is None else msgspec.to_builtins(reply.usage),
+        "finish_reason": reply.finish_reason,
         "created_at": now,
     }
     _REPLY.run(connection, row)

@@ -17,7 +17,7 @@ from app.logs import get_logger
 from app.services.endings import Reply
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
-from app.services.measures import estimated, share_of_thinking, timed
+from app.services.measures import estimated, share_of_thinking, told
 from app.services.policies import Policies
 from app.services.replies import Done, InQueue
 from app.services.routing import OwnKey
@@ -65,7 +65,7 @@ class Generating:
             if done.usage is None:
                 await self._measure(turn, options)
             else:
-                turn.usage = timed(turn, done.usage)
+                turn.usage = told(turn, done.usage)
             return _finished(turn, done)
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -95,7 +95,7 @@ class Generating:
         else:
             reasoning = share_of_thinking(turn, usage.completion_tokens)
             usage = msgspec.structs.replace(usage, reasoning_tokens=reasoning)
-        turn.usage = timed(turn, usage)
+        turn.usage = told(turn, usage)
 
     async def _stream(self, turn: Turn, options: GenerationOptions) -> Done:
         own_key: OwnKey | None = None
@@ -144,14 +144,14 @@ def _interrupted(turn: Turn) -> tuple[Ending | None, Reply | None]:
 def _reply_of(turn: Turn) -> Reply | None:
     """What there is of a reply that broke off."""
     response = "".join(turn.response)
-    return Reply(new_id(), response, [], turn.usage) if response else None
+    return Reply(new_id(), response, [], turn.usage, None) if response else None
 
 
 def _finished(turn: Turn, done: Done) -> tuple[Final, Reply]:
     now = time.monotonic()
     response = "".join(turn.response)
     usage = turn.usage or Usage(estimated=True)
-    reply = Reply(new_id(), response, done.tool_calls, usage)
+    reply = Reply(new_id(), response, done.tool_calls, usage, done.finish_reason)
     final = Final(
         turn.id,
         response=response,

@@ -16,8 +16,8 @@ from app.services.session_manager import SessionManager
 from app.services.store import Store
 from app.services.turns import Turn
 
-POLL_S = 1.0
-"""How often hints are looked for that another process may have made."""
+RECHECK_S = 5.0
+"""How often the database is asked for a new hint, should nobody have told of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class HintFeed:
             yield seen
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
+                    async with asyncio.timeout(RECHECK_S):
                         await bell.wait()
                 bell.clear()
                 newest = await self._last_if_any(who, session_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.access import Identity
-from app.errors import Conflict, NotFound
+from app.errors import NotFound
 from app.events import Cancelled, Final
 from app.services.authorizer import Authorizer
 from app.services.openai_responses import turn_id_of
@@ -47,9 +47,4 @@ class KeptResponses:
         others."""
         await self._authorizer.check(who, "sessions:write")
         turn = await self.find(who, response)
-        name = turn.session.session_id
-        if await self._store.has_other_turns(turn.session.id, turn.id):
-            raise Conflict(
-                f"The session {name} has other responses; DELETE /api/sessions/{name} deletes all."
-            )
-        await self._sessions.delete(who, name)
+        await self._sessions.delete(who, turn.session.session_id, only_turn=turn.id)

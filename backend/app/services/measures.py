@@ -22,15 +22,17 @@ def estimated(turn: Turn) -> Usage:
     return Usage(estimate_prompt(turn.prompt), max(turn.pieces, turn.chars // CHARS_A_TOKEN), estimated=True)
 
 
-def timed(turn: Turn, usage: Usage) -> Usage:
-    """The same, with the time to the first piece of the reply and, if it is not known, the speed."""
+def told(turn: Turn, usage: Usage) -> Usage:
+    """The same, with the model that answered, the time to the first piece of the reply and, if it is not
+    known, the speed."""
+    model = turn.meter.model or None
     if turn.first_token_at is None:
-        return usage
+        return msgspec.structs.replace(usage, model=model)
     pace = usage.tokens_per_second
     if pace is None:
         pace = speed(usage.completion_tokens, time.monotonic() - turn.first_token_at)
     ttft = round((turn.first_token_at - turn.began) * 1000)
-    return msgspec.structs.replace(usage, ttft_ms=ttft, tokens_per_second=pace)
+    return msgspec.structs.replace(usage, ttft_ms=ttft, tokens_per_second=pace, model=model)
 
 
 def share_of_thinking(turn: Turn, tokens: int) -> int:

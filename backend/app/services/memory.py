@@ -19,7 +19,7 @@ _PINNED = text("""
         SELECT m.id, m.parent_id, path.depth + 1 FROM messages m JOIN path ON m.id = path.parent_id
     )
     SELECT m.id, m.parent_id, m.turn_id, m.role, m.content, m.tool_calls, m.usage, m.created_at,
-           t.state, t.kind, m.pinned
+           t.state, t.kind, m.pinned, m.finish_reason
     FROM path JOIN messages m ON m.id = path.id JOIN turns t ON t.id = m.turn_id
     WHERE t.message_id IN (
         SELECT answered.message_id FROM messages p JOIN turns answered ON answered.id = p.turn_id

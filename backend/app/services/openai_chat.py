@@ -56,7 +56,7 @@ def chat_completion(turn: Turn, answer: Final | Cancelled, model: str) -> dict[s
         "id": completion_id(turn),
         "object": "chat.completion",
         "created": int(turn.row.created_at),
-        "model": turn.meter.model or model,
+        "model": turn.model or model,
         "choices": [choice],
         "usage": usage_of(answer.usage),
     }
@@ -102,7 +102,7 @@ class ChatChunks:
             "id": completion_id(turn),
             "object": "chat.completion.chunk",
             "created": int(turn.row.created_at),
-            "model": turn.meter.model or self._model,
+            "model": turn.model or self._model,
         }
         self._head = b"data: " + _encode(head)[:-1] + b","
         return self._delta(b'{"role":"assistant","content":""}')

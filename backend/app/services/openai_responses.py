@@ -59,7 +59,7 @@ class Frame:
             "incomplete_details": None,
             "instructions": self.instructions,
             "max_output_tokens": options.get("max_tokens"),
-            "model": turn.meter.model or self.model,
+            "model": turn.model or self.model,
             "output": list(output),
             "parallel_tool_calls": options.get("parallel_tool_calls", True),
             "previous_response_id": self.previous,

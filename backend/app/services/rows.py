@@ -75,6 +75,7 @@ class MessageRow(msgspec.Struct, frozen=True):
     turn_state: str
     kind: Kind
     pinned: bool = False
+    finish_reason: str | None = None
 
     @property
     def status(self) -> str:
@@ -92,6 +93,7 @@ MESSAGE_COLUMNS = [
     turns.c.state,
     turns.c.kind,
     messages.c.pinned,
+    messages.c.finish_reason,
 ]
 
 NAMED_ONE = select(*SESSION_COLUMNS).where(

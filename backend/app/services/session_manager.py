@@ -345,12 +345,16 @@ class SessionManager:
         partial = self._partial(who.owner, session_id)
         self._changed(who.owner, *await self._store.clear(who.owner, session_id, partial, mark))
 
-    async def delete(self, who: Identity, session_id: str, mark: Mark | None = None) -> None:
+    async def delete(
+        self, who: Identity, session_id: str, mark: Mark | None = None, *, only_turn: str | None = None
+    ) -> None:
         """Deletes a session, and stops and drops its turns; `restore` brings it back. Not again for the
-        same `mark`. Raises `NotFound`."""
+        same `mark`, and not when it has another turn than `only_turn`, where that is given. Raises
+        `NotFound` and `Conflict`."""
         await self._check(who, "sessions:write", session_id)
         partial = self._partial(who.owner, session_id)
-        self._changed(who.owner, *await self._store.delete_session(who.owner, session_id, partial, mark))
+        deleted = await self._store.delete_session(who.owner, session_id, partial, mark, only_turn)
+        self._changed(who.owner, *deleted)
 
     async def set_prompt(
         self,

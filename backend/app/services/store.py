@@ -46,7 +46,7 @@ PATH = text("""
         WHERE path.id <> :last AND path.depth + 1 < :limit
     )
     SELECT m.id, m.parent_id, m.turn_id, m.role, m.content, m.tool_calls, m.usage, m.created_at,
-           t.state, t.kind, m.pinned
+           t.state, t.kind, m.pinned, m.finish_reason
     FROM path JOIN messages m ON m.id = path.id JOIN turns t ON t.id = m.turn_id
     ORDER BY path.depth DESC
 """).columns(*MESSAGE_COLUMNS)
@@ -177,18 +177,28 @@ class Store:
         return await self._database.write(operation)
 
     async def delete_session(
-        self, owner: str, session_id: str, partial: dict[str, str], mark: Mark | None = None
+        self,
+        owner: str,
+        session_id: str,
+        partial: dict[str, str],
+        mark: Mark | None = None,
+        only_turn: str | None = None,
     ) -> tuple[str, list[Ended]]:
         """Deletes a session, which can be restored, and ends its active turns as `clear` does. Raises
-        `NotFound`."""
+        `NotFound`, and `Conflict` when it has another turn than the one that should be its only one."""
 
-        def operation(connection: Connection) -> tuple[str, list[Ended]] | NotFound:
+        def operation(connection: Connection) -> tuple[str, list[Ended]] | PortalError:
             taken = was_taken(connection, mark)
             session = endings.locked_by_name(connection, owner, session_id)
             if isinstance(session, NotFound):
                 return session
             if taken:
                 return session.id, []
+            others = select(turns.c.id).where(turns.c.session == session.id, turns.c.id != only_turn).limit(1)
+            if only_turn is not None and connection.execute(others).first() is not None:
+                return Conflict(
+                    f"The session has other responses; DELETE /api/sessions/{session_id} deletes all."
+                )
             ended = endings.cut_off(connection, session, partial)
             deleted = update(sessions).where(sessions.c.id == session.id).values(deleted_at=time.time())
             connection.execute(deleted)
@@ -297,11 +307,6 @@ class Store:
         """Whether the session knows the request id."""
         named = and_(sessions.c.owner == owner, sessions.c.session_id == session_id, text(LIVE))
         return await self._one_turn(and_(named, turns.c.request_id == request_id)) is not None
-
-    async def has_other_turns(self, session: str, turn_id: str) -> bool:
-        """Whether there is a turn of the session beside this one, in whichever branch, or cleared."""
-        other = select(turns.c.id).where(turns.c.session == session, turns.c.id != turn_id).limit(1)
-        return await self._database.read(lambda c: c.execute(other).first() is not None)
 
     async def active_of(self, instance: str) -> frozenset[str]:
         """The ids of the waiting and running turns that are an instance's."""

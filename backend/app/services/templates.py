@@ -16,11 +16,12 @@ from app.errors import Conflict, NotFound
 from app.events import new_id
 from app.models.tables import template_versions, templates
 from app.services.authorizer import Authorizer
-from app.services.templating import render, variables_of
+from app.services.templating import Names, names_of, render
 
 
 class TemplateVersion(msgspec.Struct, frozen=True):
-    """A template as it was saved. `template_id` names the template, `id` this version of it."""
+    """A template as it was saved. `template_id` names the template, `id` this version of it; `variables`
+    and `optional` are the names in it."""
 
     id: str
     template_id: str
@@ -28,12 +29,9 @@ class TemplateVersion(msgspec.Struct, frozen=True):
     title: str
     description: str
     content: str
+    variables: list[str]
+    optional: list[str]
     created_at: float
-
-    @property
-    def variables(self) -> list[str]:
-        """The names that it needs, sorted."""
-        return variables_of(self.content)
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The prompt. Raises `InvalidRequest` naming the variables that are missing."""
@@ -56,6 +54,8 @@ COLUMNS = (
     template_versions.c.title,
     template_versions.c.description,
     template_versions.c.content,
+    template_versions.c.variables,
+    template_versions.c.optional,
     template_versions.c.created_at,
 )
 IS_LATEST = and_(
@@ -99,9 +99,8 @@ class Templates:
     async def create(self, who: Identity, draft: Draft) -> TemplateVersion:
         """Saves a new template. Raises `InvalidRequest` when its content is no template."""
         await self._authorizer.check(who, "templates:write")
-        variables_of(draft.content)
         now = time.time()
-        version = TemplateVersion(new_id(), new_id(), 1, draft.title, draft.description, draft.content, now)
+        version = _version(new_id(), 1, draft, names_of(draft.content), now)
         values = {
             "id": version.template_id,
             "owner": who.owner,
@@ -123,8 +122,7 @@ class Templates:
         """Saves a new version, unless nothing has changed. Raises `NotFound`, `InvalidRequest`, and
         `Conflict` when the newest version is not `based_on` any more."""
         await self._authorizer.check(who, "templates:write")
-        variables_of(draft.content)
-        now = time.time()
+        names, now = names_of(draft.content), time.time()
 
         def operation(connection: Connection) -> TemplateVersion | Conflict | None:
             # The write comes first, so that two who save at once are one after the other.
@@ -146,9 +144,7 @@ class Templates:
                 draft.content,
             ):
                 return latest
-            version = TemplateVersion(
-                new_id(), template_id, latest.number + 1, draft.title, draft.description, draft.content, now
-            )
+            version = _version(template_id, latest.number + 1, draft, names, now)
             _insert(connection, version)
             connection.execute(
                 update(templates).where(templates.c.id == template_id).values(latest=version.number)
@@ -211,6 +207,14 @@ class Templates:
         statement = update(templates).where(mine).values(deleted_at=deleted_at)
         if not await self._database.write(lambda c: c.execute(statement).rowcount):
             raise NotFound("There is no such template.")
+
+
+def _version(template_id: str, number: int, draft: Draft, names: Names, now: float) -> TemplateVersion:
+    """A new version. The names in it are stored with it: a list of templates need not be read through, and a
+    template stays readable when its content would be refused by now."""
+    return TemplateVersion(
+        new_id(), template_id, number, draft.title, draft.description, draft.content, *names, now
+    )
 
 
 def _insert(connection: Connection, version: TemplateVersion) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from itertools import islice
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,6 +23,8 @@ from app.errors import InvalidRequest
 
 LONGEST_TEMPLATE = 100_000
 LONGEST_PROMPT = 400_000
+MOST_TOKENS = 5_000
+"""Names, numbers, signs and pieces of text in a template: each takes 20 us to read, and more to compile."""
 DEEPEST = 60
 """Levels of what is nested or chained in a template."""
 MOST_WORK = 200_000
@@ -200,17 +203,26 @@ _environment.filters = {name: _metered(name, _environment.filters[name]) for nam
 _environment.filters |= {"iterated": _iterated, "weighed": _weighed}
 
 
-def variables_of(content: str) -> list[str]:
-    """The names that a template needs, sorted. Raises `InvalidRequest` when it is no template."""
+class Names(NamedTuple):
+    """What a template calls its values, sorted: the `variables` that it needs, and the `optional` ones, about
+    which it asks before it uses them, or has a default for."""
+
+    variables: list[str]
+    optional: list[str]
+
+
+def names_of(content: str) -> Names:
+    """The names in a template. Raises `InvalidRequest` when it is none."""
     with _as_refusal():
         tree = _parse(content)
-        return sorted(_undeclared(tree) - _optional(tree))
+        named, asked = _undeclared(tree), _optional(tree)
+        return Names(sorted(named - asked), sorted(named & asked))
 
 
 def render(content: str, variables: Mapping[str, Any]) -> str:
     """The prompt. Raises `InvalidRequest` when a variable is missing, naming all that are, or when the
     prompt would be too long."""
-    missing = [name for name in variables_of(content) if name not in variables]
+    missing = [name for name in names_of(content).variables if name not in variables]
     if missing:
         raise InvalidRequest(f"variables: missing {', '.join(missing)}", details=[{"missing": missing}])
     pieces, length = [], 0
@@ -278,6 +290,11 @@ def _filtered(value: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Fil
 def _parse(content: str) -> nodes.Template:
     if len(content) > LONGEST_TEMPLATE:
         raise InvalidRequest(f"content: it is longer than {LONGEST_TEMPLATE} characters")
+    tokens = (kind for _, kind, _ in _environment.lex(content) if kind != "whitespace")
+    if next(islice(tokens, MOST_TOKENS, None), None) is not None:
+        raise InvalidRequest(
+            f"content: there is more in it than {MOST_TOKENS} names, signs and pieces of text"
+        )
     tree = _environment.parse(content)
     _check(tree)
     return tree

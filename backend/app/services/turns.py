@@ -181,6 +181,12 @@ class Turn:
         self._announce()
 
     @property
+    def model(self) -> str | None:
+        """The model that answers, or that has answered, where that is known."""
+        told = self.ending.usage if isinstance(self.ending, Final | Cancelled) else None
+        return self.meter.model or (None if told is None else told.model)
+
+    @property
     def written(self) -> str:
         """All that the model has written: its reasoning, as far as that is shown, and the reply."""
         return "".join([self.reasoning, *self.response])

@@ -2626,6 +2626,11 @@ export interface components {
              * Format: date-time
              */
             created_at: string;
+            /**
+             * Finish Reason
+             * @description `length`: the reply was cut at `max_tokens`; null where it broke off
+             */
+            finish_reason?: string | null;
             /** Id */
             id: string;
             /** Parent Id */
@@ -3300,6 +3305,8 @@ export interface components {
         Preview: {
             /** Missing */
             missing: string[];
+            /** Optional */
+            optional: string[];
             /** Prompt */
             prompt: string | null;
             /** Variables */
@@ -4120,6 +4127,11 @@ export interface components {
             /** Id */
             id: string;
             /**
+             * Optional
+             * @description Variables that it can do without
+             */
+            optional: string[];
+            /**
              * Saved At
              * Format: date-time
              */
@@ -4272,7 +4284,7 @@ export interface components {
          *         server's report nor made with its tokenizer. `ttft_ms` are the milliseconds from acceptance to the first
          *         piece of the reply, `tokens_per_second` the speed at which it was written, where these are known. With
          *         `cache_hit` the answer was kept from an earlier time and nothing was asked of a model: the tokens are
-         *         those of that time.
+         *         those of that time. `model` is the one that answered, which need not be the one that was asked for.
          */
         Usage: {
             /** @default false */
@@ -4283,6 +4295,8 @@ export interface components {
             completion_tokens?: number;
             /** @default false */
             estimated?: boolean;
+            /** @default null */
+            model?: string | null;
             /** @default 0 */
             prompt_tokens?: number;
             /** @default 0 */
@@ -4312,6 +4326,11 @@ export interface components {
              * @default false
              */
             estimated?: boolean;
+            /**
+             * Model
+             * @description The one that answered
+             */
+            model?: string | null;
             /** Prompt Tokens */
             prompt_tokens: number;
             /** Reasoning Tokens */
