@@ -260,6 +260,13 @@ class Redis:
         self._process = Process(self._command, self._log)
         self._process.ready(self.port)
 
+    def pause(self) -> None:
+        """Stops the server in its tracks until `resume`."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         self._process.stop()
 

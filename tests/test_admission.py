@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ import pytest
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
-from tests.support import GameClient, MakePortal, Mosquitto, Portal, ask, owner_of, token_of, wait_until
+from tests.support import (
+    GameClient,
+    MakePortal,
+    Mosquitto,
+    Portal,
+    Redis,
+    ask,
+    owner_of,
+    token_of,
+    wait_until,
+)
 
 USAGE = {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50}
 
@@ -24,6 +35,15 @@ USAGE = {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50}
 def script(module_fake: FakeLLM) -> Script:
     module_fake.script = Script(usage=USAGE)
     return module_fake.script
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """A Redis of the test's own, which it may stop."""
+    running = Redis(tmp_path)
+    yield running
+    running.resume()
+    running.stop()
 
 
 def limit(admin: httpx.Client, subject: str, **limits: float) -> None:
@@ -74,6 +94,24 @@ def test_what_is_repeated_is_answered_again_and_not_counted(
     assert ask(client).status_code == 200, "the repetitions took nothing"
     assert ask(client).status_code == 429
     assert ask(client, session, request_id="r").json() == first.json(), "not even now"
+
+
+def test_what_had_failed_begins_again_only_within_the_limits(
+    client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM
+) -> None:
+    session = new_id()
+    module_fake.script = Script(status=500)
+    for number in range(2):
+        assert ask(client, session, request_id=f"r{number}").status_code == 502
+    module_fake.script = Script(usage=USAGE)
+    answered = ask(client, session, request_id="answered")
+    limit(admin, owner_of(client), daily_tokens=10, requests_per_hour=1)
+    before = len(module_fake.requests)
+    assert [ask(client, session, request_id=f"r{number}").status_code for number in range(2)] == [429, 429]
+    assert ask(client, session, request_id="answered").json() == answered.json()
+    limit(admin, owner_of(client), daily_tokens=1000, requests_per_hour=1)
+    assert [ask(client, session, request_id=f"r{number}").status_code for number in range(2)] == [200, 429]
+    assert len(module_fake.requests) == before + 1
 
 
 def test_what_is_refused_for_another_reason_takes_nothing(client: httpx.Client, admin: httpx.Client) -> None:
@@ -141,6 +179,11 @@ def test_the_settings_hold_for_people_and_not_for_games(
         refused = json.loads(game.reply("driving/assistant_response/mine"))
         assert (refused["error"]["code"], refused["requestId"]) == ("rate_limited", "q")
         assert refused["error"]["retry_after"] > 3000
+        for device in ("cab-7", "of-my-own-invention"):
+            key = client.post("/api/keys", json={"name": "k", "device": device}).json()
+            game.publish(f"driving/user_input/{device}", {**body, "token": key["secret"]})
+            refused = json.loads(game.reply(f"driving/assistant_response/{device}"))
+            assert refused["error"]["code"] == "rate_limited", "whoever has a key is a person"
         game.close()
 
 
@@ -245,6 +288,27 @@ def test_a_budget_outlasts_a_restart_and_a_turn_that_died_with_it(
 def _refused(client: httpx.Client, **body: Any) -> None:
     with pytest.raises(httpx.HTTPError):
         ask(client, **body)
+
+
+def test_what_ends_while_redis_is_away_is_counted_when_it_is_back(
+    make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, redis: Redis
+) -> None:
+    limits = {"MAX_TURNS_PER_USER": "2", "DAILY_TOKEN_BUDGET": "200", "REDIS_URL": redis.url}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, **limits).start()
+    gate = threading.Event()
+    fake_thread.script = Script(usage=USAGE, gate=gate)
+    with portal.client() as client, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, client, max_tokens=40) for _ in range(2)]
+        wait_until(lambda: fake_thread.running == 2, what="two generations")
+        redis.pause()
+        gate.set()
+        assert [answer.result().status_code for answer in asked] == [200, 200]
+        refused = ask(client)
+        assert (refused.status_code, code(refused)) == (503, "overloaded")
+        redis.resume()
+        wait_until(lambda: ask(client, max_tokens=40).status_code == 200, what="the ledger")
+        assert ask(client, max_tokens=40).status_code == 200, "four times 50 tokens"
+        assert code(ask(client, max_tokens=40)) == "budget_exceeded", "each was counted, and once"
 
 
 def test_cost_and_gpu_time_are_budgets_too(

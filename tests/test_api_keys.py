@@ -144,25 +144,6 @@ def test_a_device_key_is_for_mqtt_payloads_and_nothing_else(
     assert len(history) == 2, "it is the owner's session, on the web too"
 
 
-def test_a_device_has_limits_of_its_own(
-    client: httpx.Client, mosquitto: Mosquitto, fake_portal: Portal
-) -> None:
-    name = f"cab-{new_id()[-6:]}"
-    device = make(client, device=name)
-    with fake_portal.client(f"root-{new_id()[-6:]}", role="admin") as admin:
-        admin.put(f"/api/admin/limits/device:{name}", json={"requests_per_hour": 1})
-    game, session = GameClient(mosquitto.port, "maze/assistant_response/#"), new_id()
-    body = {"message": "hi", "format": "json", "token": device["secret"]}
-    replies = []
-    for number in (1, 2):
-        game.publish(f"maze/user_input/{session}", body)
-        replies.append(json.loads(game.reply(f"maze/assistant_response/{session}", number)))
-    game.close()
-    assert replies[0]["type"] == "final"
-    assert replies[1]["error"]["code"] == "rate_limited"
-    assert "A device may send at most 1 messages in an hour" in replies[1]["error"]["message"]
-
-
 @pytest.mark.parametrize("secret", ["pp_", "pp_" + "x" * 43, "pp_" + "x" * 60_000])
 def test_what_is_no_key_is_refused(client: httpx.Client, secret: str) -> None:
     refused = httpx.get(f"{client.base_url}/api/auth/me", headers={"Authorization": f"Bearer {secret}"})

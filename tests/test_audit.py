@@ -51,6 +51,7 @@ def test_signing_in_and_out_and_failing_to_are_noted(admin: httpx.Client, fake_p
         change = {"current_password": PASSWORD, "new_password": "battery staple"}
         client.post("/api/auth/login", json={"username": name, "password": PASSWORD})
         client.headers["Authorization"] = f"Bearer {client.post('/api/auth/refresh').json()['access_token']}"
+        assert client.put("/api/auth/password", json={**change, "current_password": "x"}).status_code == 422
         assert client.put("/api/auth/password", json=change).status_code == 204
     mine = [entry for entry in entries(admin, action="auth.", limit=1000) if entry["target"] == owner]
     assert [(entry["action"], entry["outcome"]) for entry in reversed(mine)] == [
@@ -59,9 +60,13 @@ def test_signing_in_and_out_and_failing_to_are_noted(admin: httpx.Client, fake_p
         ("auth.sign_in", "denied"),
         ("auth.sign_out", "ok"),
         ("auth.sign_in", "ok"),
+        ("auth.password", "denied"),
         ("auth.password", "ok"),
     ]
-    assert all("address" in entry["details"] for entry in mine if entry["action"] == "auth.sign_in")
+    about_passwords = [
+        entry for entry in mine if entry["action"] == "auth.sign_in" or entry["outcome"] == "denied"
+    ]
+    assert all("address" in entry["details"] for entry in about_passwords)
 
 
 def test_a_denial_is_noted_once_however_often_it_is_tried(admin: httpx.Client, client: httpx.Client) -> None:

@@ -15,8 +15,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 from app.cli import stack as stack_module
 from app.cli.broker import Certificate, Credentials, make_credentials
 from app.cli.console import Failure
-from app.cli.parts import MorePort, check_port, parts_of
+from app.cli.parts import MorePort, check_ports, parts_of
 from app.cli.stack import HOST, Stack
+from app.config import Settings
 from app.mqtt.connection import Broker, request_once
 from app.mqtt.dynsec import CONTROL
 from tests.support import Process, free_port, program, wait_until
@@ -60,6 +61,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         stack.prepare()
         stack = stack.with_broker(program("mosquitto"))
         (_, part, _) = parts_of(stack, tmp_path, program("mosquitto"), stack.portal_settings())
+        part.prepare()
         running.append(Process(part.command, tmp_path / "mosquitto.log"))
         wait_until(part.is_ready, what="the broker")
         return stack
@@ -99,6 +101,13 @@ def test_on_this_machine_everybody_is_let_in(stack: Stack, run: Run) -> None:
     assert can_connect(stack.mqtt_ws_port, web=True)
     assert rules_can_be_read(stack)
     assert stack.mqtt_addresses == [f"mqtt://{HOST}:{stack.mqtt_port}", f"ws://{HOST}:{stack.mqtt_ws_port}"]
+
+
+def test_the_name_of_another_user_counts_for_nothing(
+    stack: Stack, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "nobody")  # as `su` leaves it
+    assert rules_can_be_read(run(stack))
 
 
 def test_at_one_address_of_many(stack: Stack, run: Run) -> None:
@@ -177,7 +186,20 @@ def test_all_ports_are_looked_at(stack: Stack, tmp_path: Path, certificate: Cert
         (stack.mqtt_ws_port, "--mqtt-ws-port"),
         (stack.mqtt_port + 1, "--mqtt-port"),
     ):
-        check_port(part)
+        check_ports([part])
         with socket.create_server((HOST, port)), pytest.raises(Failure, match=f"Port {port}") as failure:
-            check_port(part)
+            check_ports([part])
         assert option in " ".join(failure.value.remedies)
+
+
+def test_ports_of_its_own_differ(stack: Stack, tmp_path: Path, certificate: Certificate) -> None:
+    port = stack.mqtt_port
+    stack = replace(stack, mqtt_certificate=certificate, mqtt_ws_port=port + 1)
+    stack.prepare()
+    parts = parts_of(stack, tmp_path, "mosquitto", stack.portal_settings())
+    with pytest.raises(
+        Failure, match=f"Port {port + 1} is for the MQTT broker's WebSockets and for the portal's"
+    ):
+        check_ports(parts)
+    with pytest.raises(Failure, match=f"Port {port} is for the MQTT broker and for the Portal"):
+        check_ports(parts_of(replace(stack, port=port, mqtt_ws_port=0), tmp_path, "mosquitto", Settings()))

@@ -24,7 +24,7 @@ from app.cli import install, page
 from app.cli.console import Failure, run_step
 from app.cli.gguf import trained_context
 from app.cli.install import MODEL
-from app.cli.llm_server import alias_of
+from app.cli.llm_server import alias_of, cores
 from app.cli.stack import DEFAULT_STATE, Stack
 from tests.fake_llm import FakeLLM, Script, text
 from tests.support import PASSWORD, ROOT, WORKERS, answers, can_sign_in, free_port, wait_until
@@ -106,8 +106,11 @@ def test_up_status_logs_and_down(setup: Setup) -> None:
     assert httpx.get(f"http://localhost:{setup.port}/health/ready").json()["mqtt"] == "ok"
     model = httpx.get(f"http://localhost:{setup.llm_port}/v1/models").json()["data"][0]["id"]
     assert model == "smollm2-135m-instruct", "no path is told"
-    code, output = setup.up("--detach")
+    written = [setup.state / "mosquitto" / "mosquitto.conf", setup.state / "logs" / "supervisor.log"]
+    before = [file.read_text() for file in written]
+    code, output = setup.up("--detach", "--mqtt-listen", "0.0.0.0")
     assert (code, "running already" in output) == (1, True), output
+    assert [file.read_text() for file in written] == before, "what runs keeps its own"
     code, output = setup.run("logs", "portal", "-n", "100")
     assert "MQTT project is served" in output
     secret = re.search(r"^SECRET_KEY=(.+)$", settings, re.MULTILINE)
@@ -123,7 +126,9 @@ def test_up_status_logs_and_down(setup: Setup) -> None:
 
 
 def test_what_dies_is_started_again(setup: Setup) -> None:
-    assert setup.up("--detach")[0] == 0
+    assert setup.up("--detach", "--ctx", "1024")[0] == 0
+    props = httpx.get(f"http://localhost:{setup.llm_port}/props").json()
+    assert props["default_generation_settings"]["n_ctx"] == 1024
     before = setup.status()["parts"]
     for part in before.values():
         os.kill(part["pid"], signal.SIGKILL)
@@ -231,10 +236,10 @@ def test_servers_that_are_there_already_are_used(setup: Setup, llama: Any, mosqu
 
 
 def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None:
-    fake_thread.script = Script(text("hi"))
+    fake_thread.script = Script(text("[/INST] [bold]hi :heart:"))
     (setup.state / ".env").write_text(f"MQTT_BROKER_URL=mqtt://127.0.0.1:{free_port()}\n")
     code, output = setup.up("--detach", "--llm-url", fake_thread.url, "--broker", "")
-    assert code == 0, output
+    assert (code, "HTTP: “[/INST] [bold]hi :heart:”" in output) == (0, True), output
     assert "MQTT        none" in output
     fake_thread.script = Script(text(*"0123456789"), between=1)  # longer than any other part has to end
     with httpx.Client(base_url=f"http://localhost:{setup.port}", timeout=30) as client:
@@ -252,9 +257,11 @@ def test_down_lets_running_turns_end(setup: Setup, fake_thread: FakeLLM) -> None
 
 
 def test_an_llm_server_that_is_not_there_yet_is_waited_for(setup: Setup, mosquitto: Any) -> None:
-    gone = f"http://127.0.0.1:{free_port()}"
+    gone = "http://[fd00::5]:8080"
     code, output = setup.up("--detach", "--llm-url", gone, "--broker", mosquitto.url)
-    assert (code, "llm is down" in output, gone in output) == (1, True, True), output
+    assert (code, "llm is down" in output, f"LLM server  {gone}\n" in output) == (1, True, True), output
+    assert re.search(r"First admin http://\S+", output), output
+    assert "It runs in the background" in output
     assert setup.status()["parts"]["portal"]["state"] == "ready", "it goes on looking"
 
 
@@ -269,6 +276,17 @@ def test_a_wrong_setting_is_named_before_anything_starts(setup: Setup) -> None:
         settings.write("\nLLM_TEMPERATURE=hot\n")
     code, output = setup.up("--detach")
     assert (code, "LLM_TEMPERATURE" in output) == (1, True), output
+
+
+def test_who_has_a_gpu_is_told_of_the_way_to_it(
+    setup: Setup, tmp_path: Path, starter_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.touch(0o755)
+    monkeypatch.setenv("PATH", str(driver.parent), prepend=os.pathsep)
+    code, output = setup.run("install", "--broker", "", "--model", str(starter_model))
+    assert (code, "runs on the CPU" in output, "--llm-url" in output) == (0, True, True), output
 
 
 def test_a_file_that_is_no_model(setup: Setup, tmp_path: Path) -> None:
@@ -362,6 +380,16 @@ def test_the_model_server_ends_at_once_in_mid_generation(llama: Any, starter_mod
 
 def test_the_context_that_a_model_was_trained_for(starter_model: Path) -> None:
     assert trained_context(starter_model) == 8192
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such mask")
+def test_cores_that_are_for_others_do_not_count() -> None:
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def test_names_of_models() -> None:

@@ -73,6 +73,30 @@ def test_who_was_an_admin_is_one_after_the_upgrade(tmp_path: Path) -> None:
     engine.dispose()
 
 
+def test_the_variables_of_old_templates_are_known_after_the_upgrade(database_url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = database_url
+    command.upgrade(config, "0011")
+    engine = create_portal_engine(database_url)
+    contents = {"good": "{{ b }}, {{ a }}{{ c | default('') }}", "bad": "{{ a.b() }}"}
+    with engine.begin() as connection:
+        template = (
+            "INSERT INTO templates (id, owner, latest, created_at, updated_at) VALUES ('t', 'u', 2, 1, 1)"
+        )
+        connection.execute(text(template))
+        for number, (name, content) in enumerate(contents.items()):
+            version = "INSERT INTO template_versions VALUES (:name, 't', :number, '', '', :content, 1)"
+            connection.execute(text(version), {"name": name, "number": number, "content": content})
+    migrate(database_url)
+    with engine.connect() as connection:
+        found = connection.execute(select(template_versions)).all()
+    names = {row.id: (row.variables, row.optional) for row in found}
+    assert names == {"good": (["a", "b"], ["c"]), "bad": ([], [])}
+    engine.dispose()
+    command.downgrade(config, "0011")
+
+
 @pytest.mark.parametrize(
     ("schema", "said"), [(None, "no schema yet"), ("0001", "DATABASE_AUTO_MIGRATE"), ("9999", "too old")]
 )
@@ -113,30 +137,6 @@ def test_nobody_else_reads_the_database(tmp_path: Path) -> None:
     assert use() == private, "one of an earlier version too"
     file.chmod(0o660)
     assert set(use().values()) == {0o660}, "what is given to a group stays so"
-
-
-def test_the_variables_of_old_templates_are_known_after_the_upgrade(database_url: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["url"] = database_url
-    command.upgrade(config, "0011")
-    engine = create_portal_engine(database_url)
-    contents = {"good": "{{ b }}, {{ a }}{{ c | default('') }}", "bad": "{{ a.b() }}"}
-    with engine.begin() as connection:
-        template = (
-            "INSERT INTO templates (id, owner, latest, created_at, updated_at) VALUES ('t', 'u', 2, 1, 1)"
-        )
-        connection.execute(text(template))
-        for number, (name, content) in enumerate(contents.items()):
-            version = "INSERT INTO template_versions VALUES (:name, 't', :number, '', '', :content, 1)"
-            connection.execute(text(version), {"name": name, "number": number, "content": content})
-    migrate(database_url)
-    with engine.connect() as connection:
-        found = connection.execute(select(template_versions)).all()
-    names = {row.id: (row.variables, row.optional) for row in found}
-    assert names == {"good": (["a", "b"], ["c"]), "bad": ([], [])}
-    engine.dispose()
-    command.downgrade(config, "0011")
 
 
 async def test_writes_are_in_order_and_outlast_the_close(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.cli import supervisor
 from app.cli.deploy import main
+from app.cli.own_llm import own_llm
+from app.cli.parts import Part
 from app.config import child_environment
 from app.events import new_id
 from tests.fake_llm import FakeLLM, Script, text
@@ -117,11 +122,19 @@ def test_with_serve_it_starts_the_starter_model_itself(
     game.publish(f"maze/user_input/{session}", "Say hi")
     assert not game.reply(f"maze/assistant_response/{session}", seconds=60).startswith(b"Error")
     (llm,) = psutil.Process(running.pid).children()
+    log = running.log.with_name("mqtt.db.llm.log")
+    told = log.read_text()
+    log.rename(log.with_suffix(".kept"))
+    log.mkdir()  # a log that cannot be written, as on a full disk
     llm.kill()
-    wait_until(lambda: "llama.cpp died; starting it again" in running.said(), what="the news")
+    wait_until(lambda: "llama.cpp could not be run" in running.said(), what="the news")
+    assert "llama.cpp died; starting it again" in running.said()
+    log.rmdir()
+    log.with_suffix(".kept").rename(log)
     (again,) = wait_until(lambda: psutil.Process(running.pid).children(), what="another llama.cpp")
     assert running.stop() == 0, running.said()
     assert not again.is_running()
+    assert log.read_text().startswith(told), "what it said before it died is kept"
 
 
 def test_its_llama_dies_with_it(deploy: Deploy, project: str, starter_model: Path) -> None:
@@ -129,6 +142,45 @@ def test_its_llama_dies_with_it(deploy: Deploy, project: str, starter_model: Pat
     (llm,) = psutil.Process(running.pid).children()
     running.kill()
     wait_until(lambda: not llm.is_running() or llm.status() == psutil.STATUS_ZOMBIE, what="the end of it")
+
+
+async def test_the_log_of_its_llama_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "LOG_MOST_BYTES", 1000)
+    chatter = "import sys, time\nwhile True: print('x' * 99, flush=True); time.sleep(0.001)"
+    part = Part("llm", "LLM server", [sys.executable, "-c", chatter], 0, "", "", is_ready=lambda: True)
+    log, old = tmp_path / "llm.log", tmp_path / "llm.old.log"
+    async with own_llm(part, log):
+        await asyncio.to_thread(wait_until, old.exists, what="another log")
+    assert b"\0" not in old.read_bytes() + log.read_bytes()
+
+
+FETCHING = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from app.cli import deploy, install
+
+state, stack_of = Path(sys.argv[1]), deploy._own_llm
+install.DEFAULT_STATE = state
+deploy._own_llm = lambda *words: replace(stack_of(*words), state=state)
+sys.exit(deploy.main(["--serve", "--projects", "maze", "--database", str(state / "mqtt.db")]))
+"""
+"""The program where no model is there yet."""
+
+
+def test_a_signal_ends_it_while_it_fetches_the_model(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        environment = child_environment({"PIP_INDEX_URL": url, "PYTHONPATH": str(ROOT / "backend")})
+        command = [sys.executable, "-c", FETCHING, str(tmp_path)]
+        running = Process(command, tmp_path / "deploy.log", environment)
+        index.settimeout(30)
+        connection, _ = index.accept()
+        with connection:
+            (fetching,) = psutil.Process(running.pid).children()
+            assert running.stop(5) == 0, running.log.read_text()
+    assert not fetching.is_running()
+    assert list((tmp_path / "models").iterdir()) == [], "nothing half done is left"
 
 
 @pytest.mark.parametrize("notation", [["{a}", "{b}"], ["{a} {b}"], ["{a},{b}"]])

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from pydantic import SecretStr
 
-from app.access import LOCAL
+from app.access import LOCAL, Identity, Limits
 from app.config import Settings
 from app.container import Container, open_container
-from app.errors import BrokerUnavailable, Conflict, Forbidden, InvalidRequest, NotFound
+from app.errors import (
+    BrokerUnavailable,
+    BudgetExceeded,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    RateLimited,
+)
+from app.events import Final, GenerationOptions, TurnRequest
 from app.mqtt.dynsec import CONTROL, DynamicSecurity
 from app.mqtt.rights import device_rights, emqx_claims
 from app.services.audit import AuditFilter
+from tests.fake_llm import FakeLLM, Script
 from tests.support import GuardedMosquitto, MakePortal, can_sign_in, person, wait_until
 
 REFUSED = "Not authorized"
@@ -532,6 +543,80 @@ async def test_a_device_asks_in_its_owners_name(portal: Container) -> None:
     ]
     assert portal.devices.identity("cab-7", "racing") is None
     assert portal.devices.identity("cab-8", "maze") is None
+
+
+def at_home(fake: FakeLLM, settings_for: Callable[..., Settings], **changes: Any) -> Settings:
+    return settings_for(fake.url, mqtt_acl="external", instance="one", **changes)
+
+
+async def cab_7(portal: Container, **limits: float) -> Identity:
+    """A device of ada's with limits of its own."""
+    if portal.devices.identity("cab-7", "maze") is None:
+        await portal.devices.add(LOCAL, "cab-7", ["maze"], "ada")
+        await portal.policies.set_limits(LOCAL, "device:cab-7", Limits.model_validate(limits))
+    found = portal.devices.identity("cab-7", "maze")
+    assert found is not None
+    return found
+
+
+def asked(who: Identity, session: str, **changes: Any) -> TurnRequest:
+    options = GenerationOptions(max_tokens=10)
+    return TurnRequest(who, session, "hi", project="maze", options=options, **changes)
+
+
+async def test_a_budget_of_a_device_outlasts_a_restart_and_is_not_its_owners(
+    fake: FakeLLM, settings_for: Callable[..., Settings]
+) -> None:
+    fake.script = Script(usage={"prompt_tokens": 30, "completion_tokens": 20})
+    settings = at_home(fake, settings_for, daily_token_budget=90)
+    async with portal_at(settings) as portal:
+        cab = await cab_7(portal, daily_tokens=90)
+        for session in "ab":
+            assert isinstance(await (await portal.sessions.submit(asked(cab, session))).ended(), Final)
+        with pytest.raises(BudgetExceeded):
+            await portal.sessions.submit(asked(cab, "c"))
+    async with open_container(settings) as portal:
+        with pytest.raises(BudgetExceeded):
+            await portal.sessions.submit(asked(await cab_7(portal), "c"))
+        ada = replace(cab, key=None)
+        assert [budget.spent for budget in await portal.admission.budgets(ada)] == [0]
+        assert isinstance(await (await portal.sessions.submit(asked(ada, "d"))).ended(), Final)
+        assert [budget.spent for budget in await portal.admission.budgets(ada)] == [50]
+
+
+async def test_what_is_set_for_an_owner_counts_the_devices_too(
+    fake: FakeLLM, settings_for: Callable[..., Settings]
+) -> None:
+    fake.script = Script(usage={"prompt_tokens": 30, "completion_tokens": 20})
+    settings = at_home(fake, settings_for)
+    async with portal_at(settings) as portal:
+        cab = await cab_7(portal)
+        await portal.policies.set_limits(LOCAL, cab.owner, Limits(daily_tokens=110))
+        for session, who in (("cab-7:s", cab), ("s", replace(cab, key=None))):
+            assert isinstance(await (await portal.sessions.submit(asked(who, session))).ended(), Final)
+        with pytest.raises(BudgetExceeded):
+            await portal.sessions.submit(asked(cab, "more"))
+    async with open_container(settings) as portal:
+        with pytest.raises(BudgetExceeded):
+            await portal.sessions.submit(asked(cab, "more"))
+
+
+async def test_a_turn_that_is_taken_up_is_still_the_devices(
+    fake: FakeLLM, settings_for: Callable[..., Settings]
+) -> None:
+    fake.script = Script(before_first=30)
+    settings = at_home(fake, settings_for, MAX_TURNS_PER_USER=1)
+    async with portal_at(settings) as portal:
+        cab = await cab_7(portal, concurrent_turns=1)
+        await portal.sessions.submit(asked(cab, "a", request_id="r"))
+        await fake.until(lambda: fake.running == 1)
+    async with open_container(settings) as portal:
+        await fake.until(lambda: fake.running == 1)
+        with pytest.raises(RateLimited, match="At most 1 turns"):
+            await portal.sessions.submit(asked(await cab_7(portal), "b"))
+        fake.script = Script()
+        turn = await portal.sessions.submit(asked(replace(cab, key=None), "c"))
+        assert isinstance(await turn.ended(), Final)
 
 
 async def test_a_closed_account_has_no_devices(portal: Container) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.events import new_id
+from app.services import ledger as ledger_module
 from app.services.ledger import Hold, Ledger, MemoryLedger, Window
 from app.services.redis_ledger import RedisLedger
 
@@ -68,6 +69,19 @@ async def test_windows_that_are_over_take_no_memory() -> None:
     assert sizes[-1] < 1.5 * sizes[0], "what was taken minutes ago is forgotten"
 
 
+async def test_what_is_refused_makes_nothing_forgotten(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MOST_WINDOWS", 10)
+    of_another, blocked = window(1), window(1)
+    for taken in (of_another, blocked):
+        await ledger.take("a", [taken])
+    for number in range(20):
+        refused = await ledger.take(f"b{number}", [window(5), blocked])
+        assert [quota.is_full for quota in refused] == [False, True]
+    assert (await ledger.take("a", [of_another]))[0].is_full
+
+
 async def test_what_is_given_back_can_be_taken_again(ledger: Ledger) -> None:
     things = window(1)
     await ledger.take("a", [things])
@@ -113,6 +127,14 @@ async def test_a_budget_holds_what_is_reserved_and_keeps_what_was_spent(ledger: 
     assert await ledger.settle("b", [tokens], {}) == {tokens.key: 35}
 
 
+async def test_what_is_told_twice_counts_once(ledger: Ledger) -> None:
+    tokens = hold(60, 100)
+    await ledger.seed(tokens, 10)
+    await ledger.reserve("a", [tokens])
+    assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 35}
+    assert await ledger.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 35}
+
+
 async def test_of_several_budgets_all_are_reserved_or_none(ledger: Ledger) -> None:
     large, small = hold(10, 100), hold(10, 15)
     for budget in (large, small):
@@ -148,6 +170,23 @@ async def test_two_processes_count_together(redis_url: str) -> None:
     assert await two.unknown([tokens]) == []
     assert await one.reserve("a", [tokens]) is None
     assert await two.reserve("b", [tokens]) == tokens
+    for ledger in (one, two):
+        await ledger.close()
+
+
+async def test_what_is_handed_over_is_counted_where_it_is_now(redis_url: str) -> None:
+    here, tokens = MemoryLedger(), hold(60, 100)
+    await here.seed(tokens, 0)
+    await here.reserve("a", [tokens])
+    await here.hand_over("a", [tokens])
+    assert await here.reserve("b", [tokens]) is None, "nothing is reserved here"
+    one, two = RedisLedger(redis_url), RedisLedger(redis_url)
+    await one.seed(tokens, 0)
+    await one.reserve("a", [tokens])
+    await two.reserve("a", [tokens], force=True)
+    await one.hand_over("a", [tokens])
+    assert await one.reserve("b", [tokens]) == tokens, "it is reserved there"
+    assert await two.settle("a", [tokens], {tokens.key: 25}) == {tokens.key: 25}
     for ledger in (one, two):
         await ledger.close()
 

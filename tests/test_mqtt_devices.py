@@ -157,3 +157,18 @@ def test_a_device_may_not_change_what_is_everybodys(arcade: Arcade, root: httpx.
         cab.publish(f"{tree}/{verb}", body)
         told = json.loads(cab.reply(f"{tree}/hint/all", number))
         assert told["error"]["code"] == "forbidden", "also that of an admin"
+
+
+def test_a_device_has_limits_of_its_own(
+    arcade: Arcade, root: httpx.Client, ada: httpx.Client, llm: FakeLLM
+) -> None:
+    name, cab = arcade.device(ada)
+    limit = root.put(f"/api/admin/limits/device:{name}", json={"requests_per_hour": 1})
+    assert limit.status_code == 200, limit.text
+    body, topic = {"message": "hi", "format": "json"}, f"maze/device/{name}/assistant_response/s"
+    cab.publish(f"maze/device/{name}/user_input/s", body)
+    assert json.loads(cab.reply(topic))["type"] == "final"
+    cab.publish(f"maze/device/{name}/user_input/s", body)
+    refused = json.loads(cab.reply(topic, 2))["error"]
+    assert refused["code"] == "rate_limited"
+    assert "A device may send at most 1 messages in an hour" in refused["message"]

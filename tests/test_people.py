@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
+from app.access import LOCAL, Identity, Role
 from app.cli.people import invite, invite_first_admin
+from app.config import Settings
+from app.container import open_container
+from app.errors import Conflict
 from app.events import new_id
-from tests.support import PASSWORD, MakePortal, Portal, token_of
+from tests.support import PASSWORD, MakePortal, Portal, person, token_of
 
 
 def id_of(client: httpx.Client) -> str:
@@ -69,10 +74,11 @@ def test_who_may_make_an_account(policy: str, make_portal: MakePortal, tmp_path:
     if policy == "open":
         assert stranger.json()["role"] == "player"
     with portal.client("root", role="admin") as admin:
-        invited = join(
-            portal, secret_of(admin.post("/api/admin/invitations", json={"role": "author"}).json())
-        )
-    assert invited.status_code == (403 if policy == "closed" else 201)
+        link = admin.post("/api/admin/invitations", json={"role": "author"}).json()
+        invited = join(portal, secret_of(link))
+        assert invited.status_code == (403 if policy == "closed" else 201)
+        left = [one["id"] for one in admin.get("/api/admin/invitations").json()["invitations"]]
+        assert left == ([link["id"]] if policy == "closed" else []), "what is refused uses no link up"
     assert join(portal, invite(portal.env_file, "author").secret).status_code == 201, (
         "the operator always may"
     )
@@ -123,6 +129,8 @@ def test_a_closed_account_is_out_at_once_and_can_be_opened(
     account = next(one for one in name if one["id"] == user)
     login = {"username": account["username"], "password": PASSWORD}
     assert httpx.post(f"{fake_portal.url}/api/auth/login", json=login).status_code == 403
+    newest = admin.get("/api/admin/audit", params={"action": "auth.sign_in"}).json()["entries"][0]
+    assert (newest["target"], newest["outcome"]) == (f"user:{user}", "denied")
     admin.patch(f"/api/admin/users/{user}", json={"closed": False})
     assert httpx.post(f"{fake_portal.url}/api/auth/login", json=login).status_code == 200
 
@@ -172,12 +180,8 @@ def test_a_new_password_by_an_admins_link(
     path = f"/api/admin/users/{id_of(client)}/password-reset"
     first, second = (admin.post(path).json() for _ in range(2))
     assert second["path"].startswith("/new-password#")
-
-    def reset(link: dict[str, Any]) -> int:
-        body = {"link": secret_of(link), "new_password": "another horse"}
-        return httpx.post(f"{fake_portal.url}/api/auth/password-reset", json=body).status_code
-
-    assert [reset(first), reset(second), reset(second)] == [422, 204, 422], "only the newest, and only once"
+    statuses = [set_password(fake_portal, link) for link in (first, second, second)]
+    assert statuses == [422, 204, 422], "only the newest, and only once"
     assert client.get("/api/auth/me").status_code == 401, "all sign-ins have ended"
     for password, status in ((PASSWORD, 401), ("another horse", 200)):
         login = {"username": name, "password": password}
@@ -195,6 +199,83 @@ def test_links_are_good_for_what_they_are_for(
     assert join(fake_portal, secret_of(invitation)).status_code == 201, "and neither is used up by that"
     body["link"] = secret_of(reset)
     assert httpx.post(f"{fake_portal.url}/api/auth/password-reset", json=body).status_code == 204
+
+
+def set_password(portal: Portal, link: dict[str, Any]) -> int:
+    body = {"link": secret_of(link), "new_password": "another horse"}
+    return httpx.post(f"{portal.url}/api/auth/password-reset", json=body).status_code
+
+
+HELPER = {"permissions": ["users:read", "users:write", "account:write", "chat:*", "sessions:*", "usage:read"]}
+
+
+def test_a_link_is_no_way_to_an_account_that_has_become_mightier(
+    fake_portal: Portal, admin: httpx.Client
+) -> None:
+    assert admin.put("/api/admin/roles/helper", json=HELPER).status_code == 200
+    with (
+        fake_portal.client(f"help-{new_id()[-6:]}", role="helper") as helper,
+        fake_portal.client(f"pia-{new_id()[-6:]}", role="player") as player,
+    ):
+        path = f"/api/admin/users/{id_of(player)}"
+        link = helper.post(f"{path}/password-reset").json()
+        assert admin.patch(path, json={"role": "admin"}).status_code == 200
+        assert helper.post(f"{path}/password-reset").status_code == 403
+        assert set_password(fake_portal, link) == 422
+        assert admin.patch(path, json={"role": "player"}).status_code == 200
+        assert set_password(fake_portal, link) == 204, "nor was it used up by that"
+
+
+@pytest.mark.parametrize("change", [{"closed": True}, {"role": "author"}, {"role": "helper"}])
+def test_links_are_good_while_their_maker_may_make_them(
+    fake_portal: Portal, admin: httpx.Client, client: httpx.Client, change: dict[str, Any]
+) -> None:
+    assert admin.put("/api/admin/roles/helper", json=HELPER).status_code == 200
+    with fake_portal.client(f"eve-{new_id()[-6:]}", role="admin") as eve:
+        invitation = eve.post("/api/admin/invitations", json={"role": "admin"}).json()
+        reset = eve.post(f"/api/admin/users/{id_of(client)}/password-reset").json()
+        assert admin.patch(f"/api/admin/users/{id_of(eve)}", json=change).status_code == 200
+    assert join(fake_portal, secret_of(invitation)).status_code == 422
+    assert set_password(fake_portal, reset) == 422
+    listed = admin.get("/api/admin/invitations").json()["invitations"]
+    assert invitation["id"] not in [one["id"] for one in listed]
+
+
+def test_a_role_that_was_narrowed_gives_by_links_what_its_people_may_still_give(
+    fake_portal: Portal, admin: httpx.Client
+) -> None:
+    role = f"h-{new_id()[-8:]}"
+    assert admin.put(f"/api/admin/roles/{role}", json=HELPER).status_code == 200
+    with fake_portal.client(f"help-{new_id()[-6:]}", role=role) as helper:
+        link = helper.post("/api/admin/invitations", json={"role": "player"}).json()
+        narrow = {"permissions": ["users:write", "account:write"]}
+        assert admin.put(f"/api/admin/roles/{role}", json=narrow).status_code == 200
+        assert join(fake_portal, secret_of(link)).status_code == 422
+
+
+async def test_an_account_that_becomes_mightier_at_the_same_moment_is_not_changed(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_container(settings_for()) as portal:
+        await portal.policies.define_role(LOCAL, "helper", Role.model_validate(HELPER))
+        ada = await portal.accounts.register("ada", "ada@example.org", PASSWORD)
+        user = ada.user or ""
+        await portal.people.change(LOCAL, user, role="player")
+        check_within = portal.authorizer.check_within
+
+        async def then_promote(who: Identity, role: Role) -> None:
+            await check_within(who, role)
+            if who is not LOCAL:
+                await portal.people.change(LOCAL, user, role="admin")
+                await portal.people.change(LOCAL, other.user or "", role="admin")
+
+        other = await portal.accounts.register("bo", "bo@example.org", PASSWORD)
+        monkeypatch.setattr(portal.authorizer, "check_within", then_promote)
+        helper = person("help", portal.policies.role("helper"))
+        with pytest.raises(Conflict):
+            await portal.people.change(helper, user, closed=True)
+        (found,), _ = await portal.people.search(LOCAL, "ada")
+        assert (found.role, found.closed_at) == ("admin", None)
 
 
 def test_an_admin_signs_somebody_out_everywhere(admin: httpx.Client, client: httpx.Client) -> None:

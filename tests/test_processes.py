@@ -17,7 +17,17 @@ import pytest
 from app.events import new_id
 from app.services.elsewhere import HEED_S
 from tests.fake_llm import FakeLLM, Script, text
-from tests.support import GameClient, Mosquitto, Portal, Redis, ask, new_database, token_of, wait_until
+from tests.support import (
+    GameClient,
+    Mosquitto,
+    Portal,
+    Redis,
+    ask,
+    new_database,
+    owner_of,
+    token_of,
+    wait_until,
+)
 from tests.test_session_list import watch
 from tests.test_websocket import Chat, chat, reply, types
 
@@ -172,6 +182,25 @@ def test_a_clear_ends_what_the_other_process_generates(
         wait_until(lambda: llm.dropped > dropped, 2.0, "the end of the request to the LLM server")
         socket.until("cancelled")
     assert ada.two.get(f"/api/llm/chat/session/{session}/history").json()["messages"] == []
+
+
+def test_what_waits_here_and_is_cleared_there_is_counted(
+    pair: Pair, ada: Clients, llm: FakeLLM, session: str
+) -> None:
+    with pair.one.client("root", role="admin") as root, ThreadPoolExecutor(1) as pool:
+        limits = f"/api/admin/limits/{owner_of(ada.one)}"
+        assert root.put(limits, json={"concurrent_turns": 2}).status_code == 200
+        with asked(ada.two, session, llm):
+            wait_until(lambda: llm.running, what="the generation")
+            waiting = pool.submit(ask, ada.one, session, message="waits", request_id="w")
+            history = f"/api/llm/chat/session/{session}/history"
+            wait_until(lambda: len(ada.one.get(history).json()["messages"]) == 2, what="both messages")
+            assert ada.two.delete(f"/api/llm/chat/session/{session}").status_code == 200
+            assert waiting.result().json()["finish_reason"] == "cancelled"
+        llm.script = Script()
+        assert root.put(limits, json={"concurrent_turns": 1}).status_code == 200
+        wait_until(lambda: ask(ada.one).status_code == 200, 10, "the place of the turn that had waited")
+        wait_until(lambda: ada.one.get("/api/stats").json()["today"]["turns"] == 3, 10, "all three turns")
 
 
 def test_a_list_of_sessions_follows_the_other_process(

@@ -198,6 +198,22 @@ def test_a_role_that_people_have_cannot_be_deleted(
     assert admin.delete(f"/api/admin/roles/{role}").status_code == 204
 
 
+def test_a_role_is_deleted_by_who_could_define_it(make_portal: MakePortal, tmp_path: Path, role: str) -> None:
+    portal = make_portal(tmp_path).start(ready=False)
+    with portal.client("root", role="admin") as admin:
+        define(admin, "clerk", permissions=["chat:use", "account:write", "roles:write"])
+        define(admin, "author", permissions=["chat:use"])
+        define(admin, "viewer", permissions=["chat:use", "audit:read"])
+        define(admin, role, permissions=["chat:use", "audit:read"])
+        with portal.client("clerk", role="clerk") as clerk:
+            for name in ("author", "viewer", role):
+                refused = clerk.delete(f"/api/admin/roles/{name}")
+                assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden"), name
+                assert "rights that you do not have" in refused.json()["detail"]
+            define(admin, role, permissions=["chat:use"])
+            assert clerk.delete(f"/api/admin/roles/{role}").status_code == 204
+
+
 @pytest.mark.parametrize(
     ("name", "body", "problem"),
     [

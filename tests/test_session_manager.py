@@ -193,6 +193,21 @@ async def test_a_retryable_failure_begins_a_new_attempt(fake: FakeLLM, sessions:
     assert await told(sessions) == [("hi", "complete"), ("Hello there", "complete")]
 
 
+async def test_what_had_failed_does_not_begin_again_at_the_end_of_the_process(
+    fake: FakeLLM, portal: Container
+) -> None:
+    answered = await portal.sessions.submit(request(request_id="answered"))
+    await answered.ended()
+    fake.script = Script(status=500)
+    await (await portal.sessions.submit(request(request_id="r"))).ended()
+    fake.script = Script()
+    await portal.drain.run(0, lambda: True)
+    with pytest.raises(Overloaded, match="being stopped"):
+        await portal.sessions.submit(request(request_id="r"))
+    again = await portal.sessions.submit(request(request_id="answered"))
+    assert answer_of(await again.ended()).response == "Hello there"
+
+
 async def test_a_failed_message_is_kept_but_not_sent(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(status=400)
     ending = await (await sessions.submit(request("bad"))).ended()
@@ -519,6 +534,19 @@ async def test_a_chat_without_a_session_is_not_stored(fake: FakeLLM, sessions: S
     assert fake.requests[-1]["temperature"] == 0
     with pytest.raises(NotFound):
         await sessions.find(ADA, turn.id)
+
+
+async def test_who_leaves_before_a_chat_is_let_in_takes_nothing(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(fake.url, RATE_LIMIT_PER_HOUR=1, daily_token_budget=10_000)
+    message = [{"role": "user", "content": "hi"}]
+    async with open_container(settings) as portal:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await portal.sessions.chat(ADA, message, GenerationOptions())
+        turn = await portal.sessions.chat(ADA, message, GenerationOptions())
+        assert answer_of(await turn.ended()).response == "Hello there"
 
 
 def test_plain_python_needs_no_loop(fake_thread: FakeLLM, settings_for: SettingsFor) -> None:

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from jose import jwt
+from sqlalchemy import func, select
 
+from app.access import LOCAL
 from app.config import Settings
 from app.container import open_container
-from app.errors import Unauthenticated
+from app.errors import Forbidden, InvalidRequest, Unauthenticated
+from app.models import tables
+from app.services import accounts as accounts_module
 from app.services import sign_ins as sign_ins_module
+from app.services.audit import AuditFilter
+from app.services.sign_ins import Tokens
 from tests.support import SECRET, MakePortal, Portal, token_of
 
 ACCOUNT = {"username": "ada", "email": "ada@example.org", "password": "correct horse"}
@@ -194,8 +202,8 @@ async def test_two_tabs_may_renew_at_once_but_not_later(
 ) -> None:
     async with open_container(settings_for()) as portal:
         sign_ins = portal.sign_ins
-        ada = await portal.accounts.register(**ACCOUNT)
-        first = (await sign_ins.begin(ada, "", {})).refresh_token
+        await portal.accounts.register(**ACCOUNT)
+        first = (await portal.accounts.sign_in("ada", ACCOUNT["password"], address="")).refresh_token
         one, two = (await sign_ins.renew(first)).refresh_token, (await sign_ins.renew(first)).refresh_token
         await sign_ins.renew(one)
         newest = (await sign_ins.renew(two)).refresh_token
@@ -204,3 +212,88 @@ async def test_two_tabs_may_renew_at_once_but_not_later(
             await sign_ins.renew(two)
         with pytest.raises(Unauthenticated):
             await sign_ins.renew(newest)
+
+
+class HeldHasher:
+    """Looks at passwords as ever; what it has found is told once that is `released`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._real = accounts_module._hasher
+        self.has_found = asyncio.Event()
+        self.released = threading.Event()
+
+    def hash(self, password: str) -> str:
+        return self._real.hash(password)
+
+    def verify(self, password: str, stored: str) -> bool:
+        found = self._real.verify(password, stored)
+        self._loop.call_soon_threadsafe(self.has_found.set)
+        assert self.released.wait(20)
+        return found
+
+
+async def test_a_password_that_was_right_a_moment_ago_is_no_leave_to_change_it(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_container(settings_for()) as portal:
+        ada = await portal.accounts.register(**ACCOUNT)
+        link = (await portal.people.password_link(LOCAL, ada.user or "")).secret
+        hasher = HeldHasher(asyncio.get_running_loop())
+        monkeypatch.setattr(accounts_module, "_hasher", hasher)
+        changing = asyncio.create_task(
+            portal.accounts.change_password(ada, ACCOUNT["password"], "battery staple", address="")
+        )
+        await hasher.has_found.wait()
+        await portal.accounts.reset_password(link, "another horse", address="")
+        hasher.released.set()
+        with pytest.raises(InvalidRequest, match="current_password"):
+            await changing
+        await portal.accounts.sign_in("ada", "another horse", address="")
+
+
+async def test_sign_ins_that_are_over_are_kept_no_longer_than_to_the_next(
+    settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_container(settings_for()) as portal:
+
+        async def sign_in() -> Tokens:
+            return await portal.accounts.sign_in("ada", ACCOUNT["password"], address="")
+
+        ada = await portal.accounts.register(**ACCOUNT)
+        for _ in range(3):
+            await portal.sign_ins.end_by_token((await sign_in()).refresh_token)
+        first = await sign_in()
+        await sign_in()
+        count = select(func.count()).select_from(tables.sign_ins)
+        assert await portal.database.read(lambda c: c.execute(count).scalar()) == 2
+        assert (await portal.accounts.identify(first.access_token)).owner == ada.owner
+        shown = await portal.sign_ins.open_ones(ada)
+        monkeypatch.setattr(sign_ins_module, "MOST_SHOWN", 1)
+        assert await portal.sign_ins.open_ones(ada) == shown[:1], "and of many the newest are shown"
+
+
+@pytest.mark.parametrize("change", ["another password", "closed"])
+async def test_no_sign_in_begins_with_what_was_right_a_moment_ago(
+    database_url: str,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    async with open_container(settings_for(database_url=database_url)) as portal:
+        ada = await portal.accounts.register(**ACCOUNT)
+        link = (await portal.people.password_link(LOCAL, ada.user or "")).secret
+        hasher = HeldHasher(asyncio.get_running_loop())
+        monkeypatch.setattr(accounts_module, "_hasher", hasher)
+        signing_in = asyncio.create_task(portal.accounts.sign_in("ada", ACCOUNT["password"], address=""))
+        await hasher.has_found.wait()
+        if change == "closed":
+            await portal.people.change(LOCAL, ada.user or "", closed=True)
+        else:
+            await portal.accounts.reset_password(link, "another horse", address="")
+        hasher.released.set()
+        with pytest.raises(Forbidden if change == "closed" else Unauthenticated):
+            await signing_in
+        assert await portal.sign_ins.open_ones(ada) == []
+        (denied,) = await portal.audit.search(AuditFilter(action="auth.sign_in"))
+        assert (denied.target, denied.outcome) == (ada.owner, "denied")

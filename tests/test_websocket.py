@@ -377,3 +377,27 @@ def test_a_socket_ends_with_its_sign_in_and_follows_its_role(
 
         wait_until(is_refused, what="the other role")
         assert time.monotonic() - began < look_s + 5
+
+
+@pytest.mark.parametrize("path", ["/ws/chat/{}", "/ws/sessions", "/api/mqtt/ws/hints/{}"])
+def test_a_socket_ends_when_its_user_may_not_open_it_any_more(
+    make_portal: Callable[..., Portal], llm: FakeLLM, tmp_path: Any, session: str, path: str
+) -> None:
+    look_s = 1.0
+    times = {"app.services.token_watch.LOOK_S": look_s}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=llm.url).with_times(times).start()
+    with (
+        portal.client() as ada,
+        portal.client("admin", role="admin") as admin,
+        opened(portal, ada, path.format(session)) as socket,
+    ):
+        assert socket.next()["type"] == "connection_established"
+        assert admin.put("/api/admin/roles/mute", json={"permissions": ["account:write"]}).status_code == 200
+        user = f"/api/admin/users/{ada.get('/api/auth/me').json()['id']}"
+        assert admin.patch(user, json={"role": "mute"}).status_code == 200
+        told = socket.next()
+        assert (told["type"], told["error"]["code"]) == ("error", "forbidden")
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.next()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008

@@ -80,6 +80,10 @@ class Limits(BaseModel):
         """These limits, with those of `wider` where none is set."""
         return wider.model_copy(update=self.model_dump(exclude_none=True))
 
+    def without(self, narrower: Limits) -> Limits:
+        """These limits, but for those that `narrower` sets."""
+        return self.model_copy(update=dict.fromkeys(narrower.model_dump(exclude_none=True)))
+
 
 ANY = ("*",)
 """Patterns of names that leave nothing out."""
@@ -113,6 +117,10 @@ class Role(BaseModel):
         subject = permission.partition(":")[0]
         return not self.permissions.isdisjoint((permission, f"{subject}:*", "*"))
 
+    def lacks(self, other: Role) -> list[str]:
+        """The permissions of another role that this one has not."""
+        return [name for name in PERMISSIONS if other.allows(name) and not self.allows(name)]
+
 
 ROLE_NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 
@@ -124,7 +132,7 @@ Door = Literal["http", "mqtt", "python"]
 
 @dataclass(frozen=True, slots=True)
 class KeyUse:
-    """The API key that somebody asks with. `device` keys are good in MQTT payloads only."""
+    """The API key that somebody asks with; or the `device`, which an admin has added."""
 
     id: str
     name: str

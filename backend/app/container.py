@@ -152,7 +152,9 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 
         book = UsageBook(database)
         alerts = await stack.enter_async_context(_alerts(settings, database, authorizer))
-        admission = Admission(settings, policies, ledger, book, catalog, alerts)
+        admission = await stack.enter_async_context(
+            _admission(Admission(settings, policies, ledger, book, catalog, alerts))
+        )
         tally = Tally(llm.is_known)
         accounting = Accounting(database, admission, tally)
         templates = Templates(database, authorizer)
@@ -168,7 +170,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
             wire,
         )
         succession = await stack.enter_async_context(
-            _succession(Succession(store, leases, runner, admission, policies, drain))
+            _succession(Succession(store, leases, runner, admission, policies, devices, drain))
         )
         sessions = SessionManager(
             store, runner, llm, templates, authorizer, policies, projects, admission, drain, models.defaults
@@ -254,6 +256,14 @@ async def _alerts(settings: Settings, database: Database, authorizer: Authorizer
         if webhook is not None:
             await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
         yield Alerts(database, authorizer, settings.alert_percent, webhook)
+
+
+@asynccontextmanager
+async def _admission(admission: Admission) -> AsyncIterator[Admission]:
+    try:
+        yield admission
+    finally:
+        await admission.close()
 
 
 @asynccontextmanager

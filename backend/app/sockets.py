@@ -33,6 +33,9 @@ VIOLATION = 1008
 CLOSE_S = 1.0
 """How long a client may take to read why its socket is closed."""
 
+May = Callable[[Identity], Awaitable[None]]
+"""Returns when somebody may do something; raises why not."""
+
 log = get_logger(__name__)
 
 
@@ -51,17 +54,18 @@ TOO_SLOW = Closing(1013, "too slow: connect again and resume")
 class Opened:
     """A socket that is open, and who has opened it."""
 
-    def __init__(self, socket: WebSocket, watch: TokenWatch, token: str, user: Identity) -> None:
+    def __init__(self, socket: WebSocket, watch: TokenWatch, token: str, user: Identity, may: May) -> None:
         self.socket = socket
         self.user = user
         self._watch = watch
+        self._may = may
         self._token = token
         self._serving: asyncio.Task[Any] | None = None
         self._why: PortalError | Closing | None = None
 
     async def serve(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does the work until it has ended, the client has gone, its token is not good any more, or somebody
-        calls `end`; then the socket is closed."""
+        """Does the work until it has ended, the client has gone, its token is not good any more, its user may
+        not open the socket any more, or somebody calls `end`; then the socket is closed."""
         self._serving = asyncio.current_task()
         try:
             with self._watch.watch(self._token, self):
@@ -77,9 +81,11 @@ class Opened:
         finally:
             self._serving = None
 
-    def is_now(self, identity: Identity) -> None:
+    async def is_now(self, identity: Identity) -> None:
         """See `Connected`."""
-        self.user = identity
+        if identity != self.user:
+            await self._may(identity)
+            self.user = identity
 
     def end(self, why: PortalError | Closing) -> None:
         """Ends what is served. Who is told an error is not let in any more."""
@@ -191,8 +197,9 @@ def refusal(error: PortalError, request_id: str | None = None) -> dict[str, Any]
     return {"type": "error", "request_id": request_id, "error": msgspec.to_builtins(error.info)}
 
 
-async def open_socket(socket: WebSocket, may: Callable[[Identity], Awaitable[None]]) -> Opened | None:
-    """Accepts the socket of somebody who `may` open it; None when it was refused, with an HTTP answer."""
+async def open_socket(socket: WebSocket, may: May) -> Opened | None:
+    """Accepts the socket of somebody who `may` open it; None when it was refused, with an HTTP answer. The
+    socket is closed when they may not any more."""
     container = socket.app.state.container
     accounts: Accounts = container.accounts
     try:
@@ -204,7 +211,7 @@ async def open_socket(socket: WebSocket, may: Callable[[Identity], Awaitable[Non
         return None
     chosen = SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None
     await socket.accept(subprotocol=chosen)
-    return Opened(socket, container.token_watch, token, user)
+    return Opened(socket, container.token_watch, token, user, may)
 
 
 async def _token(socket: WebSocket) -> str:

@@ -162,6 +162,55 @@ async def test_guessing_at_many_accounts_from_one_address_is_stopped_there_and_n
         assert await guesser.try_one("ada", "correct horse") == "in"
 
 
+@pytest.mark.usefixtures("quick_passwords")
+async def test_a_name_that_nobody_has_is_refused_as_others_are(settings_for: Callable[..., Settings]) -> None:
+    async with open_container(settings_for()) as portal:
+        await people(portal, "ada")
+        guesser = Guesser(portal)
+
+        async def told(name: str) -> list[str]:
+            spellings = [name, name.upper(), name.title(), f"{name}@Example.org"]
+            return [await guesser.try_one(spelling) for spelling in spellings for _ in range(6)]
+
+        known, unknown = await told("ada"), await told("eve")
+        assert known[:18] == unknown[:18] == ["wrong"] * 5 + ["wait 60"] * 13
+
+
+@pytest.mark.usefixtures("quick_passwords")
+async def test_an_address_of_ipv6_is_one_of_very_many(settings_for: Callable[..., Settings]) -> None:
+    async with open_container(settings_for()) as portal:
+        await people(portal, "ada")
+        guesser = Guesser(portal)
+        for number in range(60):
+            address = f"2001:db8:1:2:{number:x}::{number:x}"
+            assert await guesser.try_one(f"name{number}", address=address) == "wrong"
+            mapped = f"::ffff:10.0.1.{number}"
+            assert await guesser.try_one(f"other{number}", address=mapped) == "wrong"
+        assert (await guesser.try_one("ada", "correct horse", "2001:db8:1:2::1")).startswith("wait 9")
+        assert await guesser.try_one("ada", "correct horse", "2001:db8:1:3::1") == "in"
+        assert await guesser.try_one("ada", "correct horse", "::ffff:10.0.2.1") == "in"
+
+
+@pytest.mark.usefixtures("quick_passwords")
+async def test_right_passwords_are_many_but_not_without_end(settings_for: Callable[..., Settings]) -> None:
+    async with open_container(settings_for()) as portal:
+        await people(portal, "ada", "bob", "cy", "di")
+        guesser = Guesser(portal)
+
+        async def tries(name: str, count: int) -> set[str]:
+            said: set[str] = set()
+            for _ in range(count // 5):  # no more at once: what is not known to be right yet counts as wrong
+                said.update(await asyncio.gather(*(guesser.try_one(name, "correct horse") for _ in range(5))))
+            return said
+
+        assert await tries("ada", 300) == {"in"}
+        assert (await guesser.try_one("ADA", "correct horse")).startswith("wait 3")
+        for name, count in (("bob", 300), ("cy", 300), ("di", 100)):
+            assert await tries(name, count) == {"in"}
+        assert (await guesser.try_one("di", "correct horse")).startswith("wait 3"), "from this address"
+        assert await guesser.try_one("di", "correct horse", "192.0.2.2") == "in"
+
+
 async def test_many_guesses_at_once_are_no_way_around(settings_for: Callable[..., Settings]) -> None:
     async with open_container(settings_for()) as portal:
         await people(portal, "ada")
@@ -183,3 +232,16 @@ async def test_the_old_password_is_guarded_when_it_is_changed_too(
                 )
         with pytest.raises(RateLimited):
             await portal.accounts.change_password(ada, "correct horse", "battery staple", address="192.0.2.1")
+
+
+async def test_strangers_do_not_keep_anybody_from_changing_the_password(
+    settings_for: Callable[..., Settings],
+) -> None:
+    async with open_container(settings_for()) as portal:
+        ada = await portal.accounts.register("ada", "ada@example.org", "correct horse")
+        guesser = Guesser(portal)
+        while await guesser.try_one("ada") == "wrong":
+            pass
+        await portal.accounts.change_password(ada, "correct horse", "battery staple", address="192.0.2.1")
+        guesser.now += 61
+        assert await guesser.try_one("ada", "battery staple") == "in"

@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from app.cli import devices, install, models, page, people, servers, up
 from app.cli.broker import Certificate
@@ -80,6 +81,10 @@ Model = Annotated[
     Path | None,
     typer.Option("--model", help="Serve this GGUF instead of the starter model", exists=True, dir_okay=False),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option("--ctx", help="Context of each generation, in tokens (4096)", min=256, metavar="TOKENS"),
+]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Run in the background")]
 
 
@@ -97,6 +102,7 @@ def _arguments(stack: Stack) -> list[str]:
         "--llm-url": stack.llm_url,
         "--broker": stack.broker_url,
         "--model": stack.model,
+        "--ctx": stack.context,
     }
     return [text for name, value in options.items() if value is not None for text in (name, str(value))]
 
@@ -114,6 +120,7 @@ def up_command(
     llm_url: LlmUrl = None,
     broker: Broker = None,
     model: Model = None,
+    ctx: Context = None,
     detach: Detach = False,
     background: Annotated[bool, typer.Option(hidden=True, help="The background side of --detach")] = False,
 ) -> None:
@@ -128,14 +135,15 @@ def up_command(
             llm_url,
             broker,
             model.resolve() if model else None,
-            own_llm=model is not None or llm_port is not None,
+            context=ctx,
+            own_llm=any(given is not None for given in (model, ctx, llm_port)),
             own_broker=any(given is not None for given in (mqtt_port, mqtt_ws_port, mqtt_listen, mqtt_cert)),
             mqtt_ws_port=9001 if mqtt_ws_port is None else mqtt_ws_port,
             mqtt_listen=mqtt_listen or HOST,
             mqtt_certificate=certificate,
         )
         if detach:
-            up.detach(stack, ["up", "--background", *_arguments(stack)])
+            sys.exit(0 if up.detach(stack, ["up", "--background", *_arguments(stack)]) else 1)
         else:
             up.run(stack, introduce=not background)
 
@@ -187,12 +195,11 @@ def status(
 def _table(found: StackState) -> Table:
     table = Table("Part", "State", "Process", "Up for", "Restarts", "Address", box=None, pad_edge=False)
     for part in found.parts.values():
-        colour = "green" if part.state == "ready" else "yellow"
         seconds = max(0, round(time.time() - part.since))
         lasted = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         table.add_row(
             part.title,
-            f"[{colour}]{part.state}[/{colour}]",
+            Text(part.state, style="green" if part.state == "ready" else "yellow"),
             str(part.pid or "-"),
             lasted,
             str(part.restarts),

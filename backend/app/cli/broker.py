@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import getpass
 import hashlib
 import os
 import secrets
@@ -104,9 +103,9 @@ class BrokerConfig:
 
     def _lines(self) -> Iterator[str]:
         yield CONFIG.format(anonymous=str(self.anonymous).lower(), data=self.data)
-        if sys.platform != "win32":
-            # Started by root it would become a user who may not read this directory.
-            yield f"user {getpass.getuser()}"
+        if sys.platform != "win32" and os.geteuid() == 0:
+            # Else it would become a user who may not read this directory.
+            yield "user root"
         if self.plugin is not None:
             yield f"plugin {self.plugin}"
             yield f"plugin_opt_config_file {self.rights}"

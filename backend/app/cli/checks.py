@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rich.text import Text
+
 from app.cli.console import console, done
 from app.cli.page import npm, npm_environment
 from app.cli.stack import ROOT, Stack
@@ -46,7 +48,7 @@ def run_checks(stack: Stack, pytest_arguments: Sequence[str]) -> int:
         for (title, _, _), run in zip(checks, pool.map(_run_quietly, checks), strict=True):
             sys.stdout.write(run.stdout)
             if run.returncode:
-                console.print(f"[red]✗[/red] {title}")
+                console.print(Text.assemble(("✗", "red"), " ", title))
                 pool.shutdown(cancel_futures=True)
                 return run.returncode
             done(title)

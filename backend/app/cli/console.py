@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.config import WrongSettings
@@ -21,12 +22,21 @@ for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # a console that has no ✓ shows something else for it
 
-console = Console(highlight=False)
+
+def _console(*, stderr: bool = False) -> Console:
+    """One that shows a string as it is: it may be of others, such as a model's reply. `Text` colours."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+console = _console()
 
 QUIET_INTERVAL_S = 10.0
 """Without a terminal, how often a long step says that it goes on."""
 
 TAIL_LINES = 12
+
+STEP_STOP_S = 5.0
+"""How long the program of a step has to end, when this one is ended."""
 
 
 class Failure(Exception):
@@ -39,20 +49,21 @@ class Failure(Exception):
 
     def show(self) -> None:
         """Prints it to standard error."""
-        errors = Console(stderr=True, highlight=False)
-        errors.print(f"[red]✗[/red] {self.problem}", markup=True, soft_wrap=True)
+        errors = _console(stderr=True)
+        errors.print(Text.assemble(("✗", "red"), " ", self.problem), soft_wrap=True)
         for remedy in self.remedies:
-            errors.print(f"  {remedy}", markup=False, soft_wrap=True)
+            errors.print(f"  {remedy}", soft_wrap=True)
 
 
-def done(text: str) -> None:
+def done(text: str, detail: str = "") -> None:
     """A step is done."""
-    console.print(f"[green]✓[/green] {text}", soft_wrap=True)
+    told = (f" {detail}", "dim") if detail else ""
+    console.print(Text.assemble(("✓", "green"), " ", text, told), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Something worth knowing."""
-    console.print(f"[yellow]![/yellow] {text}", soft_wrap=True)
+    console.print(Text.assemble(("!", "yellow"), " ", text), soft_wrap=True)
 
 
 class Step:
@@ -61,17 +72,17 @@ class Step:
     def __init__(self, title: str) -> None:
         self.title = title
         self._began = self._told = time.monotonic()
-        self._status = console.status(title) if console.is_terminal else None
+        self._status = console.status(Text(title)) if console.is_terminal else None
 
     def tell(self, detail: str = "") -> None:
         """Shows the time that has passed, and `detail`."""
         now = time.monotonic()
-        text = f"{self.title} ({now - self._began:.0f} s) [dim]{detail}[/dim]"
+        text = Text.assemble(f"{self.title} ({now - self._began:.0f} s) ", (detail, "dim"))
         if self._status is not None:
             self._status.update(text)
         elif now - self._told >= QUIET_INTERVAL_S:
             self._told = now
-            console.print(f"  {text}", soft_wrap=True)
+            console.print(Text.assemble("  ", text), soft_wrap=True)
 
     @property
     def seconds(self) -> float:
@@ -100,19 +111,33 @@ def run_step(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
         )
-        while process.poll() is None:
-            time.sleep(0.1)
-            step.tell(_last_line(log))
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                step.tell(_last_line(log))
+        finally:
+            end(process, STEP_STOP_S)
     if process.returncode != 0:
         raise Failure(f"{title}: it failed.", *_advice(log), *tail(log), f"(all of it: {log})")
     done(f"{title} ({step.seconds:.0f} s)")
 
 
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ends a program, if it runs, which has so many seconds for it."""
+    with suppress(PermissionError):  # what sudo started is root's
+        process.terminate()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log."""
-    if not log.exists():
+    """The last lines of a log, where it can be read."""
+    try:
+        return log.read_text(errors="replace").splitlines()[-lines:]
+    except OSError:
         return []
-    return log.read_text(errors="replace").splitlines()[-lines:]
 
 
 @contextmanager
@@ -146,7 +171,7 @@ def failure_of(error: Exception) -> Failure:
 
 def _last_line(log: Path) -> str:
     lines = tail(log, 1)
-    return lines[0].strip()[:80].replace("[", "(") if lines else ""
+    return lines[0].strip()[:80] if lines else ""
 
 
 def _advice(log: Path) -> list[str]:

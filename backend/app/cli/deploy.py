@@ -17,7 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.cli.console import Failure, failure_of
 from app.cli.only_bridge import check_alone
-from app.cli.own_llm import own_llm
+from app.cli.own_llm import own_llm, prepare_llm
+from app.cli.parts import Part
 from app.cli.stack import HOST, Stack
 from app.cli.statistics import tell_statistics
 from app.cli.supervisor import lock_file, on_signals
@@ -94,8 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
     # paho's sockets are watched by the event loop, which Windows' default loop cannot do.
     factory = asyncio.SelectorEventLoop if sys.platform == "win32" else None
     try:
+        llm = None
+        if deployment.llm is not None:
+            llm = prepare_llm(deployment.llm, deployment.settings.llm_max_concurrency)
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(_run(deployment))
+            runner.run(_run(deployment, llm))
+    except KeyboardInterrupt:
+        return 0  # nothing was served yet
     except (Failure, PortalError, SQLAlchemyError) as error:
         failure_of(error).show()
         return 1
@@ -263,12 +269,12 @@ def _free_port() -> int:
 # --- running -------------------------------------------------------------------------------------
 
 
-async def _run(deployment: Deployment) -> None:
+async def _run(deployment: Deployment, llm: Part | None) -> None:
     """Serves until a signal comes, and until the turns have ended then; a second signal ends it at once.
     Raises `Failure`."""
     stop, hurry, opened = asyncio.Event(), asyncio.Event(), list[Container]()
     on_signals(lambda: hurry.set() if stop.is_set() else stop.set())
-    serving = asyncio.create_task(_serve(deployment, opened), name="serve")
+    serving = asyncio.create_task(_serve(deployment, llm, opened), name="serve")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -280,13 +286,14 @@ async def _run(deployment: Deployment) -> None:
     log.info("stopped")
 
 
-async def _serve(deployment: Deployment, opened: list[Container]) -> None:
-    settings = deployment.settings
+async def _serve(deployment: Deployment, llm: Part | None, opened: list[Container]) -> None:
+    settings, database = deployment.settings, deployment.database
     async with AsyncExitStack() as stack:
-        stack.enter_context(_alone_with(deployment.database))
+        stack.enter_context(_alone_with(database))
         await asyncio.to_thread(check_alone, settings)
-        if deployment.llm is not None:
-            await stack.enter_async_context(own_llm(deployment.llm, settings.llm_max_concurrency))
+        if llm is not None:
+            log_file = database.with_name(f"{database.name}.llm.log")
+            await stack.enter_async_context(own_llm(llm, log_file))
         container = await stack.enter_async_context(open_container(settings))
         opened.append(container)
         if not settings.anonymous_mqtt:

@@ -46,6 +46,12 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
 def alias_of(model: Path) -> str:
     """The public name of a model file: its stem, without the kind of quantisation."""
     return QUANTISATION.sub("", model.stem).lower()
@@ -64,7 +70,7 @@ def _serve(arguments: argparse.Namespace, context: int) -> Any:
     if arguments.threads is not None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
     else:
-        params.cpuparams.n_threads = max(1, (psutil.cpu_count(logical=False) or 1) - 1)
+        params.cpuparams.n_threads = max(1, cores() - 1)
     params.n_ctx = arguments.slots * context  # shared out evenly
     params.use_jinja = True
     params.cont_batching = True

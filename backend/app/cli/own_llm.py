@@ -11,10 +11,18 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from app.cli import install
-from app.cli.console import Failure, tail
-from app.cli.parts import STOP_S, Part, check_port, llm_server
+from app.cli.console import Failure, end, tail
+from app.cli.parts import STOP_S, Part, check_ports, llm_server
 from app.cli.stack import Stack
-from app.cli.supervisor import BACKOFF_FIRST_S, BACKOFF_MOST_S, HEALTHY_S, START_TIMEOUT_S
+from app.cli.supervisor import (
+    BACKOFF_FIRST_S,
+    BACKOFF_MOST_S,
+    HEALTHY_S,
+    START_TIMEOUT_S,
+    cut,
+    rotate,
+    stopped_as_by_ctrl_c,
+)
 from app.config import child_environment
 from app.logs import get_logger
 
@@ -23,12 +31,21 @@ POLL_S = 0.1
 log = get_logger(__name__)
 
 
+@stopped_as_by_ctrl_c()
+def prepare_llm(stack: Stack, slots: int) -> Part:
+    """Gets everything that serving the stack's model needs, or the starter model. Raises `Failure`."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        install.install_packages(stack, "requirements-llm.txt", "llama.cpp's server (35 MB)")
+    part = llm_server(stack, stack.model or install.starter_model(stack), slots)
+    check_ports([part])
+    return part
+
+
 @asynccontextmanager
-async def own_llm(stack: Stack, slots: int) -> AsyncIterator[None]:
-    """Serves the stack's model, or the starter model, at the stack's LLM address. Raises `Failure` when it
-    does not start; what dies later is told in the log, and started again."""
-    part = await asyncio.to_thread(_prepare, stack, slots)
-    server = _Server(part, stack.logs / f"llm-{part.port}.log")
+async def own_llm(part: Part, file: Path) -> AsyncIterator[None]:
+    """Serves what was prepared, with its output in `file`. Raises `Failure` when it does not start; what dies
+    later is told in the log, and started again."""
+    server = _Server(part, file)
     try:
         await server.start()
         keeper = asyncio.create_task(server.keep(), name="llm server")
@@ -42,15 +59,6 @@ async def own_llm(stack: Stack, slots: int) -> AsyncIterator[None]:
         await asyncio.to_thread(server.stop)
 
 
-def _prepare(stack: Stack, slots: int) -> Part:
-    stack.logs.mkdir(parents=True, exist_ok=True)
-    if importlib.util.find_spec("xllamacpp") is None:
-        install.install_packages(stack, "requirements-llm.txt", "llama.cpp's server (35 MB)")
-    part = llm_server(stack, stack.model or install.starter_model(stack), slots)
-    check_port(part)
-    return part
-
-
 class _Server:
     def __init__(self, part: Part, file: Path) -> None:
         self._part = part
@@ -59,6 +67,7 @@ class _Server:
 
     async def start(self) -> None:
         """Returns once it is ready. Raises `Failure`."""
+        rotate(self._file)
         log.info("llama.cpp is being started", address=self._part.address, log=str(self._file))
         process = self._spawn()
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -77,26 +86,26 @@ class _Server:
             began = time.monotonic()
             while self._process.poll() is None:
                 await asyncio.sleep(POLL_S)
+                cut(self._file)
             last = " | ".join(tail(self._file, 3))
             log.error("llama.cpp died; starting it again", code=self._process.returncode, said=last)
             backoff = BACKOFF_FIRST_S if time.monotonic() - began > HEALTHY_S else backoff
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, BACKOFF_MOST_S)
-            self._spawn()
+            try:
+                self._spawn()
+            except OSError as error:  # the dead one stays in its place, and this goes on
+                log.error("llama.cpp could not be run", reason=str(error))
 
     def stop(self) -> None:
         """Ends it."""
         if self._process is None:
             return
         with self._process as process:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end(process, STOP_S)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        with self._file.open("wb") as output:
+        with self._file.open("ab") as output:
             self._process = subprocess.Popen(
                 [*self._part.command, "--with-parent"],
                 stdin=subprocess.PIPE,

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from ipaddress import ip_address
 from pathlib import Path
 from socket import create_connection
@@ -39,7 +40,8 @@ class MorePort:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A program that the supervisor keeps running. `option` is the flag for another port."""
+    """A program that the supervisor keeps running. `prepare` is done before it is first started; `is_ready`
+    is asked on and on where it `is_watched`. `option` is the flag for another port."""
 
     name: str
     title: str
@@ -48,10 +50,17 @@ class Part:
     option: str
     address: str
     is_ready: Callable[[], bool]
+    prepare: Callable[[], None] = lambda: None
+    is_watched: bool = True
     settings: dict[str, str] = field(default_factory=dict)
     instead: str = ""
     more_ports: Sequence[MorePort] = ()
     stop_s: float = STOP_S
+
+    @property
+    def ports(self) -> list[MorePort]:
+        """All its ports."""
+        return [MorePort(self.port, self.title, f"choose another one with {self.option}"), *self.more_ports]
 
 
 def parts_of(stack: Stack, model: Path | None, mosquitto: str | None, settings: Settings) -> list[Part]:
@@ -69,6 +78,8 @@ def llm_server(stack: Stack, model: Path, slots: int) -> Part:
     """llama.cpp with a model, for so many generations at once."""
     command = [sys.executable, "-m", "app.cli.llm_server", "--model", str(model)]
     command += ["--host", HOST, "--port", str(stack.llm_port), "--slots", str(slots)]
+    if stack.context is not None:
+        command += ["--ctx", str(stack.context)]
     return Part(
         "llm",
         "LLM server",
@@ -83,7 +94,6 @@ def llm_server(stack: Stack, model: Path, slots: int) -> Part:
 
 def _broker(stack: Stack, program: str) -> Part:
     config = stack.broker_config
-    config.write(read_credentials(stack.state) if config.plugin else None)
     more = []
     if config.ws_port:
         remedy = "choose another one with --mqtt-ws-port, or none with --mqtt-ws-port 0"
@@ -99,6 +109,10 @@ def _broker(stack: Stack, program: str) -> Part:
         "--mqtt-port",
         " ".join(stack.mqtt_addresses),
         lambda: _listens(config.own_port or stack.mqtt_port),
+        prepare=lambda: config.write(read_credentials(stack.state) if config.plugin else None),
+        # Mosquitto logs two lines for each look, which tells nothing: the system takes connections also for a
+        # program that hangs.
+        is_watched=False,
         instead="--broker URL, if it is an MQTT broker",
         more_ports=more,
     )
@@ -131,14 +145,24 @@ def _portal(stack: Stack, settings: Settings) -> Part:
     )
 
 
-def check_port(part: Part) -> None:
-    """Raises `Failure` when something else listens on one of the part's ports."""
-    ways = [f"choose another one with {part.option}", *([f"use it: {part.instead}"] if part.instead else [])]
-    for wanted in (MorePort(part.port, part.title, "; or ".join(ways)), *part.more_ports):
-        if _listens(wanted.port, wanted.host):
-            raise Failure(
-                f"Port {wanted.port}, for the {wanted.title}, is in use{_holder(wanted.port)}.", wanted.remedy
-            )
+def check_ports(parts: Sequence[Part]) -> None:
+    """Raises `Failure` when something else listens on one of the parts' ports, or two have the same."""
+    taken: dict[int, str] = {}
+    for part in parts:
+        for wanted in part.ports:
+            if wanted.port in taken:
+                raise Failure(
+                    f"Port {wanted.port} is for the {taken[wanted.port]} and for the {wanted.title}.",
+                    wanted.remedy,
+                )
+            taken[wanted.port] = wanted.title
+            if _listens(wanted.port, wanted.host):
+                instead = [f"or use it: {part.instead}"] if part.instead and wanted.port == part.port else []
+                raise Failure(
+                    f"Port {wanted.port}, for the {wanted.title}, is in use{_holder(wanted.port)}.",
+                    wanted.remedy,
+                    *instead,
+                )
 
 
 def _holder(port: int) -> str:
@@ -178,7 +202,7 @@ def answers(url: str) -> bool:
     except urllib.error.HTTPError as error:
         error.close()
         return False
-    except OSError:
+    except (OSError, HTTPException):
         return False
     return True
 

@@ -75,7 +75,7 @@ def _show(protocol: str, ask: Callable[[], str]) -> None:
             raise Failure(f"No answer over {protocol}: {error}", "See `logs`.") from None
         seconds = time.monotonic() - began
         step.tell()
-    done(f"{protocol}: “{' '.join(reply.split())[:80]}” [dim]({seconds:.1f} s)[/dim]")
+    done(f"{protocol}: “{' '.join(reply.split())[:80]}”", f"({seconds:.1f} s)")
 
 
 def _over_http(stack: Stack, token: str) -> str:

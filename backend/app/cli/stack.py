@@ -37,7 +37,8 @@ HOST = "127.0.0.1"
 @dataclass(frozen=True, slots=True)
 class Stack:
     """The parts that `up` starts. `llm_url` and `broker_url` are set where a server that is there
-    already is used instead of an own one; `broker_url` is empty where there is no broker at all.
+    already is used instead of an own one; `broker_url` is empty where there is no broker at all. Each
+    generation of an own LLM server has `context` tokens, where that is set.
     `own_llm` and `own_broker` start own ones whatever the settings name. The own broker listens on
     `mqtt_listen`; `mqtt_plugin` is its dynamic security plugin, once that was looked for."""
 
@@ -48,6 +49,7 @@ class Stack:
     llm_url: str | None = None
     broker_url: str | None = None
     model: Path | None = None
+    context: int | None = None
     own_llm: bool = False
     own_broker: bool = False
     mqtt_ws_port: int = 9001

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import signal
 import sys
 import time
@@ -14,8 +16,8 @@ from typing import IO, Literal
 import msgspec
 import psutil
 
-from app.cli.console import Failure, tail
-from app.cli.parts import STOP_S, Part, check_port
+from app.cli.console import Failure, note, tail
+from app.cli.parts import STOP_S, Part, check_ports
 from app.cli.stack import Stack
 from app.config import child_environment
 
@@ -32,12 +34,15 @@ READY_POLL_S = 0.1
 WATCH_S = 5.0
 """How often a part that was ready is looked at."""
 
+LOG_MOST_BYTES = 10_000_000
+"""A log that is longer is begun anew; the one before is kept."""
+
 State = Literal["starting", "ready", "unresponsive", "waiting"]
 
 
 class PartState(msgspec.Struct):
-    """A part as the state file tells of it. A process is its id with the time it was created: ids
-    alone are used again."""
+    """A part as the state file tells of it. A process is its id with when it was born: ids alone are used
+    again."""
 
     title: str
     address: str
@@ -50,7 +55,7 @@ class PartState(msgspec.Struct):
 
 
 class StackState(msgspec.Struct):
-    """The state file."""
+    """The state file. `boot` is that of the system."""
 
     pid: int
     created: float
@@ -58,8 +63,8 @@ class StackState(msgspec.Struct):
     url: str
     broker: str
     llm: str = ""
+    boot: str = ""
     ready: bool = False
-    failure: list[str] = []
     parts: dict[str, PartState] = {}
 
     @property
@@ -69,20 +74,37 @@ class StackState(msgspec.Struct):
 
 
 def read_state(stack: Stack) -> StackState | None:
-    """The state file, if there is one."""
+    """The state file, if there is one of processes that may still live."""
     try:
-        return msgspec.json.decode(_state_file(stack).read_bytes(), type=StackState)
+        found = msgspec.json.decode(_state_file(stack).read_bytes(), type=StackState)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
+    return found if found.boot == _boot() else None
 
 
 def process(pid: int, created: float) -> psutil.Process | None:
-    """The process, if it still is the one that was created then."""
+    """The process, if it still is the one that was born then."""
     try:
         found = psutil.Process(pid)
-        return found if pid and abs(found.create_time() - created) < 1 and _lives(found) else None
-    except psutil.Error:
+        return found if pid and abs(born(pid) - created) < 1 and _lives(found) else None
+    except (psutil.Error, OSError):
         return None
+
+
+def born(pid: int) -> float:
+    """When a process began, which tells it from others of its id. Raises `psutil.Error` or `OSError`."""
+    if sys.platform == "linux":
+        # psutil adds the time of the boot, and that is another one once the clock was set.
+        return float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    return float(psutil.Process(pid).create_time())
+
+
+def _boot() -> str:
+    """Which boot of the system this is, where it tells."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _lives(found: psutil.Process) -> bool:
@@ -119,9 +141,10 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._failure: Failure | None = None
         self._processes: dict[str, asyncio.subprocess.Process] = {}
-        me = psutil.Process()
-        began = (me.pid, me.create_time(), time.time())
-        self._state = StackState(*began, stack.url, stack.broker_address, stack.llm_address)
+        me = os.getpid()
+        began = (me, born(me), time.time())
+        self._state = StackState(*began, stack.url, stack.broker_address, stack.llm_address, _boot())
+        self._is_written = False
         self._state.parts = {part.name: _state_of(part) for part in parts}
 
     async def run(self) -> None:
@@ -129,9 +152,12 @@ class Supervisor:
         not start."""
         with _lock(self._stack):
             stop_leftovers(self._stack)
-            for part in self._parts:
-                check_port(part)
+            check_ports(self._parts)
             self._write()
+            if not self._is_written:
+                raise Failure(f"{self._stack.state} cannot be written.", "Perhaps the disk is full.")
+            for part in self._parts:
+                part.prepare()
             on_signals(self._told_to_stop)
             tasks = [asyncio.create_task(self._keep(part), name=part.name) for part in self._parts]
             tasks.append(asyncio.create_task(self._await_ready(), name="ready"))
@@ -139,64 +165,74 @@ class Supervisor:
                 await self._stop.wait()
             finally:
                 await self._stop_all(tasks)
-            if self._failure is not None:
-                self._state.failure = [self._failure.problem, *self._failure.remedies]
-                self._write()
-                raise self._failure
             _state_file(self._stack).unlink(missing_ok=True)
+            if self._failure is not None:
+                raise self._failure
 
     async def _keep(self, part: Part) -> None:
         """Starts a part again and again."""
         state = self._state.parts[part.name]
         log = self._stack.logs / f"{part.name}.log"
-        _rotate(log)
+        rotate(log)
         backoff = BACKOFF_FIRST_S
         while True:
             began = time.monotonic()
-            code = await self._run_once(part, state, log)
+            ending = await self._run_once(part, state, log)
             if not self._state.ready and state.restarts + 1 >= START_TRIES:
-                self._fail(f"The {part.title} does not start: it ended with code {code}.", log)
+                self._fail(f"The {part.title} does not start: it {ending}.", log)
                 return
             backoff = BACKOFF_FIRST_S if time.monotonic() - began > HEALTHY_S else backoff
+            with _heard_or_not():
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                note(f"{now} The {part.title} {ending}; it is started again in {backoff:g} s.")
+            rotate(log, LOG_MOST_BYTES)
             state.state, state.pid, state.since = "waiting", 0, time.time()
             state.restarts += 1
             self._write()
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, BACKOFF_MOST_S)
 
-    async def _run_once(self, part: Part, state: PartState, log: Path) -> int:
-        with log.open("ab") as output:
-            running = await asyncio.create_subprocess_exec(
-                *part.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=child_environment(part.settings),
-                start_new_session=True,  # Ctrl-C is for the supervisor, which stops them in order
-            )
+    async def _run_once(self, part: Part, state: PartState, log: Path) -> str:
+        """Runs a part until it dies; returns how it ended."""
+        try:
+            with log.open("ab") as output:
+                running = await asyncio.create_subprocess_exec(
+                    *part.command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=child_environment(part.settings),
+                    start_new_session=True,  # Ctrl-C is for the supervisor, which stops them in order
+                )
+        except OSError as error:
+            return f"could not be run: {error}"
         self._processes[part.name] = running
         state.state, state.pid, state.since = "starting", running.pid, time.time()
-        with contextlib.suppress(psutil.Error):
-            state.created = psutil.Process(running.pid).create_time()
+        with contextlib.suppress(psutil.Error, OSError):
+            state.created = born(running.pid)
         self._write()
-        ready = asyncio.create_task(self._await_part(part, state), name=f"{part.name} ready")
+        ready = asyncio.create_task(self._await_part(part, state, log), name=f"{part.name} ready")
         try:
-            return await running.wait()
+            return f"ended with code {await running.wait()}"
         finally:
             ready.cancel()
 
-    async def _await_part(self, part: Part, state: PartState) -> None:
-        """Notes when a part is ready. Its port was free before, so who answers there is this part."""
+    async def _await_part(self, part: Part, state: PartState, log: Path) -> None:
+        """Notes when a part is ready, and looks after it from then on. Its port was free before, so who
+        answers there is this part."""
         while not await asyncio.to_thread(part.is_ready):
             await asyncio.sleep(READY_POLL_S)
         self._note(state, "ready")
-        self._report(part)
+        with _heard_or_not():
+            self._report(part)
         while True:
             await asyncio.sleep(WATCH_S)
-            self._note(state, "ready" if await asyncio.to_thread(part.is_ready) else "unresponsive")
+            is_ready = not part.is_watched or await asyncio.to_thread(part.is_ready)
+            self._note(state, "ready" if is_ready else "unresponsive")
+            await asyncio.to_thread(cut, log)
 
     def _note(self, state: PartState, found: State) -> None:
-        if state.state != found:
+        if state.state != found or not self._is_written:
             state.state = found
             self._write()
 
@@ -210,7 +246,8 @@ class Supervisor:
             await asyncio.sleep(READY_POLL_S)
         self._state.ready = True
         self._write()
-        self._report(None)
+        with _heard_or_not():
+            self._report(None)
 
     def _fail(self, problem: str, log: Path | None) -> None:
         end = (
@@ -238,11 +275,16 @@ class Supervisor:
                 await _stop(running, part.stop_s)
 
     def _write(self) -> None:
-        """Replaces the state file at once, so that nobody reads half of it."""
+        """Replaces the state file at once, so that nobody reads half of it; later, while the disk is full."""
         file = _state_file(self._stack)
         new = file.with_suffix(".new")
-        new.write_bytes(msgspec.json.format(msgspec.json.encode(self._state)))
-        new.replace(file)
+        try:
+            new.write_bytes(msgspec.json.format(msgspec.json.encode(self._state)))
+            new.replace(file)
+        except OSError:
+            self._is_written = False
+        else:
+            self._is_written = True
 
 
 def _state_of(part: Part) -> PartState:
@@ -260,11 +302,38 @@ async def _stop(running: asyncio.subprocess.Process, seconds: float) -> None:
             await running.wait()
 
 
-def _rotate(log: Path) -> None:
-    """Begins a log anew and keeps the one before."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists():
-        log.replace(log.with_suffix(".old.log"))
+@contextlib.contextmanager
+def _heard_or_not() -> Iterator[None]:
+    """For what is told: that nobody takes it is no reason to end."""
+    with contextlib.suppress(OSError, SystemExit):  # rich exits when a pipe is closed
+        yield
+
+
+def rotate(log: Path, beyond: int = 0) -> None:
+    """Begins a log that is longer than that anew, if it can be done, and keeps the one before. Who appends to
+    it goes on in the new one."""
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size > beyond:
+            shutil.copyfile(log, log.with_suffix(".old.log"))
+            os.truncate(log, 0)
+
+
+def cut(log: Path) -> None:
+    """Begins a log that has grown too long anew, while a program appends to it."""
+    if sys.platform != "win32":  # there the program would write on at its old place, after a hole
+        rotate(log, LOG_MOST_BYTES)
+
+
+@contextlib.contextmanager
+def stopped_as_by_ctrl_c() -> Iterator[None]:
+    """Has what service managers send end what is done here as Ctrl-C does, and with it the programs that it
+    runs."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def on_signals(stop: Callable[[], None]) -> None:
@@ -278,6 +347,12 @@ def on_signals(stop: Callable[[], None]) -> None:
         # Under `nohup` a closing terminal is to be ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, stop)
+
+
+def check_not_running(stack: Stack) -> None:
+    """Raises `Failure` when there is a supervisor."""
+    with _lock(stack):
+        pass
 
 
 @contextlib.contextmanager

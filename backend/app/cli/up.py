@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,18 +11,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.text import Text
+
 from app.cli import install, page
 from app.cli.console import Failure, Step, console, done, note
 from app.cli.parts import Part, in_checkout, parts_of
 from app.cli.people import invite_first_admin
 from app.cli.proof import prove
 from app.cli.stack import Stack
-from app.cli.supervisor import Supervisor, read_state
+from app.cli.supervisor import Supervisor, check_not_running, read_state, rotate, stopped_as_by_ctrl_c
 from app.config import Settings, child_environment
 
 POLL_S = 0.1
 
 
+@stopped_as_by_ctrl_c()
 def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
     """Gets everything that the stack needs: the stack as it can be, its model, its broker's program."""
     stack.prepare()
@@ -30,6 +34,8 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
     if stack.llm_url is None:
         install.install_packages(stack, "requirements-llm.txt", "llama.cpp's server (35 MB)")
         model = stack.model or install.starter_model(stack)
+        if stack.model is not None and _has_gpu():
+            note("This llama.cpp runs on the CPU. For a server that uses the GPU: --llm-url URL.")
     broker = None
     if stack.broker_url is None:
         broker = install.mosquitto(stack)
@@ -40,6 +46,10 @@ def prepare(stack: Stack) -> tuple[Stack, Path | None, str | None]:
             stack = stack.with_broker(broker)
     page.build_page_if_possible(stack)
     return stack, model, broker
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
 def run(stack: Stack, *, introduce: bool) -> None:
@@ -58,12 +68,13 @@ async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings, in
         if part is None:
             ready.set()
         elif not ready.is_set():
-            done(f"{part.title} [dim]{part.address} ({time.monotonic() - began:.1f} s)[/dim]")
+            done(part.title, f"{part.address} ({time.monotonic() - began:.1f} s)")
 
     async def announce() -> None:
         await ready.wait()
         if introduce:  # on a thread that Ctrl-C need not wait for
-            threading.Thread(target=_introduce, args=(stack, settings), daemon=True).start()
+            words = (stack, settings, "Ctrl-C stops it.")
+            threading.Thread(target=_introduce, args=words, daemon=True).start()
 
     announcing = asyncio.create_task(announce(), name="announce")
     try:
@@ -73,24 +84,29 @@ async def _supervise(stack: Stack, parts: Sequence[Part], settings: Settings, in
     console.print("Stopped.")
 
 
-def _introduce(stack: Stack, settings: Settings) -> None:
-    """Proves that it works, and tells where to go. What fails is told; the stack goes on running."""
+def _introduce(stack: Stack, settings: Settings, how_to_stop: str) -> bool:
+    """Proves that it works, and tells where to go. What fails is told; the stack goes on running. Returns
+    whether it works."""
+    works = True
     try:
         prove(stack, settings)
     except Failure as failure:
         failure.show()
+        works = False
     where_to_go(stack)
-    console.print("Ctrl-C stops it.")
+    console.print(how_to_stop)
+    return works
 
 
-def detach(stack: Stack, arguments: Sequence[str]) -> None:
-    """Runs this program with `arguments` in the background, and returns once the stack is ready and
-    proven. Raises `Failure`."""
+def detach(stack: Stack, arguments: Sequence[str]) -> bool:
+    """Runs this program with `arguments` in the background, and returns once the stack is ready: whether it
+    works. Raises `Failure` when it does not start."""
     stack, _, _ = prepare(stack)
     settings = stack.portal_settings()
+    check_not_running(stack)
     log = stack.logs / "supervisor.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    rotate(log)
+    with log.open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "app.cli", *arguments],
             stdin=subprocess.DEVNULL,
@@ -105,10 +121,10 @@ def detach(stack: Stack, arguments: Sequence[str]) -> None:
             step.tell()
     state = read_state(stack)
     for part in state.parts.values() if state else ():
-        done(f"{part.title} [dim]{part.address}[/dim]")
-    prove(stack, settings)
-    where_to_go(stack)
-    console.print("It runs in the background: see `status` and `logs`, stop it with `down`.")
+        done(part.title, part.address)
+    return _introduce(
+        stack, settings, "It runs in the background: see `status` and `logs`, stop it with `down`."
+    )
 
 
 def _is_ready(stack: Stack, child: subprocess.Popen[bytes], log: Path) -> bool:
@@ -129,7 +145,7 @@ def _gone(log: Path) -> Failure:
 def where_to_go(stack: Stack) -> None:
     """Prints the addresses."""
     console.print()
-    console.print(f"  Portal      [bold]{stack.url}[/bold]")
+    console.print(Text.assemble("  Portal      ", (stack.url, "bold")))
     console.print(f"  API         {stack.url}/docs")
     console.print(f"  LLM server  {stack.llm_address}")
     console.print(f"  MQTT        {', '.join(stack.mqtt_addresses) or 'none'}")
@@ -137,6 +153,6 @@ def where_to_go(stack: Stack) -> None:
     console.print(f"  Logs        {in_checkout(stack.logs)}")
     link = invite_first_admin(stack.env_file)
     if link is not None:
-        console.print(f"  First admin [bold]{stack.url}{link.path}[/bold]", soft_wrap=True)
+        console.print(Text.assemble("  First admin ", (f"{stack.url}{link.path}", "bold")), soft_wrap=True)
         console.print("              makes the admin's account, once, within a week.")
     console.print()

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from app.dependencies import AdmissionDep, AuthorizerDep, CurrentUser, UsageDep
 from app.hardening import StrictRoute
-from app.services.admission import BUDGETS
 from app.services.usage import Spent, UsageSum, month_of, today
 
 router = APIRouter(prefix="/api/stats", tags=["usage"], route_class=StrictRoute)
@@ -78,18 +77,12 @@ async def stats(
     of_day = await book.spent(user.owner, day)
     of_month = await book.spent(user.owner, month_of(day))
     lines = await book.report(["day", "model"], since=since, until=day, owner=user.owner)
-    limits = admission.limits_of(user)
     return Stats(
         today=Used.of(of_day),
         month=Used.of(of_month),
         days=[DayUsage.of_sum(line) for line in lines],
         budgets=[
-            BudgetBody(
-                budget=budget,
-                spent=getattr(of_day if budget.startswith("daily") else of_month, counted),
-                amount=amount,
-            )
-            for budget, counted in BUDGETS.items()
-            if (amount := getattr(limits, budget))
+            BudgetBody(budget=one.budget, spent=one.spent, amount=one.amount)
+            for one in await admission.budgets(user)
         ],
     )

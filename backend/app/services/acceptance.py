@@ -106,7 +106,7 @@ def accept(
     turn_id: str,
     instance: str,
     now: float,
-    full: Overloaded | None,
+    refusal: PortalError | None,
 ) -> Acceptance | PortalError:
     """Carries it out; what is refused is returned."""
     if request.mark is not None and request.mark.again:
@@ -123,8 +123,8 @@ def accept(
     if known is not None and not _may_try_again(known):
         delivery = owe(connection, known.id, request.reply_to)
         return Acceptance("known", known, session, delivery)
-    if full is not None:
-        return full
+    if refusal is not None:
+        return refusal
     draft = _Draft(request, turn_id, instance, session, position, now)
     is_at_end = request.follows is not None and request.follows == session.leaf_id
     make = _take_in if is_at_end or not request.needs_session else _aside

@@ -110,10 +110,7 @@ class Accounting:
             used.gpu_seconds,
             used.cost,
         )
-        try:
-            await self._admission.settle(ticket, spent)
-        except PortalError as error:  # the sums in the database are right all the same
-            log.warning("a budget could not be settled", turn=used.turn_id, reason=error.code)
+        await self._admission.settle(ticket, spent)
 
     async def count(self, turn: Turn) -> None:
         """Counts a turn whose ending was stored without this: cut off by a clear, or never stored."""
@@ -130,7 +127,7 @@ class Accounting:
         """The turn is counted by another process: what was reserved for it here is free."""
         if not turn.is_counted:
             turn.is_counted = True
-            await self._admission.settle(turn.ticket, None)
+            await self._admission.hand_over(turn.ticket)
 
     # --- work that follows a turn, and is none ---
 

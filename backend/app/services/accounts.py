@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from ipaddress import IPv6Network, ip_address
 from typing import Any
 
 from pwdlib import PasswordHash
@@ -43,18 +44,50 @@ _DECOY = "$argon2id$v=19$m=65536,t=3,p=4$Wmi+fPx3O4i85OywxAF8xg$m9H0kTaAyVHph9Sy
 that costs as much as a sign-in."""
 
 
-def _wrong_passwords(account: str, address: str) -> list[Window]:
-    """What guessing is slowed by, and then stopped by: the account first, since addresses are many."""
+def _guesses(name: str, account: str | None, address: str) -> list[Window]:
+    """What guessing is slowed by, and then stopped by: the account first, since addresses are many. The name
+    counts as it is given, so that one that nobody has is refused as others are; the account, so that a name
+    and an email are not two ways to guess at one password."""
+    about = [f"name:{name.lower()}", *([] if account is None else [account])]
+    what = "wrong passwords for this name"
     return [
-        Window("wrong passwords for this name", f"wrong|{account}|1m", 5, 60),
-        Window("wrong passwords for this name", f"wrong|{account}|1h", 20, 3600),
-        Window("wrong passwords from this address", f"wrong|{address}|15m", 60, 900),
+        *(Window(what, f"wrong|{whose}|1m", 5, 60) for whose in about),
+        *(Window(what, f"wrong|{whose}|1h", 20, 3600) for whose in about),
+        Window("wrong passwords from this address", f"wrong|{_network(address)}|15m", 60, 900),
     ]
+
+
+def _tries(name: str, address: str) -> list[Window]:
+    """All that try to sign in, for each costs much; a school must fit in behind one address."""
+    return [
+        Window("sign-ins with this name", f"try|name:{name.lower()}|1h", 300, 3600),
+        Window("sign-ins from this address", f"try|{_network(address)}|1h", 1000, 3600),
+    ]
+
+
+def _changes(account: str) -> list[Window]:
+    """What changes of a password are slowed by, and then stopped by. Whoever guesses at it without being
+    signed in does not count here."""
+    what = "changes of this password"
+    return [Window(what, f"change|{account}|1m", 5, 60), Window(what, f"change|{account}|1h", 20, 3600)]
 
 
 def _strangers(address: str) -> list[Window]:
     """What nobody has to sign in for; a school class behind one address must fit in."""
-    return [Window("accounts made from this address", f"stranger|{address}|1h", 300, 3600)]
+    return [Window("accounts made from this address", f"stranger|{_network(address)}|1h", 300, 3600)]
+
+
+def _network(address: str) -> str:
+    """What is counted of an address: of IPv6 its first half, for the other one is its owner's to choose."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if found.version == 4:
+        return address
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(IPv6Network((int(found) >> 64 << 64, 64)))
 
 
 class Accounts:
@@ -114,11 +147,12 @@ class Accounts:
 
     def _role_of_new(self, connection: Connection, invitation: str | None) -> str | PortalError:
         if invitation is not None:
-            used = links.use(connection, "invitation", invitation)
-            if used is None or used.role is None:
+            found = links.find(connection, self._policies, "invitation", invitation)
+            if found is None or found.role is None:
                 return InvalidRequest("invitation: it was used, has run out, or is none; ask for another one")
-            if self._settings.registration != "closed" or used.made_by == LOCAL.owner:
-                return used.role
+            if self._settings.registration != "closed" or found.made_by == LOCAL.owner:
+                links.use_up(connection, found)
+                return found.role
         if self._settings.registration == "invite":
             return Forbidden("Accounts are made by invitation here; ask an admin for one.")
         if self._settings.registration == "closed":
@@ -127,37 +161,43 @@ class Accounts:
 
     async def sign_in(self, name: str, password: str, *, address: str, user_agent: str = "") -> Tokens:
         """Begins a sign-in of the account with this username or email. Raises `Unauthenticated`,
-        without telling which of the two was wrong, in the same time; `RateLimited` after too many wrong
-        ones for the name or from the address."""
+        without telling which of the two was wrong, in the same time; `RateLimited` after too many, above all
+        wrong ones, for the name or from the address; `Forbidden` for a closed account."""
         statement = select(users).where(or_(users.c.username == name, users.c.email == name.lower()))
         row = await self._database.read(lambda c: c.execute(statement).first())
-        # By the account where there is one: its name and its email are two ways to guess at one password.
-        account = f"user:{row.id}" if row else name.lower()
-        if not await self._is_right(row, password, account, address):
-            denied: dict[str, Any] = {"outcome": DENIED, "door": "http", "details": {"address": address}}
-            target = account if row else ""  # what was typed may be a password
+        account = None if row is None else f"user:{row.id}"
+        details, guess, this_try = {"address": address}, _guesses(name, account, address), new_id()
+        # Each is counted before it is looked at, so that many at once are no way around.
+        await self._take([*guess, *_tries(name, address)], this_try)
+        if not await _is_right(row, password) or row is None:
+            denied: dict[str, Any] = {"outcome": DENIED, "door": "http", "details": details}
+            target = account or ""  # what was typed may be a password
             await self._database.write(lambda c: note(c, None, "auth.sign_in", target=target, **denied))
             raise Unauthenticated("The name or the password is wrong.")
-        assert row is not None
-        if row.closed_at is not None:
-            raise Forbidden("This account is closed; ask an admin.")
-        details = {"address": address}
-        return await self._sign_ins.begin(self._policies.identity(row), user_agent, details)
+        await self._ledger.give_back(this_try, guess)
+        return await self._sign_ins.begin(
+            self._policies.identity(row), row.password_hash, user_agent, details
+        )
 
     async def change_password(self, who: Identity, current: str, new: str, *, address: str) -> None:
         """Gives an account another password, and ends all its sign-ins but the one that asks. Raises
-        `InvalidRequest` when `current` is wrong, `RateLimited` after too many such."""
+        `InvalidRequest` when `current` is wrong, `RateLimited` after too many tries."""
         await self._authorizer.check(who, "account:write")
+        await self._take(_changes(who.owner), new_id())
         statement = select(users).where(users.c.id == who.user)
         row = await self._database.read(lambda c: c.execute(statement).first())
-        if not await self._is_right(row, current, who.owner, address):
+        if row is None or not await _is_right(row, current):
+            denied: dict[str, Any] = {"outcome": DENIED, "details": {"address": address}}
+            await self._database.write(lambda c: note(c, who, "auth.password", target=who.owner, **denied))
             raise InvalidRequest("current_password: it is wrong")
         password_hash = await asyncio.to_thread(_hasher.hash, new)
 
-        def operation(connection: Connection) -> None:
-            _set_password(connection, who.user, password_hash)
+        def operation(connection: Connection) -> InvalidRequest | None:
+            if not _set_password(connection, row.id, password_hash, was=row.password_hash):
+                return InvalidRequest("current_password: it has just been changed")
             self._sign_ins.end_in(connection, who.user or "", but=who.sign_in)
             note(connection, who, "auth.password", target=who.owner)
+            return None
 
         await self._known.change(operation)
 
@@ -168,28 +208,17 @@ class Accounts:
         password_hash = await asyncio.to_thread(_hasher.hash, new)
 
         def operation(connection: Connection) -> bool:
-            used = links.use(connection, "password", link)
-            if used is None or used.user is None:
+            found = links.find(connection, self._policies, "password", link)
+            if found is None or found.user is None:
                 return False
-            _set_password(connection, used.user, password_hash)
-            self._sign_ins.end_in(connection, used.user)
-            note(connection, None, "auth.password", target=f"user:{used.user}", door="http")
+            links.use_up(connection, found)
+            _set_password(connection, found.user, password_hash)
+            self._sign_ins.end_in(connection, found.user)
+            note(connection, None, "auth.password", target=f"user:{found.user}", door="http")
             return True
 
         if not await self._known.change(operation):
             raise InvalidRequest("link: it was used, has run out, or is none; ask an admin for another one")
-
-    async def _is_right(self, row: Row[Any] | None, password: str, account: str, address: str) -> bool:
-        """Whether the password is the account's. Each try is counted before it is looked at, so that many
-        at once are no way around, and given back when it was right."""
-        windows, this_try = _wrong_passwords(account, address), new_id()
-        await self._take(windows, this_try)
-        stored = row.password_hash if row is not None else _DECOY
-        matches = await asyncio.to_thread(_hasher.verify, password, stored)
-        if row is None or not matches:
-            return False
-        await self._ledger.give_back(this_try, windows)
-        return True
 
     async def _take(self, windows: list[Window], what: str) -> None:
         for quota in await self._ledger.take(what, windows):
@@ -243,5 +272,15 @@ def operator_token(settings: Settings) -> str:
     return sign(settings, "access", LOCAL.owner, OPERATOR_TOKEN_S)
 
 
-def _set_password(connection: Connection, user: str | None, password_hash: str) -> None:
-    connection.execute(update(users).where(users.c.id == user).values(password_hash=password_hash))
+async def _is_right(account: Row[Any] | None, password: str) -> bool:
+    """Whether the password is the account's; it takes the same time where there is none."""
+    stored = _DECOY if account is None else account.password_hash
+    return await asyncio.to_thread(_hasher.verify, password, stored) and account is not None
+
+
+def _set_password(connection: Connection, user: str, password_hash: str, *, was: str | None = None) -> bool:
+    """Sets a password; with `was` only in the place of that one. Tells whether it did."""
+    this = update(users).where(users.c.id == user)
+    if was is not None:
+        this = this.where(users.c.password_hash == was)
+    return connection.execute(this.values(password_hash=password_hash)).rowcount > 0

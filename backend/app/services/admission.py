@@ -6,6 +6,9 @@ place of what was reserved.
 
 What holds for somebody is, limit by limit, the first that is set: for the owner, in the role, in the
 settings (for people). What is set for the project, the API key, the device, and for `all` holds beside it.
+
+What the owner and the role set counts all that is asked in the owner's name. The settings count people, so
+not what the owner's devices ask: the subject of what comes from there is `person:ID`.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from app.errors import BudgetExceeded, InvalidRequest, RateLimited, quota_header
 from app.events import TurnRequest, Usage
 from app.logs import get_logger
 from app.services.alerts import Alerts
+from app.services.arrears import Arrears
 from app.services.catalog import Catalog
 from app.services.ledger import Hold, Ledger, Quota, Window
 from app.services.policies import ALL, Policies
 from app.services.prompts import estimate_tokens
-from app.services.usage import Spent, UsageBook, day_of, month_of
+from app.services.usage import PERSON, Spent, UsageBook, day_of, month_of, today
 
 BUDGETS = {
     "daily_tokens": "tokens",
@@ -80,6 +84,25 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 NO_TICKET = Ticket("")
+NOTHING = Spent()
+
+
+class _OfOwner(msgspec.Struct, frozen=True):
+    """The limits of an owner: all of them, and what each subject counts. `own` and `role` are what they were
+    made of."""
+
+    own: Limits
+    role: Limits
+    all: Limits
+    counted: list[tuple[str, Limits]]
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A budget of somebody, and what is spent of it."""
+
+    budget: str
+    spent: float
+    amount: float
 
 
 class Admission:
@@ -100,7 +123,8 @@ class Admission:
         self._book = book
         self._alerts = alerts
         self._catalog = catalog
-        self._merged: dict[tuple[str, bool], tuple[Limits, Limits, Limits]] = {}
+        self._arrears = Arrears()
+        self._merged: dict[tuple[str, bool], _OfOwner] = {}
         self._of_people = Limits(
             concurrent_turns=settings.max_turns_per_user,
             requests_per_hour=settings.rate_limit_per_hour,
@@ -108,17 +132,37 @@ class Admission:
             daily_tokens=settings.daily_token_budget,
         )
 
+    async def close(self) -> None:
+        """Tells the ledger what it does not know yet."""
+        await self._arrears.close()
+
     def limits_of(self, who: Identity) -> Limits:
         """What holds for somebody, apart from what holds for everybody."""
-        own = self._policies.limits(who.owner)
+        return self._of_owner(who).all
+
+    def _of_owner(self, who: Identity) -> _OfOwner:
+        own, role = self._policies.limits(who.owner), who.role.limits
         is_person = who.user is not None and (who.key is None or who.key.device is None)
         known = self._merged.get((who.owner, is_person))
-        if known is None or known[0] is not own or known[1] is not who.role.limits:
-            merged = own.over(who.role.limits).over(self._of_people if is_person else Limits())
+        if known is None or known.own is not own or known.role is not role:
+            narrow = own.over(role)
+            rest = self._of_people.without(narrow) if is_person else Limits()
+            counted = [(who.owner, narrow), (f"{PERSON}{who.user}", rest)]
+            known = _OfOwner(own, role, narrow.over(rest), [pair for pair in counted if pair[1] != Limits()])
             if len(self._merged) > MOST_MERGED:
                 self._merged.clear()
-            known = self._merged[who.owner, is_person] = (own, who.role.limits, merged)
-        return known[2]
+            self._merged[who.owner, is_person] = known
+        return known
+
+    async def budgets(self, who: Identity) -> list[Standing]:
+        """The budgets that hold for somebody, apart from those for everybody."""
+        known: dict[tuple[str, str], Spent] = {}
+        return [
+            Standing(budget, await self._spent(subject, budget, today(), known), amount)
+            for subject, limits in self._of_owner(who).counted
+            for budget in BUDGETS
+            if (amount := getattr(limits, budget))
+        ]
 
     def longest_reply(self, who: Identity, wanted: int | None, default: Callable[[], int]) -> int | None:
         """The `max_tokens` for a turn: what was `wanted`, or all that is allowed where the `default` is more.
@@ -142,14 +186,9 @@ class Admission:
         `RateLimited` and `BudgetExceeded`, and takes nothing then."""
         ticket = self._ticket(who, request, turn_id, partial(self._estimate, request, model, longest))
         if ticket.windows:
-            quotas = await self._ledger.take(turn_id, ticket.windows)
-            _check_windows(quotas)
-            ticket = msgspec.structs.replace(ticket, quotas=tuple(quotas))
-        try:
-            await self._reserve(ticket)
-        except RateLimited:
-            await self._ledger.give_back(turn_id, ticket.windows)
-            raise
+            ticket = await self._take(ticket)
+            _check_windows(ticket.quotas)
+        await self._reserve(ticket)
         return ticket
 
     async def admit_again(self, who: Identity, request: TurnRequest, turn_id: str, model: str) -> Ticket:
@@ -171,24 +210,29 @@ class Admission:
     async def give_back(self, ticket: Ticket) -> None:
         """The turn was not accepted, or was accepted before: it takes nothing."""
         if ticket.windows:
-            await self._ledger.give_back(ticket.turn_id, ticket.windows)
-        if ticket.holds:
-            await self._ledger.settle(ticket.turn_id, ticket.holds, {})
+            taken = partial(self._ledger.give_back, ticket.turn_id, ticket.windows)
+            await self._arrears.tell(taken)
+        await self.settle(ticket, NOTHING)
 
-    async def settle(self, ticket: Ticket, spent: Spent | None) -> None:
-        """The turn has ended, having `spent` this; None when it is counted elsewhere."""
-        if not ticket.holds:
-            return
-        amounts = {}
-        for key, (_subject, budget) in ticket.budgets.items():
-            amounts[key] = 0.0 if spent is None else float(getattr(spent, BUDGETS[budget]))
+    async def settle(self, ticket: Ticket, spent: Spent) -> None:
+        """The turn has ended, having `spent` this. Where the ledger is away, it is told later."""
+        if ticket.holds:
+            await self._arrears.tell(partial(self._settle, ticket, spent))
+
+    async def hand_over(self, ticket: Ticket) -> None:
+        """The turn is another process' from now on, and counted there."""
+        if ticket.holds:
+            await self._arrears.tell(partial(self._ledger.hand_over, ticket.turn_id, ticket.holds))
+
+    async def _settle(self, ticket: Ticket, spent: Spent) -> None:
+        amounts = {key: float(getattr(spent, BUDGETS[budget])) for key, (_, budget) in ticket.budgets.items()}
         sums = await self._ledger.settle(ticket.turn_id, ticket.holds, amounts)
         for hold in ticket.holds:
             if hold.key in sums and amounts.get(hold.key):
                 subject, budget = ticket.budgets[hold.key]
                 period = hold.key.rsplit("|", 1)[-1]
                 await self._alerts.look(
-                    subject, budget, period, sums[hold.key], amounts[hold.key], hold.budget
+                    _told_as(subject), budget, period, sums[hold.key], amounts[hold.key], hold.budget
                 )
 
     def cost(self, model: str, usage: Usage, gpu_seconds: float) -> float:
@@ -202,15 +246,16 @@ class Admission:
     ) -> Ticket:
         own = self.limits_of(who)
         others = [(subject, self._limits_beside(subject, request)) for subject in _subjects(who, request)]
+        counted = [*self._of_owner(who).counted, *others]
         windows = [
             Window(_kind(subject), f"{subject}|1h", limits.requests_per_hour, 3600)
-            for subject, limits in [(who.owner, own), *others]
+            for subject, limits in counted
             if limits.requests_per_hour
         ]
         if own.requests_per_session_minute and who.door != "mqtt" and request.session_id:
             key = f"{who.owner}|{request.session_id}|1m"
             windows.append(Window("session", key, own.requests_per_session_minute, 60))
-        holds, budgets = self._holds([(who.owner, own), *others], estimate)
+        holds, budgets = self._holds(counted, estimate)
         return Ticket(turn_id, tuple(windows), tuple(holds), budgets)
 
     def _limits_beside(self, subject: str, request: TurnRequest) -> Limits:
@@ -252,21 +297,38 @@ class Admission:
             cost=self.cost(model, usage, TYPICAL_GPU_S),
         )
 
+    async def _take(self, ticket: Ticket) -> Ticket:
+        self._arrears.check()
+        try:
+            quotas = await self._ledger.take(ticket.turn_id, ticket.windows)
+        except BaseException:  # it may have been taken all the same
+            await self.give_back(ticket)
+            raise
+        return msgspec.structs.replace(ticket, quotas=tuple(quotas))
+
     async def _reserve(self, ticket: Ticket) -> None:
+        """Reserves what the turn may spend. Raises why that cannot be, and takes nothing at all then."""
         if not ticket.holds:
             return
-        await self._seed(ticket)
-        lacking = await self._ledger.reserve(ticket.turn_id, ticket.holds)
-        if lacking is None:
-            return
+        try:
+            self._arrears.check()
+            await self._seed(ticket)
+            lacking = await self._ledger.reserve(ticket.turn_id, ticket.holds)
+            if lacking is not None:
+                raise self._refusal(ticket, lacking)
+        except BaseException:
+            await self.give_back(ticket)
+            raise
+
+    def _refusal(self, ticket: Ticket, lacking: Hold) -> RateLimited:
         if lacking.key not in ticket.budgets:
-            raise RateLimited(
+            return RateLimited(
                 f"At most {lacking.budget:.0f} turns may wait or run at once; wait for one to end.",
                 retry_after=NEXT_TURN_S,
             )
         subject, budget = ticket.budgets[lacking.key]
         period, what = budget.split("_", 1)
-        raise BudgetExceeded(
+        return BudgetExceeded(
             f"The {period} budget of {lacking.budget:g} {WORDS[what]} is spent ({_kind(subject)}).",
             retry_after=math.ceil(max(lacking.ends_at - time.time(), 1.0)),
             details={"budget": budget},
@@ -276,11 +338,15 @@ class Admission:
         known: dict[tuple[str, str], Spent] = {}
         for hold in await self._ledger.unknown(ticket.holds):
             subject, budget = ticket.budgets[hold.key]
-            today = day_of(time.time())
-            since = today if budget.startswith("daily") else month_of(today)
-            if (subject, since) not in known:
-                known[subject, since] = await self._book.spent(subject, since)
-            await self._ledger.seed(hold, float(getattr(known[subject, since], BUDGETS[budget])))
+            spent = await self._spent(subject, budget, today(), known)
+            await self._ledger.seed(hold, spent)
+
+    async def _spent(self, subject: str, budget: str, day: str, known: dict[tuple[str, str], Spent]) -> float:
+        """What is spent of a budget by the database, as far as it is not `known`."""
+        since = day if budget.startswith("daily") else month_of(day)
+        if (subject, since) not in known:
+            known[subject, since] = await self._book.spent(subject, since)
+        return float(getattr(known[subject, since], BUDGETS[budget]))
 
 
 def _subjects(who: Identity, request: TurnRequest) -> list[str]:
@@ -289,6 +355,11 @@ def _subjects(who: Identity, request: TurnRequest) -> list[str]:
     device = [f"device:{key.device}"] if key is not None and key.device is not None else []
     keys = [f"key:{key.id}"] if key is not None else []
     return [*device, *keys, f"project:{request.project}", ALL]
+
+
+def _told_as(subject: str) -> str:
+    """What admins know a subject as."""
+    return f"user:{subject.removeprefix(PERSON)}" if subject.startswith(PERSON) else subject
 
 
 def _kind(subject: str) -> str:

@@ -2,7 +2,7 @@
 
 A key is `pp_` and 43 random characters; only its hash is stored. It may do what both its owner's role and
 its scopes allow. A key for a device is for MQTT payloads, which a broker and whoever listens there can
-read: it is good for nothing else.
+read: it is good for nothing else. Its owner names the device as they like, so it counts as its owner does.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class ApiKeys:
             raise Forbidden("This API key is for the MQTT payloads of a device only.")
         if row.key_last_used_at is None or now - row.key_last_used_at >= USED_EVERY_S:
             await self._used(row.key_id, now)
-        key = KeyUse(row.key_id, row.key_name, frozenset(row.key_scopes), row.key_project, row.key_device)
+        key = KeyUse(row.key_id, row.key_name, frozenset(row.key_scopes), row.key_project)
         who = self._policies.identity(row, key=key, door="mqtt" if in_payload else "http")
         return Holder(who, row.key_expires_at)
 

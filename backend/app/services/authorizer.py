@@ -79,8 +79,7 @@ class Authorizer:
     async def check_within(self, who: Identity, role: Role) -> None:
         """Returns when the role allows nothing that `who` may not do. Raises `Forbidden`: nobody makes
         somebody mightier than they are."""
-        beyond = [name for name in PERMISSIONS if role.allows(name) and not who.role.allows(name)]
-        if beyond:
+        if beyond := who.role.lacks(role):
             await self.deny(who, "more than one's own rights")
             raise Forbidden(f"This would give rights that you do not have: {', '.join(beyond)}.")
 

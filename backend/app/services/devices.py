@@ -158,8 +158,12 @@ class Devices:
         row = self._known.get(name)
         if row is None or row.closed_at is not None or project not in row.projects:
             return None
-        key = KeyUse(row.device, name, SCOPES, project=project, device=name)
-        return self._policies.identity(row, key=key, door="mqtt")
+        return self._policies.identity(row, key=_key(row, project), door="mqtt")
+
+    def key(self, device_id: str, project: str) -> KeyUse | None:
+        """What a device asks with in a project; None when there is no device with this id."""
+        found = next((row for row in self._known.values() if row.device == device_id), None)
+        return None if found is None else _key(found, project)
 
     # --- for admins ---
 
@@ -295,6 +299,10 @@ class Devices:
 
     async def _refresh(self) -> None:
         self._known = {row.name: row for row in await self._rows()}
+
+
+def _key(row: Row[Any], project: str) -> KeyUse:
+    return KeyUse(row.device, row.name, SCOPES, project=project, device=row.name)
 
 
 def _device(row: Row[Any], at_broker: bool | None) -> Device:

@@ -81,7 +81,12 @@ class Ledger(Protocol):
         case."""
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
-        """Gives the reservations back and adds what was spent by key; returns the sums by key."""
+        """Gives the reservations back and adds what was spent by key; returns the sums by key. What is not
+        reserved any more counts no further: told twice, it counts once."""
+
+    async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
+        """Another process counts for `id` now: gives back what is reserved for this one alone. Where they
+        count together, the reservations are that one's."""
 
     async def close(self) -> None:
         """Closes what it keeps open."""
@@ -113,10 +118,10 @@ class MemoryLedger:
         taken = [self._taken(window, now) for window in windows]
         full = [len(times) >= window.amount for window, times in zip(windows, taken, strict=True)]
         if not any(full):
-            for times in taken:
+            for window, times in zip(windows, taken, strict=True):
                 times.append((now, id))
-        for window in windows:
-            self._forget_over(window.seconds, now)
+                self._keep(window, times)
+                self._forget_over(window.seconds, now)
         return [_quota(*found, now) for found in zip(windows, taken, full, strict=True)]
 
     async def give_back(self, id: str, windows: Sequence[Window]) -> None:
@@ -129,12 +134,17 @@ class MemoryLedger:
                 times.remove(mine[-1])
 
     def _taken(self, window: Window, now: float) -> deque[tuple[float, str]]:
-        alike = self._windows.setdefault(window.seconds, OrderedDict())
-        times = alike.setdefault(window.key, deque())
-        alike.move_to_end(window.key)
+        alike = self._windows.get(window.seconds)
+        times = deque() if alike is None else alike.get(window.key, deque())
         while times and times[0][0] <= now - window.seconds:
             times.popleft()
         return times
+
+    def _keep(self, window: Window, times: deque[tuple[float, str]]) -> None:
+        """Remembers what was taken. What was refused is not, for it would make others forgotten."""
+        alike = self._windows.setdefault(window.seconds, OrderedDict())
+        alike[window.key] = times
+        alike.move_to_end(window.key)
 
     def _forget_over(self, seconds: float, now: float) -> None:
         """Drops the windows of one length in which nothing was taken for so long."""
@@ -173,11 +183,16 @@ class MemoryLedger:
         sums = {}
         for hold in holds:
             budget = self._budget(hold)
-            budget.reserved.pop(id, None)
+            was_reserved = budget.reserved.pop(id, None) is not None
             if budget.spent is not None:
-                budget.spent += spent.get(hold.key, 0.0)
+                if was_reserved:
+                    budget.spent += spent.get(hold.key, 0.0)
                 sums[hold.key] = budget.spent
         return sums
+
+    async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
+        """See `Ledger`."""
+        await self.settle(id, holds, {})
 
     async def close(self) -> None:
         """See `Ledger`."""

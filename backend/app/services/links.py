@@ -1,7 +1,7 @@
 """One-use links: an invitation to make an account, or the leave to set a new password.
 
 A link holds a secret of which only the hash is stored. Whoever uses it first has used it up, also when two
-try at the same moment.
+try at the same moment. It is good for as long as its maker has the right to make it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import hashlib
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, literal, select, update
 
-from app.access import Identity
+from app.access import ALL_RIGHTS, LOCAL, Identity
 from app.database import Database
 from app.errors import InvalidRequest, NotFound
 from app.events import new_id
-from app.models.tables import links
+from app.models.tables import links, users
 from app.services.audit import note
 from app.services.authorizer import Authorizer
 from app.services.policies import Policies
@@ -53,9 +53,10 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
-    """What a link was good for."""
+class Grant:
+    """What a link is good for."""
 
+    link: str
     role: str | None
     user: str | None
     made_by: str
@@ -90,20 +91,13 @@ class Links:
     async def invitations(self, who: Identity) -> list[Link]:
         """The invitations that can still be used, the newest first."""
         await self._authorizer.check(who, "users:read")
-        statement = (
-            select(
-                links.c.id,
-                links.c.kind,
-                links.c.role,
-                links.c.made_by,
-                links.c.created_at,
-                links.c.expires_at,
-            )
-            .where(links.c.kind == "invitation", _usable())
-            .order_by(links.c.id.desc())
-        )
+        statement = _LINKS.where(links.c.kind == "invitation", _usable()).order_by(links.c.id.desc())
         rows = await self._database.read(lambda c: c.execute(statement).all())
-        return [Link(*row) for row in rows]
+        return [
+            Link(row.id, row.kind, row.role, row.made_by, row.created_at, row.expires_at)
+            for row in rows
+            if _may_be_given(row, self._policies)
+        ]
 
     async def take_back(self, who: Identity, link_id: str) -> None:
         """Makes an invitation worthless. Raises `NotFound`."""
@@ -126,16 +120,39 @@ def make_password_link(connection: Connection, who: Identity, user: str) -> Link
     return _make(connection, who, "password", PASSWORD_HOURS * 3600, user=user, target=f"user:{user}")
 
 
-def use(connection: Connection, kind: Kind, secret: str) -> Used | None:
-    """Uses a link up, in the transaction of what it is used for; None when it is not, or no longer, good."""
-    statement = (
-        update(links)
-        .where(links.c.secret_hash == hash_of(secret), links.c.kind == kind, _usable())
-        .values(used_at=time.time())
-        .returning(links.c.role, links.c.user, links.c.made_by)
-    )
-    row = connection.execute(statement).first()
-    return None if row is None else Used(*row)
+def find(connection: Connection, policies: Policies, kind: Kind, secret: str) -> Grant | None:
+    """What a link is good for, in the transaction in which it is used; None when it is not, or no longer,
+    good."""
+    this = _LINKS.where(links.c.secret_hash == hash_of(secret), links.c.kind == kind, _usable())
+    row = connection.execute(this.with_for_update(of=links)).first()
+    if row is None or not _may_be_given(row, policies):
+        return None
+    return Grant(row.id, row.role, row.user, row.made_by)
+
+
+def use_up(connection: Connection, grant: Grant) -> None:
+    """Makes the link worthless, in the transaction in which it was found."""
+    connection.execute(update(links).where(links.c.id == grant.link).values(used_at=time.time()))
+
+
+_makers, _holders = users.alias(), users.alias()
+_LINKS = select(
+    links, _makers.c.role.label("role_of_maker"), _holders.c.role.label("role_of_holder")
+).select_from(
+    links.outerjoin(
+        _makers, and_(links.c.made_by == literal("user:").concat(_makers.c.id), _makers.c.closed_at.is_(None))
+    ).outerjoin(_holders, links.c.user == _holders.c.id)
+)
+"""Links with the roles that their makers, where their accounts are open, and the holders of the accounts that
+they are for have now."""
+
+
+def _may_be_given(link: Row[Any], policies: Policies) -> bool:
+    """Whether the maker of one of `_LINKS` may still give what it gives."""
+    by_operator = link.made_by == LOCAL.owner
+    maker = ALL_RIGHTS if by_operator else policies.role(link.role_of_maker or "")
+    given = policies.role(link.role or link.role_of_holder or "")
+    return maker.allows("users:write") and not maker.lacks(given)
 
 
 def _usable() -> ColumnElement[bool]:

@@ -87,13 +87,14 @@ class People:
         self, who: Identity, user: str, *, role: str | None = None, closed: bool | None = None
     ) -> Person:
         """Gives an account another role, closes it (which ends its sign-ins), or opens it again. Raises
-        `NotFound`, `InvalidRequest`, and `Conflict` when no open admin account would be left."""
+        `NotFound`, `InvalidRequest`, and `Conflict` when no open admin account would be left, or when it gets
+        another role at the same moment."""
         await self._authorizer.check(who, "users:write")
         if role is not None and not self._policies.has_role(role):
             raise InvalidRequest("role: there is no such role")
         if role is not None:
             await self._authorizer.check_within(who, self._policies.role(role))
-        await self._check_not_above(who, user)
+        had = await self._check_not_above(who, user)
         changes: dict[str, Any] = {} if role is None else {"role": role}
         if closed is not None:
             changes["closed_at"] = time.time() if closed else None
@@ -107,7 +108,9 @@ class People:
             if loses and list(admins) == [user]:
                 return Conflict("This is the last admin: make another one first.")
             if changes:
-                connection.execute(update(users).where(users.c.id == user).values(changes))
+                this = update(users).where(users.c.id == user, users.c.role == had)
+                if not connection.execute(this.values(changes)).rowcount:
+                    return Conflict("This account has just got another role: look at it again.")
                 if closed:
                     self._sign_ins.end_in(connection, user)
                 details = {
@@ -140,10 +143,12 @@ class People:
         statement = select(users.c.id).where(users.c.role == ADMIN, users.c.closed_at.is_(None)).limit(1)
         return await self._database.read(lambda c: c.execute(statement).first() is not None)
 
-    async def _check_not_above(self, who: Identity, user: str) -> None:
-        """Raises `NotFound`, and `Forbidden` for somebody with rights that `who` does not have."""
+    async def _check_not_above(self, who: Identity, user: str) -> str:
+        """The role of an account. Raises `NotFound`, and `Forbidden` for one with rights that `who` does not
+        have."""
         statement = select(users.c.role).where(users.c.id == user)
-        role = await self._database.read(lambda c: c.execute(statement).scalar())
+        role: str | None = await self._database.read(lambda c: c.execute(statement).scalar())
         if role is None:
             raise NotFound("There is no such account.")
         await self._authorizer.check_within(who, self._policies.role(role))
+        return role

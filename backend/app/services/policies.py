@@ -159,8 +159,11 @@ class Policies:
 
     async def delete_role(self, who: Identity, name: str) -> None:
         """Takes back what the API defined; a role of a file is then as the file has it. Raises
-        `NotFound`, and `Conflict` while accounts have a role that would be gone."""
+        `Forbidden`, `NotFound`, and `Conflict` while accounts have a role that would be gone."""
         await self._authorizer.check(who, "roles:write")
+        await self._authorizer.check_within(who, self.role(name))
+        if name in self._from_files:
+            await self._authorizer.check_within(who, self._from_files[name].role)
 
         def operation(connection: Connection) -> Conflict | NotFound | None:
             holders = select(func.count()).select_from(users).where(users.c.role == name)

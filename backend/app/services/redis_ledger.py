@@ -91,9 +91,9 @@ return 0
 _SETTLE = """
 local sums = {}
 for i = 1, #KEYS / 2 do
-    redis.call('HDEL', KEYS[2 * i], ARGV[1])
-    sums[i] = ''
-    if redis.call('EXISTS', KEYS[2 * i - 1]) == 1 then
+    local reserved = redis.call('HDEL', KEYS[2 * i], ARGV[1]) == 1
+    sums[i] = redis.call('GET', KEYS[2 * i - 1]) or ''
+    if reserved and sums[i] ~= '' then
         sums[i] = redis.call('INCRBYFLOAT', KEYS[2 * i - 1], ARGV[1 + i])
     end
 end
@@ -156,6 +156,9 @@ class RedisLedger:
         amounts = [spent.get(hold.key, 0.0) for hold in holds]
         sums = await _answered(self._settle(keys, [id, *amounts]))
         return {hold.key: float(total) for hold, total in zip(holds, sums, strict=True) if total}
+
+    async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
+        """See `Ledger`."""
 
     async def close(self) -> None:
         """See `Ledger`."""

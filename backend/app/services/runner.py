@@ -30,7 +30,7 @@ from app.services.idle_work import IdleWork
 from app.services.llm_server import Message
 from app.services.outbox import Delivery
 from app.services.prompting import Asked, Prompting
-from app.services.rows import SessionRow
+from app.services.rows import SessionRow, TurnRow
 from app.services.store import StaleAttempt, Store
 from app.services.tracing import Tracing
 from app.services.turns import Interruption, Turn
@@ -258,8 +258,11 @@ class Runner:
                 self._refresh(live, session)
                 return True
             found = await self._insist(lambda: self._store.turn(turn.id))
-            if found is None or found[0].instance != self.instance or not found[0].is_active:
-                self.elsewhere.observe(turn)
+            if found is not None and found[0].ending is not None:
+                self._ended_elsewhere(turn, *found)
+                return False
+            if found is None or found[0].instance != self.instance:
+                await self._taken_over(live, turn)
                 return False
             if live.waiting and live.waiting[0].row.position < turn.row.position:
                 # An earlier turn of the session was taken up here meanwhile: this one waits for it.
@@ -383,6 +386,12 @@ class Runner:
         self.interrupt(turn, "ended")
         self.settle(turn, ended)
 
+    def _ended_elsewhere(self, turn: Turn, row: TurnRow, session: SessionRow) -> None:
+        """A turn of this process was ended by another one."""
+        assert row.ending is not None
+        self.cut_off(turn, Ended(False, turn.id, decode_ending(row.ending), session.version))
+        self.forget_history(session.id)
+
     async def _taken_over(self, live: LiveSession, turn: Turn) -> None:
         log.warning("a turn was taken over", turn=turn.id)
         await self._accounting.release(turn)
@@ -400,11 +409,9 @@ class Runner:
             found = await self._store.turn(turn.id)
             if found is None or not _can_be_cut(turn) or not self.is_here(turn):
                 continue
-            row, session = found
-            if row.ending is not None:
-                self.cut_off(turn, Ended(False, turn.id, decode_ending(row.ending), session.version))
-                self.forget_history(session.id)
-            elif row.instance != self.instance:
+            if found[0].ending is not None:
+                self._ended_elsewhere(turn, *found)
+            elif found[0].instance != self.instance:
                 self.interrupt(turn, "taken")
 
 

@@ -16,16 +16,16 @@ from typing import Any
 from msgspec.structs import replace
 
 from app.access import ANY, LOCAL, Identity
-from app.errors import InvalidRequest, NotFound, RateLimited
+from app.errors import InvalidRequest, NotFound, Overloaded, PortalError, RateLimited
 from app.events import GenerationOptions, Mark, TurnRequest, check_id, is_id, new_id
 from app.logs import get_logger
 from app.loop import LoopDoor
 from app.options import chosen_tool, names_of
 from app.services import turn_log
 from app.services.acceptance import Acceptance
-from app.services.admission import Admission, Ticket
+from app.services.admission import NO_TICKET, Admission, Ticket
 from app.services.authorizer import Authorizer
-from app.services.drain import Drain, Draining
+from app.services.drain import Drain
 from app.services.endings import Ended
 from app.services.llm_client import LLMClient
 from app.services.llm_server import Message
@@ -189,13 +189,13 @@ class SessionManager:
     async def _accept(self, request: TurnRequest) -> Turn:
         turn_id, model = new_id(), self._model(request)
         known = self._llm.known_model(model)
-        ticket = await self._admit(request, turn_id, known)
+        ticket, refusal = await self._admit(request, turn_id, known)
         try:
             acceptance = await self._store.accept(
                 request,
                 turn_id=turn_id,
                 instance=self._runner.instance,
-                full=self._llm.full(model),
+                refusal=refusal or self._llm.full(model),
             )
         except BaseException:
             await self._admission.give_back(ticket)
@@ -209,19 +209,21 @@ class SessionManager:
             self._runner.on_delivery(acceptance.delivery, turn)
         return turn
 
-    async def _admit(self, request: TurnRequest, turn_id: str, model: str) -> Ticket:
-        """The ticket of a new turn. What was accepted before takes none: whoever repeats a request, to
-        have its answer, is not refused it."""
+    async def _admit(
+        self, request: TurnRequest, turn_id: str, model: str
+    ) -> tuple[Ticket, PortalError | None]:
+        """The ticket of a new turn, or why there is none: whoever repeats a request, to have the answer that
+        there is, is not refused that. Raises why, where nothing of the kind was accepted before."""
         try:
             self._drain.check()
             longest = partial(self._default_length, request)
-            return await self._admission.admit(request.who, request, turn_id, model, longest)
-        except (RateLimited, Draining):
+            return await self._admission.admit(request.who, request, turn_id, model, longest), None
+        except (RateLimited, Overloaded) as error:
             if request.request_id is None:
                 raise
             if not await self._store.has_request(request.who.owner, request.session_id, request.request_id):
                 raise
-            return Ticket(turn_id)
+            return NO_TICKET, error
 
     async def _with_prompt(self, request: TurnRequest) -> TurnRequest:
         """The request with the prompt that a new session begins with: its own, its template's, or its

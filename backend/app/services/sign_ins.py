@@ -11,14 +11,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, update
 
 from app.access import Identity
 from app.config import Settings
 from app.database import Database
-from app.errors import NotFound, Unauthenticated
+from app.errors import Forbidden, NotFound, PortalError, Unauthenticated
 from app.events import new_id
-from app.models.tables import sign_ins
+from app.models.tables import sign_ins, users
 from app.services.audit import DENIED, note
 from app.services.authorizer import Authorizer
 from app.services.known_tokens import KnownTokens
@@ -28,6 +28,9 @@ RENEWAL_GRACE_S = 60.0
 """How long the refresh token before the newest one is still good."""
 
 USER_AGENT_CHARS = 200
+
+MOST_SHOWN = 200
+"""Sign-ins in a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,12 @@ class SignIns:
         self._access_s = settings.access_token_minutes * 60
         self._refresh_s = settings.refresh_token_days * 86400
 
-    async def begin(self, who: Identity, user_agent: str, details: dict[str, Any]) -> Tokens:
-        """A new sign-in of a user who has shown who they are; `details` are for the audit log."""
+    async def begin(
+        self, who: Identity, password_hash: str, user_agent: str, details: dict[str, Any]
+    ) -> Tokens:
+        """A new sign-in of a user who has shown the password with this hash, in the place of those that are
+        over; `details` are for the audit log. Raises `Forbidden` when the account is closed,
+        `Unauthenticated` when it has got another password since."""
         now = time.time()
         user = who.user or ""
         values = {
@@ -77,9 +84,17 @@ class SignIns:
             "expires_at": now + self._refresh_s,
         }
 
-        def operation(connection: Connection) -> None:
+        def operation(connection: Connection) -> PortalError | None:
+            refusal = _refusal(connection, user, password_hash)
+            if refusal is not None:
+                denied: dict[str, Any] = {"outcome": DENIED, "door": who.door, "details": details}
+                note(connection, None, "auth.sign_in", target=who.owner, **denied)
+                return refusal
+            over = or_(sign_ins.c.ended_at.is_not(None), sign_ins.c.expires_at < now)
+            connection.execute(delete(sign_ins).where(sign_ins.c.user == user, over))
             connection.execute(insert(sign_ins).values(values))
             note(connection, who, "auth.sign_in", target=who.owner, details=details)
+            return None
 
         await self._database.write(operation)
         return self._tokens(user, str(values["id"]), 1)
@@ -118,12 +133,14 @@ class SignIns:
         return Tokens(access, self._access_s, refresh, self._refresh_s)
 
     async def open_ones(self, who: Identity) -> list[SignIn]:
-        """The sign-ins of who asks that have not ended, the newest first. Raises `Forbidden`."""
+        """The sign-ins of who asks that have not ended, the newest first, at most `MOST_SHOWN`. Raises
+        `Forbidden`."""
         await self._authorizer.check(who, "account:write")
         statement = (
             select(sign_ins.c.id, sign_ins.c.user_agent, sign_ins.c.created_at, sign_ins.c.renewed_at)
             .where(_open_of(who.user), sign_ins.c.expires_at > time.time())
             .order_by(sign_ins.c.created_at.desc())
+            .limit(MOST_SHOWN)
         )
         rows = await self._database.read(lambda c: c.execute(statement).all())
         return [SignIn(*row) for row in rows]
@@ -169,6 +186,18 @@ class SignIns:
     def end_in(self, connection: Connection, user: str, *, but: str | None = None) -> None:
         """Ends all sign-ins of a user, except `but`, with this transaction."""
         _end(connection, _open_of(user) if but is None else and_(_open_of(user), sign_ins.c.id != but))
+
+
+def _refusal(connection: Connection, user: str, password_hash: str) -> PortalError | None:
+    """Why the password with this hash begins no sign-in. The account stays as it is in this transaction:
+    what changes it waits, and then ends this sign-in too."""
+    this = select(users.c.password_hash, users.c.closed_at).where(users.c.id == user)
+    account = connection.execute(this.with_for_update(read=True)).one()
+    if account.closed_at is not None:
+        return Forbidden("This account is closed; ask an admin.")
+    if account.password_hash != password_hash:
+        return Unauthenticated("The password has just been changed; sign in with the new one.")
+    return None
 
 
 def _end(connection: Connection, these: ColumnElement[bool]) -> int:

@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import Connection, and_, delete, func, select, text, update
 
 from app.database import Database
-from app.errors import Conflict, NotFound, Overloaded, PortalError
+from app.errors import Conflict, NotFound, PortalError
 from app.events import Ending, Mark, TurnRequest
 from app.models.tables import ACTIVE, LIVE, identity, leases, messages, session_keys, sessions, turns
 from app.services import acceptance, branches, endings
@@ -64,15 +64,15 @@ class Store:
     # --- the life of a turn ---
 
     async def accept(
-        self, request: TurnRequest, *, turn_id: str, instance: str, full: Overloaded | None = None
+        self, request: TurnRequest, *, turn_id: str, instance: str, refusal: PortalError | None = None
     ) -> Acceptance:
         """Commits the user message and its turn, or finds the turn that the request id names.
 
         Raises `Conflict` for a request id with another body, `Overloaded` when too many turns of the
-        session wait, and `full` when it is given and the turn would be a new one.
+        session wait, and `refusal` when it is given and something would have to be generated.
         """
         return await self._database.write(
-            lambda c: acceptance.accept(c, request, turn_id, instance, time.time(), full), short=True
+            lambda c: acceptance.accept(c, request, turn_id, instance, time.time(), refusal), short=True
         )
 
     async def claim(self, turn_id: str, instance: str) -> SessionRow | None:

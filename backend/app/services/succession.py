@@ -17,6 +17,7 @@ from app.errors import PortalError, StorageUnavailable
 from app.events import TurnRequest, new_id
 from app.logs import get_logger
 from app.services.admission import NO_TICKET, Admission, Ticket
+from app.services.devices import Devices
 from app.services.drain import Drain
 from app.services.leases import Leases
 from app.services.policies import Policies
@@ -43,6 +44,7 @@ class Succession:
         runner: Runner,
         admission: Admission,
         policies: Policies,
+        devices: Devices,
         drain: Drain,
     ) -> None:
         self._store = store
@@ -50,6 +52,7 @@ class Succession:
         self._runner = runner
         self._admission = admission
         self._policies = policies
+        self._devices = devices
         self._drain = drain
         self._epoch = new_id()
         self._lease = f"instance:{runner.instance}"
@@ -124,7 +127,7 @@ class Succession:
             owner=session.owner,
             role_name=row.role,
             role=self._policies.role(row.role),
-            key=None if row.api_key is None else KeyUse(row.api_key, "", frozenset()),
+            key=self._key_of(row, session),
             door=_door(row.door),
         )
         request = TurnRequest(who, session.session_id, "", project=session.project)
@@ -133,6 +136,11 @@ class Succession:
         except PortalError as error:
             log.warning("a turn could not be counted", turn=row.id, reason=error.code)
             return NO_TICKET
+
+    def _key_of(self, row: TurnRow, session: SessionRow) -> KeyUse | None:
+        if row.api_key is None:
+            return None
+        return self._devices.key(row.api_key, session.project) or KeyUse(row.api_key, "", frozenset())
 
 
 def _door(name: str) -> Door:

@@ -21,11 +21,11 @@ LOOK_S = 15.0
 class Connected(Protocol):
     """Somebody who came with a token and stays."""
 
-    def is_now(self, identity: Identity) -> None:
-        """The token is good; its holder may have got another role."""
+    async def is_now(self, identity: Identity) -> None:
+        """The token is good; its holder may have got another role. Raises why they may not stay."""
 
     def end(self, error: PortalError) -> None:
-        """The token is not good any more."""
+        """The token is not good any more, or not for this."""
 
 
 class TokenWatch:
@@ -77,6 +77,11 @@ class TokenWatch:
         except PortalError as error:
             for who in list(holders):
                 who.end(error)
-        else:
-            for who in list(holders):
-                who.is_now(identity)
+            return
+        for who in list(holders):
+            try:
+                await who.is_now(identity)
+            except StorageUnavailable:
+                return
+            except PortalError as error:
+                who.end(error)

@@ -13,10 +13,10 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Row, func, select
+from sqlalchemy import ColumnElement, Connection, Row, func, or_, select
 
 from app.database import Database, insert_of
-from app.models.tables import usage, usage_days
+from app.models.tables import api_keys, devices, usage, usage_days
 from app.prepared import Prepared
 
 
@@ -71,6 +71,9 @@ class UsageSum(msgspec.Struct, frozen=True):
     spent: Spent
 
 
+PERSON = "person:"
+"""What the subject of somebody's own budgets begins with: all that they have used, but for their devices."""
+
 SUMS = Spent.__struct_fields__
 _KEYS = ("day", *get_args(Group)[1:])
 
@@ -119,6 +122,11 @@ def conditions_of(subject: str) -> list[ColumnElement[bool]]:
         return [usage_days.c.project == name]
     if kind == "key":
         return [usage_days.c.api_key == name]
+    if kind == "device":
+        return [usage_days.c.api_key.in_(select(devices.c.id).where(devices.c.name == name))]
+    if subject.startswith(PERSON):  # a key is never forgotten; a device that was removed is
+        by_key = usage_days.c.api_key.in_(select(api_keys.c.id).where(api_keys.c.user == name))
+        return [usage_days.c.owner == f"user:{name}", or_(usage_days.c.api_key == "", by_key)]
     return [usage_days.c.owner == subject]
 
 
