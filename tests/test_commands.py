@@ -57,6 +57,12 @@ def test_the_schema_is_changed_only_where_the_portal_may(tmp_path: Path, refusal
     assert all("no schema yet" in said for said in refusals())
 
 
+def test_an_audit_log_that_is_not_there_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / ".env").touch()
+    told = CliRunner().invoke(app, ["audit", "verify", "--state", str(tmp_path)])
+    assert (told.exit_code, "no schema yet" in told.output) == (1, True), told.output
+
+
 def test_a_database_that_does_not_answer(tmp_path: Path, refusals: Refusals) -> None:
     (tmp_path / ".env").write_text(f"DATABASE_URL=postgresql://me:tulip@127.0.0.1:{free_port()}/portal\n")
     assert all("The database cannot be used" in said and "tulip" not in said for said in refusals())

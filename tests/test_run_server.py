@@ -100,5 +100,9 @@ def test_a_database_that_is_newer_is_left_alone(tmp_path: Path, make_portal: Mak
     with sqlite3.connect(tmp_path / "portal.db") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
     database.close()
-    with pytest.raises(AssertionError, match="9999"):
-        portal.start(ready=False)
+    for setting in ("", "DATABASE_AUTO_MIGRATE=false\n"):
+        with portal.env_file.open("a") as settings:
+            settings.write(setting)
+        portal.log.write_text("")
+        with pytest.raises(AssertionError, match="9999"):
+            portal.start(ready=False)

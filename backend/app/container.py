@@ -119,7 +119,8 @@ _opening = threading.Lock()
 @asynccontextmanager
 async def open_container(settings: Settings) -> AsyncIterator[Container]:
     """Opens everything in the order of need and closes it in reverse. Neither the LLM server nor
-    the broker need be there. Raises SQLAlchemy's errors when the database cannot be opened."""
+    the broker need be there. Raises SQLAlchemy's errors when the database cannot be opened, and `Internal`
+    when it is not this version's."""
     global _current  # noqa: PLW0603 - what the documented accessors return
     settings = settings.with_instance(f"python-{new_id()}")
     async with AsyncExitStack() as stack:
