@@ -1,23 +1,28 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
+import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text
+from sqlalchemy.exc import OperationalError
 
 from app.config import BACKEND_DIR
 from app.database import MIGRATIONS, Database, create_portal_engine, head_revision, migrate
-from app.errors import Internal
+from app.errors import Conflict, Internal, StorageUnavailable
 from app.models.tables import metadata, template_versions
+from app.writing import defer
 
 
 def test_the_migrations_make_the_tables(database_url: str) -> None:
@@ -155,3 +160,68 @@ async def test_writes_are_in_order_and_outlast_the_close(tmp_path: Path) -> None
     with engine.connect() as connection:
         assert list(connection.execute(text("SELECT v FROM t ORDER BY n")).scalars()) == list(range(600))
     engine.dispose()
+
+
+async def test_nobody_waits_for_a_lock_for_ever(postgres_url: str) -> None:
+    url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
+    database = Database(url)
+    await database.open()
+    await database.write(lambda c: c.execute(text("CREATE TABLE t (n INTEGER PRIMARY KEY)")))
+    await database.write(lambda c: c.execute(text("INSERT INTO t VALUES (1), (2)")))
+    update = "UPDATE t SET n = n + 10 WHERE n = "
+    with psycopg.connect(postgres_url) as somebody:
+        somebody.execute("SELECT * FROM t WHERE n = 1 FOR UPDATE")
+        async with asyncio.timeout(10):
+            locked = [database.write(lambda c: c.execute(text(f"{update} 1"))) for _ in range(20)]
+            refused = await asyncio.gather(*locked, return_exceptions=True)
+            assert {type(error) for error in refused} == {StorageUnavailable}
+            await database.write(lambda c: c.execute(text(f"{update} 2")))
+    shown = "SHOW idle_in_transaction_session_timeout"
+    assert await database.read(lambda c: c.execute(text(shown)).scalar()) == "10s", "nor are others to wait"
+    await database.close()
+
+
+async def test_what_may_have_been_committed_is_not_done_again(postgres_url: str) -> None:
+    url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
+    database, gate = Database(url), threading.Event()
+    await database.open()
+    await database.write(lambda c: c.execute(text("CREATE TABLE t (n INTEGER)")))
+
+    def end_all(connection: Connection) -> None:
+        with psycopg.connect(postgres_url, autocommit=True) as other:
+            others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s"
+            other.execute(others, [connection.execute(text("SELECT pg_backend_pid()")).scalar()])
+
+    def insert(connection: Connection) -> None:
+        connection.execute(text("INSERT INTO t VALUES (1)"))
+
+    first = asyncio.create_task(database.write(lambda _: gate.wait(10)))
+    await asyncio.sleep(0)
+    group = [
+        asyncio.create_task(database.write(operation)) for operation in (insert, end_all, insert, insert)
+    ]
+    await asyncio.sleep(0)
+    gate.set()  # what came meanwhile is one group
+    await first
+    told = await asyncio.gather(*group, return_exceptions=True)
+    assert {type(error) for error in told} == {StorageUnavailable}
+    await database.write(lambda c: c.execute(text("INSERT INTO t VALUES (2)")))
+    assert await database.read(lambda c: c.execute(text("SELECT n FROM t")).scalars().all()) == [2]
+    await database.close()
+
+
+async def test_what_is_not_committed_is_no_answer(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'full.db'}"
+
+    def full(_connection: Connection, _items: list[object]) -> None:
+        raise OperationalError("COMMIT", None, sqlite3.OperationalError("database or disk is full"))
+
+    database = Database(url, full)
+    await database.open()
+    outcome = await asyncio.gather(
+        database.write(lambda _: Conflict("There is one."), short=True),
+        database.write(lambda c: defer(c, "item"), short=True),
+        return_exceptions=True,
+    )
+    assert [type(error) for error in outcome] == [StorageUnavailable] * 2
+    await database.close()

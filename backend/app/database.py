@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Engine, Table, create_engine, event, text
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError
 
@@ -32,6 +32,19 @@ the connection. An error is better returned than raised, which would undo what i
 
 READERS = 4
 LOCK_TIMEOUT_S = 2
+LONGEST_PAUSE_S = 10
+"""How long a transaction may do nothing: PostgreSQL ends that of a process that was suspended, or whose
+machine is gone, since others wait for its locks."""
+
+DEAD_AFTER = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""After how long of silence a connection to PostgreSQL is given up (libpq's names): about ten seconds."""
+
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 REFRESH_S = 2.0
 
@@ -101,7 +114,9 @@ class Database:
 def _settle(future: asyncio.Future[Any], write: Write) -> None:
     if future.cancelled():
         return
-    error = write.result if isinstance(write.result, PortalError) else write.error
+    error = write.error
+    if error is None and isinstance(write.result, PortalError):
+        error = write.result
     if error is None:
         future.set_result(write.result)
     elif isinstance(error, UNAVAILABLE):
@@ -141,7 +156,11 @@ def create_portal_engine(url: str) -> Engine:
         "pool_size": READERS + 1,
     }
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, **options)
+        said = make_url(url).query
+        patience = {name: value for name, value in DEAD_AFTER.items() if name not in said}
+        engine = create_engine(url, pool_pre_ping=True, connect_args=patience, **options)
+        event.listen(engine, "connect", _prepare_postgres)
+        return engine
     _keep_private(Path(url.removeprefix("sqlite:///")))
     engine = create_engine(
         url, connect_args={"check_same_thread": False, "timeout": LOCK_TIMEOUT_S}, **options
@@ -160,6 +179,13 @@ def _keep_private(file: Path) -> None:
         for found in (file, *(file.with_name(file.name + end) for end in ("-wal", "-shm"))):
             if found.exists() and found.stat().st_mode & 0o007:
                 found.chmod(0o600)
+
+
+def _prepare_postgres(connection: Any, _record: object) -> None:
+    connection.autocommit = True
+    connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{LONGEST_PAUSE_S}s'")
+    connection.autocommit = False
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -219,6 +245,7 @@ def lock_schema(connection: Connection) -> None:
     """Begins a transaction, once no other process changes the schema: of several that are started at once
     one migrates, and the others find it done."""
     if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:name)"), {"name": MIGRATING})
         return
     raw: Any = connection.connection.driver_connection

@@ -39,6 +39,8 @@ CHECKPOINT_EVERY = 500
 waits for the disk."""
 
 SQLITE_BUSY = 5
+LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's code for a lock that was waited for as long as `lock_timeout` allows."""
 
 WRITE_LAGS_S = (*SHORT_S[:5], *LATENCIES_S[:11])
 
@@ -209,6 +211,13 @@ def _is_busy(error: BaseException | None) -> bool:
     return code & 0xFF == SQLITE_BUSY
 
 
+def _is_locked(connection: Connection, error: BaseException) -> bool:
+    """Whether somebody else had a lock for too long."""
+    if connection.dialect.name == "sqlite":
+        return isinstance(error, UNAVAILABLE)
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE
+
+
 def _checkpoint(engine: Engine) -> None:
     """Writes SQLite's log back into its file, as far as nobody needs it."""
     try:
@@ -255,13 +264,14 @@ _BEGIN, _COMMIT = Prepared(text("BEGIN IMMEDIATE")), Prepared(text("COMMIT"))
 
 
 def _commit_group(connection: Connection, group: Sequence[Write], before_commit: BeforeCommit | None) -> None:
-    """All in one transaction; when one of several fails, each in its own, so that only it fails."""
+    """All in one transaction; when one of several fails, each in its own, so that only it fails. Not where
+    each alone would wait for a lock as long as all together, or where the connection is lost: all may have
+    been committed."""
     try:
         _carry_out(connection, group, before_commit)
         return
     except Exception as error:  # noqa: BLE001 - it is handed to the callers
-        locked = isinstance(error, UNAVAILABLE) and connection.dialect.name == "sqlite"
-        if len(group) == 1 or locked:  # each alone would wait for the lock as long as all together
+        if len(group) == 1 or connection.invalidated or _is_locked(connection, error):
             for write in group:
                 write.error = error
             return
