@@ -64,17 +64,18 @@ def history(portal: Portal, page: Page, username: str) -> list[dict[str, str]]:
 
 
 def test_a_template_is_written_and_chatted_with(ada: Page, portal: Portal, username: str) -> None:
-    write_template(ada, "Guide", "You are {{ name }}, a guide. Be brief.")
+    write_template(ada, "Guide", "You are {{ name }}, a {{ mood | default('silent') }} guide. Be brief.")
     ada.get_by_role("link", name="Try in a chat").click()
     ask(ada, "Who are you?")
     expect(ada.get_by_role("alert")).to_contain_text("Fill in name first")
     ada.get_by_label("name", exact=True).fill("Theseus")
+    ada.get_by_label("mood (optional)").fill("merry")
     ada.get_by_role("textbox", name="Message").press("Enter")
     expect(ada).to_have_url(CHAT_URL)
     answered(ada)
     expect(ada.get_by_text("Guide v1")).to_be_visible()
     ada.get_by_role("button", name="System prompt").click()
-    expect(ada.get_by_text("You are Theseus, a guide. Be brief.")).to_be_visible()
+    expect(ada.get_by_text("You are Theseus, a merry guide. Be brief.")).to_be_visible()
     ask(ada, "And what do you do?")
     answered(ada, 2)
     stored = history(portal, ada, username)
@@ -221,6 +222,11 @@ class TestWithAnLLMThatDoesAsItIsTold:
             ada.get_by_role("button", name="Reasoning").click()
             expect(ada.get_by_text("Hmm, a greeting.")).to_be_visible()
             ada.reload()
+        script.pieces, script.reason = [{"reasoning_content": "Hmm, and on and on"}], "length"
+        ask(ada, "And?")
+        cut = answers(ada).nth(1)
+        expect(cut).to_contain_text("The model has written no answer.")
+        expect(cut).to_contain_text("Cut at its longest")
 
     def test_an_error_says_what_to_do_and_asks_again(self, ada: Page, script: Script) -> None:
         script.status = 500

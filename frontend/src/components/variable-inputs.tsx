@@ -3,22 +3,23 @@ import type { Variables } from "../queries/templates";
 
 interface Props {
   names: string[];
+  optional: string[];
   values: Variables;
   onChange: (values: Variables) => void;
 }
 
 /** An input for each variable of a template. One that is empty has no value. */
-export function VariableInputs({ names, values, onChange }: Props) {
+export function VariableInputs({ names, optional, values, onChange }: Props) {
   const change = (name: string, text: string) => {
     const { [name]: _, ...others } = values;
     onChange(text === "" ? others : { ...others, [name]: text });
   };
   return (
     <Stack gap="xs">
-      {names.map((name) => (
+      {[...names, ...optional].map((name) => (
         <Textarea
           key={name}
-          label={name}
+          label={optional.includes(name) ? `${name} (optional)` : name}
           autosize
           minRows={1}
           maxRows={6}

@@ -30,15 +30,16 @@ export function Answer({ message, sessionId }: { message: HistoryMessage; sessio
           <StoredReasoning turnId={message.turn_id ?? ""} sessionId={sessionId} />
         </Fold>
       )}
-      <Markdown text={message.content} />
+      {message.content === "" && !message.tool_calls?.length ? (
+        <Text c="dimmed">The model has written no answer.</Text>
+      ) : (
+        <Markdown text={message.content} />
+      )}
       <Group gap={4} className={classes["actions"] ?? ""}>
         <CopyButton label="Copy the answer" text={() => message.content} />
         {message.status === "cancelled" && <Stopped />}
-        {message.status === "failed" && (
-          <Badge variant="default" size="sm" tt="none">
-            Broken off
-          </Badge>
-        )}
+        {message.status === "failed" && <Mark>Broken off</Mark>}
+        {message.finish_reason === "length" && <Mark>Cut at its longest</Mark>}
       </Group>
     </article>
   );
@@ -46,9 +47,13 @@ export function Answer({ message, sessionId }: { message: HistoryMessage; sessio
 
 /** The mark of an answer that was stopped, perhaps before it began. */
 export function Stopped() {
+  return <Mark>Stopped</Mark>;
+}
+
+function Mark({ children }: { children: string }) {
   return (
     <Badge variant="default" size="sm" tt="none">
-      Stopped
+      {children}
     </Badge>
   );
 }

@@ -91,6 +91,7 @@ export function NewChatPage() {
         {template && (
           <VariableInputs
             names={template.variables}
+            optional={template.optional}
             values={variables}
             onChange={(changed) => setValues(JSON.stringify(changed))}
           />

@@ -18,7 +18,12 @@ export function PreviewPanel({ content }: { content: string }) {
   if (content === "") return <Text c="dimmed">The prompt is shown here as you write.</Text>;
   return (
     <Stack gap="sm">
-      <VariableInputs names={data?.variables ?? []} values={variables} onChange={setVariables} />
+      <VariableInputs
+        names={data?.variables ?? []}
+        optional={data?.optional ?? []}
+        values={variables}
+        onChange={setVariables}
+      />
       {error && <ErrorNotice error={PortalError.from(error)} />}
       {data && (
         <div>
