@@ -20,7 +20,9 @@ import { Link } from "react-router";
 import { signOut } from "../client/auth";
 import { useAccount } from "../queries/account";
 import classes from "./account-menu.module.css";
+import { confirm } from "./confirm";
 import { notifyError } from "./notify";
+import { isUnsaved } from "./unsaved";
 
 const SCHEMES = [
   { value: "light", label: "Light", icon: IconSun },
@@ -70,13 +72,16 @@ export function AccountMenu() {
         >
           API
         </Menu.Item>
-        <Menu.Item
-          leftSection={<IconLogout size={16} aria-hidden />}
-          onClick={() => signOut().catch(notifyError)}
-        >
+        <Menu.Item leftSection={<IconLogout size={16} aria-hidden />} onClick={askToSignOut}>
           Sign out
         </Menu.Item>
       </Menu.Dropdown>
     </Menu>
   );
+}
+
+function askToSignOut() {
+  if (!isUnsaved()) signOut().catch(notifyError);
+  else
+    confirm("Sign out without saving?", "What you changed since the last save is lost.", "Sign out", signOut);
 }
