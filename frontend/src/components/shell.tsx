@@ -2,7 +2,7 @@ import { AppShell, Burger, Group, NavLink, ScrollArea, Text } from "@mantine/cor
 import { useDisclosure } from "@mantine/hooks";
 import { IconMessagePlus, IconShield, IconTemplate } from "@tabler/icons-react";
 import { type MouseEvent, type ReactNode, useEffect } from "react";
-import { Link, Outlet, useLocation } from "react-router";
+import { Link, Outlet, ScrollRestoration, useLocation } from "react-router";
 import { useMay } from "../queries/access";
 import { AccountMenu } from "./account-menu";
 import { ModelStatus } from "./model-status";
@@ -92,6 +92,7 @@ export function Shell({ sidebar }: { sidebar: ReactNode }) {
       </AppShell.Navbar>
       <AppShell.Main id="main" tabIndex={-1} className={classes["main"]}>
         <Outlet />
+        <ScrollRestoration />
       </AppShell.Main>
     </AppShell>
   );
