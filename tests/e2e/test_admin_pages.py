@@ -209,6 +209,12 @@ def test_usage_and_the_audit_log_tell_what_happened(root: Page, portal: Portal, 
         root.get_by_role("button", name="CSV").click()
     assert downloading.value.path().read_text().startswith("owner,door,turns,prompt_tokens")
 
+    # The third of March, wherever the browser has its month.
+    root.get_by_label("From", exact=True).press_sequentially("03032026")
+    expect(root.get_by_text(re.compile(r"^Tokens in \d+ days, 2026-03-03 to"))).to_be_visible()
+    expect(root.get_by_title(re.compile(r"^2026-03-03 to .*: 0 tokens"))).to_be_in_viewport()
+    expect(root.locator("figure [title]").last).to_be_in_viewport()
+
     tab(root, "Audit")
     root.get_by_label("Who").fill(owner)
     mine = root.get_by_role("row", name=re.compile(f"{username} (turn|auth)"))

@@ -6,6 +6,7 @@ import { useState } from "react";
 import { PortalError } from "../../client/errors";
 import type { Key } from "../../client/schema";
 import { confirm } from "../../components/confirm";
+import { DAY_MS } from "../../components/days";
 import { ErrorNotice } from "../../components/error-notice";
 import { KeyLine } from "../../components/key-line";
 import { Loaded } from "../../components/loaded";
@@ -13,7 +14,6 @@ import { Section } from "../../components/section";
 import { ShownOnce } from "../../components/shown-once";
 import { useKeys, useMakeKey, usePermissions, useRevokeKey } from "../../queries/access";
 
-const DAY_MS = 86_400_000;
 const LASTING = [
   { value: "", label: "until it is revoked" },
   { value: "30", label: "30 days" },
