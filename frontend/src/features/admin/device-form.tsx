@@ -5,19 +5,19 @@ import type { AddedDevice } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
 import { useMay } from "../../queries/access";
 import { useUsers } from "../../queries/admin";
-import { useAddDevice } from "../../queries/devices";
+import type { useAddDevice } from "../../queries/devices";
 
 const NAME = /^[A-Za-z0-9_.-]{1,64}$/;
 
 interface Props {
   projects: string[];
+  add: ReturnType<typeof useAddDevice>;
   onAdded: (device: AddedDevice) => void;
 }
 
 /** Adds a device. */
-export function DeviceForm({ projects, onAdded }: Props) {
+export function DeviceForm({ projects, add, onAdded }: Props) {
   const { data: people } = useUsers("", useMay()("users:read"));
-  const add = useAddDevice();
   const form = useForm({
     initialValues: { name: "", projects: [] as string[], owner: "" },
     validate: {

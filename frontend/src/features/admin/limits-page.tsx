@@ -1,9 +1,10 @@
-import { Button, Group, Modal, NativeSelect, Stack, Text, TextInput } from "@mantine/core";
+import { Button, Group, NativeSelect, Stack, Text, TextInput } from "@mantine/core";
 import { useState } from "react";
 import { PortalError } from "../../client/errors";
 import type { SubjectLimits } from "../../client/schema";
 import { confirm } from "../../components/confirm";
 import { ErrorNotice } from "../../components/error-notice";
+import { FormModal } from "../../components/form-modal";
 import { Loaded } from "../../components/loaded";
 import { Section } from "../../components/section";
 import { useMay } from "../../queries/access";
@@ -26,6 +27,7 @@ const NEW: SubjectLimits = { subject: "", limits: {} };
 export function LimitsPage() {
   const may = useMay();
   const limits = useLimits();
+  const set = useSetLimits();
   const [editing, setEditing] = useState<SubjectLimits>();
   const canWrite = may("roles:write");
   return (
@@ -54,13 +56,14 @@ export function LimitsPage() {
           )
         }
       </Loaded>
-      <Modal
+      <FormModal
         opened={editing !== undefined}
         onClose={() => setEditing(undefined)}
+        action={set}
         title={editing?.subject ? "Change limits" : "New limits"}
       >
-        {editing && <LimitsForm {...editing} onDone={() => setEditing(undefined)} />}
-      </Modal>
+        {editing && <LimitsForm {...editing} set={set} onDone={() => setEditing(undefined)} />}
+      </FormModal>
     </Section>
   );
 }
@@ -100,10 +103,14 @@ function LimitsRow({ subject, limits, onEdit }: SubjectLimits & { onEdit: (() =>
   );
 }
 
-function LimitsForm({ subject, limits: before, onDone }: SubjectLimits & { onDone: () => void }) {
+interface FormProps extends SubjectLimits {
+  set: ReturnType<typeof useSetLimits>;
+  onDone: () => void;
+}
+
+function LimitsForm({ subject, limits: before, set, onDone }: FormProps) {
   const [whose, setWhose] = useState(subject);
   const [limits, setLimits] = useState(before);
-  const set = useSetLimits();
   const submit = (event: React.FormEvent) => {
     event.preventDefault();
     set.mutate({ subject: whose, limits }, { onSuccess: onDone });
