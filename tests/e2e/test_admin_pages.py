@@ -257,6 +257,8 @@ def test_an_author_finds_no_admin_pages(ada: Page, portal: Portal) -> None:
 
 
 def test_a_key_is_made_used_and_revoked(ada: Page, portal: Portal) -> None:
+    # So is a page that came over plain HTTP from another machine.
+    ada.add_init_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     ada.goto(f"{portal.url}/account")
     ada.get_by_role("button", name="New key").click()
     ada.get_by_label(re.compile("^Name")).fill("script")
@@ -277,7 +279,15 @@ def test_a_key_is_made_used_and_revoked(ada: Page, portal: Portal) -> None:
     ada.get_by_role("button", name="Close", exact=True).click()
     held[0].continue_()
     secret = ada.get_by_role("dialog").locator("pre").inner_text()
+    ada.get_by_role("button", name="Copy it").click()
+    expect(ada.get_by_role("button", name="Copied")).to_be_visible()
     close_dialog(ada)
+    expect(ada.get_by_role("button", name="New key")).to_be_focused()
+    ada.keyboard.press("Enter")
+    expect(ada.get_by_label(re.compile("^Name"))).to_be_focused()
+    ada.keyboard.press("Control+v")
+    expect(ada.get_by_label(re.compile("^Name"))).to_have_value(secret)
+    ada.keyboard.press("Escape")
     headers = {"Authorization": f"Bearer {secret}"}
 
     def status(path: str) -> int:
