@@ -126,3 +126,20 @@ def test_what_is_written_outlives_its_first_save_and_a_sign_out_elsewhere(ada: P
     expect(text).to_have_value("one and two and three and four")
     text.press("Control+s")
     expect(ada.get_by_text("v2", exact=True)).to_be_visible()
+
+
+@pytest.mark.parametrize("context", [360], indirect=True)
+def test_a_template_beyond_the_end_of_the_list_is_found(ada: Page, portal: Portal, username: str) -> None:
+    with portal.client(username) as client:
+        for title in ("Guide", "Pilot"):
+            client.post("/api/templates", json={"title": title, "content": "Be brief."})
+    ada.route(re.compile("limit=200"), lambda it: it.continue_(url=it.request.url.replace("200", "1")))
+    ada.reload()
+    choice = ada.get_by_role("combobox", name="Template")
+    choice.click()
+    expect(ada.get_by_role("option")).to_have_text(["Pilot"])
+    choice.fill("Guide")
+    ada.get_by_role("option", name="Guide").click()
+    expect(choice).to_have_value("Guide")
+    choice.click()
+    expect(ada.get_by_role("option")).to_have_text(["Guide", "Pilot"])

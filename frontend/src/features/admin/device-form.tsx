@@ -1,5 +1,6 @@
 import { Autocomplete, Button, Checkbox, Group, Stack, TextInput } from "@mantine/core";
 import { useForm } from "@mantine/form";
+import { useDebouncedValue } from "@mantine/hooks";
 import { PortalError } from "../../client/errors";
 import type { AddedDevice } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
@@ -7,6 +8,7 @@ import { useMay } from "../../queries/access";
 import { useUsers } from "../../queries/admin";
 import type { useAddDevice } from "../../queries/devices";
 
+const SEARCH_AFTER_MS = 200;
 const NAME = /^[A-Za-z0-9_.-]{1,64}$/;
 
 interface Props {
@@ -17,7 +19,6 @@ interface Props {
 
 /** Adds a device. */
 export function DeviceForm({ projects, add, onAdded }: Props) {
-  const { data: people } = useUsers("", useMay()("users:read"));
   const form = useForm({
     initialValues: { name: "", projects: [] as string[], owner: "" },
     validate: {
@@ -28,6 +29,8 @@ export function DeviceForm({ projects, add, onAdded }: Props) {
   const submit = form.onSubmit(({ owner, ...device }) =>
     add.mutate({ ...device, owner: owner.trim() || null }, { onSuccess: onAdded }),
   );
+  const [owner] = useDebouncedValue(form.values.owner.trim(), SEARCH_AFTER_MS);
+  const { data: people } = useUsers(owner, useMay()("users:read"));
   return (
     <form onSubmit={submit}>
       <Stack>

@@ -6,6 +6,7 @@ import { confirm } from "../../components/confirm";
 import { ErrorNotice } from "../../components/error-notice";
 import { FormModal } from "../../components/form-modal";
 import { Loaded } from "../../components/loaded";
+import { SearchSelect } from "../../components/search-select";
 import { Section } from "../../components/section";
 import { useMay } from "../../queries/access";
 import { useClearLimits, useLimits, useSetLimits, useUsers } from "../../queries/admin";
@@ -136,7 +137,6 @@ function LimitsForm({ subject, limits: before, set, onDone }: FormProps) {
 
 function SubjectFields({ onChange }: { onChange: (subject: string) => void }) {
   const [kind, setKind] = useState("user");
-  const { data } = useUsers("");
   const choose = (next: string, name: string) => {
     setKind(next);
     onChange(next === "all" ? "all" : name && `${next}:${name}`);
@@ -149,16 +149,7 @@ function SubjectFields({ onChange }: { onChange: (subject: string) => void }) {
         value={kind}
         onChange={(event) => choose(event.currentTarget.value, "")}
       />
-      {kind === "user" && (
-        <NativeSelect
-          label="Person"
-          data={[
-            { value: "", label: "" },
-            ...(data?.users.map((user) => ({ value: user.id, label: user.username })) ?? []),
-          ]}
-          onChange={(event) => choose(kind, event.currentTarget.value)}
-        />
-      )}
+      {kind === "user" && <PersonSelect onChange={(id) => choose(kind, id)} />}
       {kind !== "user" && kind !== "all" && (
         <TextInput
           label={kind === "key" ? "Id of the key" : "Name"}
@@ -167,5 +158,27 @@ function SubjectFields({ onChange }: { onChange: (subject: string) => void }) {
         />
       )}
     </>
+  );
+}
+
+function PersonSelect({ onChange }: { onChange: (id: string) => void }) {
+  const [wanted, setWanted] = useState("");
+  const { data } = useUsers(wanted);
+  const [chosen, setChosen] = useState<{ value: string; label: string }>();
+  const found = data?.users.map(({ id, username }) => ({ value: id, label: username })) ?? [];
+  const others = found.filter(({ value }) => value !== chosen?.value);
+  return (
+    <SearchSelect
+      label="Person"
+      required
+      nothingFoundMessage="Nobody is called that"
+      data={chosen ? [chosen, ...others] : found}
+      value={chosen?.value ?? null}
+      onSearch={setWanted}
+      onChange={(id, option) => {
+        setChosen(option ?? undefined);
+        onChange(id ?? "");
+      }}
+    />
   );
 }

@@ -1,9 +1,10 @@
-import { Anchor, Collapse, Select, Stack, Text, Textarea, Title, UnstyledButton } from "@mantine/core";
+import { Anchor, Collapse, Stack, Text, Textarea, Title, UnstyledButton } from "@mantine/core";
 import { useDisclosure } from "@mantine/hooks";
 import { useState } from "react";
 import { Link, useNavigate, useSearchParams } from "react-router";
 import { newId } from "../../api";
 import { PortalError } from "../../client/errors";
+import { SearchSelect } from "../../components/search-select";
 import { VariableInputs } from "../../components/variable-inputs";
 import { useMay } from "../../queries/access";
 import { useTemplate, useTemplates, type Variables } from "../../queries/templates";
@@ -17,7 +18,8 @@ export function NewChatPage() {
   const templateId = query.get("template");
   const may = useMay();
   const mayUseTemplates = may("templates:read");
-  const { data } = useTemplates("", mayUseTemplates);
+  const [wanted, setWanted] = useState("");
+  const { data } = useTemplates(wanted, mayUseTemplates);
   // The chosen one may be beyond the end of the list.
   const { data: template } = useTemplate(templateId ?? "", templateId !== null);
   const listed = data?.templates.filter(({ id }) => id !== template?.id) ?? [];
@@ -51,10 +53,10 @@ export function NewChatPage() {
           What is it about?
         </Title>
         {mayUseTemplates && (
-          <Select
+          <SearchSelect
             label="Template"
             description={
-              data?.templates.length === 0 ? (
+              data?.total === 0 && wanted === "" ? (
                 <>
                   There are none yet.{" "}
                   <Anchor component={Link} to="/templates/new" size="xs" underline="always">
@@ -66,11 +68,11 @@ export function NewChatPage() {
               )
             }
             placeholder="None"
-            searchable
             clearable
-            nothingFoundMessage="No template is called that"
+            nothingFoundMessage="No template has that in it"
             data={choices}
             value={template?.id ?? null}
+            onSearch={setWanted}
             onChange={(id) => setQuery(id === null ? {} : { template: id }, { replace: true })}
           />
         )}
