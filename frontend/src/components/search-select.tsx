@@ -1,7 +1,6 @@
 import { Select, type SelectProps } from "@mantine/core";
 import { useDebouncedCallback } from "@mantine/hooks";
-
-const SEARCH_AFTER_MS = 200;
+import { SEARCH_AFTER_MS } from "./search";
 
 interface Props extends Omit<SelectProps, "value" | "data" | "searchable" | "filter" | "onSearchChange"> {
   value: string | null;

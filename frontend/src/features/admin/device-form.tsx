@@ -4,11 +4,11 @@ import { useDebouncedValue } from "@mantine/hooks";
 import { PortalError } from "../../client/errors";
 import type { AddedDevice } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
+import { SEARCH_AFTER_MS } from "../../components/search";
 import { useMay } from "../../queries/access";
 import { useUsers } from "../../queries/admin";
 import type { useAddDevice } from "../../queries/devices";
 
-const SEARCH_AFTER_MS = 200;
 const NAME = /^[A-Za-z0-9_.-]{1,64}$/;
 
 interface Props {

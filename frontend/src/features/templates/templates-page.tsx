@@ -6,10 +6,9 @@ import { Link } from "react-router";
 import type { Template } from "../../client/schema";
 import { Ago } from "../../components/ago";
 import { Loaded } from "../../components/loaded";
+import { SEARCH_AFTER_MS } from "../../components/search";
 import { useTemplates } from "../../queries/templates";
 import classes from "./templates.module.css";
-
-const SEARCH_AFTER_MS = 200;
 
 export function TemplatesPage() {
   const [search, setSearch] = useState("");
