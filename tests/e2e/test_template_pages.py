@@ -127,6 +127,13 @@ def test_what_is_written_outlives_its_first_save_and_a_sign_out_elsewhere(ada: P
     text.press("Control+s")
     expect(ada.get_by_text("v2", exact=True)).to_be_visible()
 
+    text.press_sequentially(" and five")
+    ada.get_by_role("button", name="Account of").click()
+    ada.get_by_role("menuitem", name="Sign out").click()
+    ada.get_by_role("dialog").get_by_role("button", name="Sign out").click()
+    expect(ada.get_by_role("heading", name="Sign in")).to_be_visible()
+    ada.wait_for_function("!Object.values(sessionStorage).some((kept) => kept.includes('and five'))")
+
 
 @pytest.mark.parametrize("context", [360], indirect=True)
 def test_a_template_beyond_the_end_of_the_list_is_found(ada: Page, portal: Portal, username: str) -> None:

@@ -22,7 +22,7 @@ import { useAccount } from "../queries/account";
 import classes from "./account-menu.module.css";
 import { confirm } from "./confirm";
 import { notifyError } from "./notify";
-import { isUnsaved } from "./unsaved";
+import { unsaved } from "./unsaved";
 
 const SCHEMES = [
   { value: "light", label: "Light", icon: IconSun },
@@ -81,7 +81,8 @@ export function AccountMenu() {
 }
 
 function askToSignOut() {
-  if (!isUnsaved()) signOut().catch(notifyError);
+  const leave = () => signOut().then(unsaved.removeAll);
+  if (!unsaved.isShown()) leave().catch(notifyError);
   else
-    confirm("Sign out without saving?", "What you changed since the last save is lost.", "Sign out", signOut);
+    confirm("Sign out without saving?", "What you changed since the last save is lost.", "Sign out", leave);
 }

@@ -1,7 +1,7 @@
 import { Button, Group, Modal, Text } from "@mantine/core";
 import { useEffect } from "react";
 import { useBlocker } from "react-router";
-import { markUnsaved } from "../../components/unsaved";
+import { unsaved } from "../../components/unsaved";
 
 /** Asks before a page with unsaved changes is left; `onLeave` is called where the answer is to lose them. */
 export function LeaveGuard({ when, onLeave }: { when: boolean; onLeave: () => void }) {
@@ -12,7 +12,7 @@ export function LeaveGuard({ when, onLeave }: { when: boolean; onLeave: () => vo
     if (!when) return;
     const ask = (event: BeforeUnloadEvent) => event.preventDefault();
     window.addEventListener("beforeunload", ask);
-    const release = markUnsaved();
+    const release = unsaved.mark();
     return () => {
       window.removeEventListener("beforeunload", ask);
       release();

@@ -1,5 +1,6 @@
 import { useEffect, useState } from "react";
 import type { Template } from "../../client/schema";
+import { unsaved } from "../../components/unsaved";
 import { type Draft, isSame } from "./drafts";
 
 interface Edit {
@@ -18,11 +19,11 @@ export function useEdit(person: string, saved: Template | undefined, initial: Dr
   const name = nameOf(person, base);
 
   useEffect(() => {
-    if (isDirty) sessionStorage.setItem(name, JSON.stringify(edit));
-    else sessionStorage.removeItem(name);
+    if (isDirty) unsaved.set(name, JSON.stringify(edit));
+    else unsaved.remove(name);
   }, [isDirty, name, edit]);
 
-  const forget = () => sessionStorage.removeItem(name);
+  const forget = () => unsaved.remove(name);
   return {
     draft,
     base,
@@ -39,10 +40,10 @@ export function useEdit(person: string, saved: Template | undefined, initial: Dr
 }
 
 function nameOf(person: string, base: Template | undefined): string {
-  return `draft:template:${person}:${base?.id ?? "new"}`;
+  return `template:${person}:${base?.id ?? "new"}`;
 }
 
 function kept(name: string): Edit | undefined {
-  const text = sessionStorage.getItem(name);
+  const text = unsaved.get(name);
   return text === null ? undefined : (JSON.parse(text) as Edit);
 }
