@@ -33,7 +33,11 @@ const queries = new QueryClient({
       retry: (failures, error) =>
         failures < MAX_RETRIES && error instanceof PortalError && error.options.retryable === true,
       staleTime: 5_000,
+      // A portal on this machine or in the house is there when the browser says that it is offline.
+      networkMode: "always",
+      refetchOnReconnect: true,
     },
+    mutations: { networkMode: "always" },
   },
 });
 

@@ -1,4 +1,5 @@
 import { type CSSVariablesResolver, createTheme, type MantineColorsTuple, Menu, Modal } from "@mantine/core";
+import { returnFocus } from "./components/focus-return";
 
 const portal: MantineColorsTuple = [
   "#e5faf6",
@@ -26,7 +27,9 @@ export const theme = createTheme({
   components: {
     // Without it the menu's first element is one that assistive technology cannot place.
     Menu: Menu.extend({ defaultProps: { withInitialFocusPlaceholder: false } }),
-    Modal: Modal.extend({ defaultProps: { closeButtonProps: { "aria-label": "Close" } } }),
+    Modal: Modal.extend({
+      defaultProps: { closeButtonProps: { "aria-label": "Close" }, onExitTransitionEnd: returnFocus },
+    }),
   },
   headings: { fontWeight: "650" },
 });

@@ -8,9 +8,17 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.e2e.support import COLOURS, findings_in_all_colours, go, let_in, scrolls_sideways, sign_in
+from tests.e2e.support import (
+    COLOURS,
+    findings_in_all_colours,
+    go,
+    let_in,
+    scrolls_sideways,
+    serious_findings,
+    sign_in,
+)
 from tests.support import PASSWORD, GuardedMosquitto, Portal, can_sign_in
 
 Shot = Callable[[Page, str], None]
@@ -58,6 +66,10 @@ def test_somebody_is_invited_joins_and_gets_another_role(
         theirs.goto(link)
         expect(theirs.get_by_role("heading", name="You are invited")).to_be_visible()
         assert theirs.url == f"{portal.url}/join", "the secret is not in the address any more"
+        theirs.reload()
+        theirs.get_by_role("link", name="Sign in").click()
+        expect(theirs.get_by_role("heading", name="Sign in")).to_be_visible()
+        theirs.go_back()
         theirs.get_by_label("Username").fill(username)
         theirs.get_by_label("Email").fill(f"{username}@example.org")
         theirs.get_by_label(re.compile("^Password")).fill(PASSWORD)
@@ -66,6 +78,10 @@ def test_somebody_is_invited_joins_and_gets_another_role(
         menu = theirs.get_by_role("navigation")
         expect(menu.get_by_role("link", name="New chat")).to_be_visible()
         expect(menu.get_by_role("link", name="Templates")).to_have_count(0)
+        other = context.new_page()
+        other.goto(f"{portal.url}/join")
+        expect(other.get_by_role("heading", name="This link is incomplete")).to_be_visible()
+        assert serious_findings(other) == []
         expect(theirs.get_by_role("combobox", name="Template")).to_have_count(0)
 
         search(root, username)
@@ -115,6 +131,7 @@ def test_a_role_is_defined_changed_and_deleted(root: Page, portal: Portal, usern
     tab(root, "Roles")
     root.get_by_role("button", name="New role").click()
     root.get_by_role("textbox", name="Name").fill(username)
+    root.mouse.click(5, 400)  # beside the dialog
     root.get_by_label("Read own templates and render them").check()
     root.get_by_label("Longest reply, tokens").fill("64")
     root.get_by_role("button", name="Save").click()
@@ -138,8 +155,12 @@ def test_limits_are_set_for_a_person(root: Page, portal: Portal, username: str) 
     with portal.client(username) as client:
         go(root, "Admin")
         tab(root, "Limits")
+        # As if there were more people than one list of them.
+        root.route(re.compile("limit=200"), lambda it: it.continue_(url=it.request.url.replace("200", "1")))
         root.get_by_role("button", name="New limits").click()
-        root.get_by_label("Person", exact=True).select_option(label=username)
+        root.get_by_role("combobox", name="Person").fill(username)
+        root.get_by_role("option", name=username, exact=True).click()
+        root.unroute_all()
         root.get_by_label("Messages an hour").fill("1")
         root.get_by_role("button", name="Save").click()
         expect(root.get_by_role("dialog")).to_have_count(0)
@@ -209,6 +230,12 @@ def test_usage_and_the_audit_log_tell_what_happened(root: Page, portal: Portal, 
         root.get_by_role("button", name="CSV").click()
     assert downloading.value.path().read_text().startswith("owner,door,turns,prompt_tokens")
 
+    # The third of March, wherever the browser has its month.
+    root.get_by_label("From", exact=True).press_sequentially("03032026")
+    expect(root.get_by_text(re.compile(r"^Tokens in \d+ days, 2026-03-03 to"))).to_be_visible()
+    expect(root.get_by_title(re.compile(r"^2026-03-03 to .*: 0 tokens"))).to_be_in_viewport()
+    expect(root.locator("figure [title]").last).to_be_in_viewport()
+
     tab(root, "Audit")
     root.get_by_label("Who").fill(owner)
     mine = root.get_by_role("row", name=re.compile(f"{username} (turn|auth)"))
@@ -234,14 +261,37 @@ def test_an_author_finds_no_admin_pages(ada: Page, portal: Portal) -> None:
 
 
 def test_a_key_is_made_used_and_revoked(ada: Page, portal: Portal) -> None:
+    # So is a page that came over plain HTTP from another machine.
+    ada.add_init_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     ada.goto(f"{portal.url}/account")
     ada.get_by_role("button", name="New key").click()
     ada.get_by_label(re.compile("^Name")).fill("script")
     expect(ada.get_by_role("checkbox", name="Send messages")).to_be_checked()
     ada.get_by_label("Read own sessions and follow their turns").check()
-    ada.get_by_role("button", name="Make the key").click()
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            held.append(route)
+        else:
+            route.continue_()
+
+    ada.route("**/api/keys", hold)
+    with ada.expect_request(lambda request: request.method == "POST"):
+        ada.get_by_role("button", name="Make the key").click()
+    ada.keyboard.press("Escape")
+    ada.get_by_role("button", name="Close", exact=True).click()
+    held[0].continue_()
     secret = ada.get_by_role("dialog").locator("pre").inner_text()
+    ada.get_by_role("button", name="Copy it").click()
+    expect(ada.get_by_role("button", name="Copied")).to_be_visible()
     close_dialog(ada)
+    expect(ada.get_by_role("button", name="New key")).to_be_focused()
+    ada.keyboard.press("Enter")
+    expect(ada.get_by_label(re.compile("^Name"))).to_be_focused()
+    ada.keyboard.press("Control+v")
+    expect(ada.get_by_label(re.compile("^Name"))).to_have_value(secret)
+    ada.keyboard.press("Escape")
     headers = {"Authorization": f"Bearer {secret}"}
 
     def status(path: str) -> int:

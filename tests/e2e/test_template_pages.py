@@ -3,7 +3,8 @@ from __future__ import annotations
 import re
 
 import httpx
-from playwright.sync_api import Page, expect
+import pytest
+from playwright.sync_api import Page, Route, expect
 
 from tests.e2e.support import go, write_template
 from tests.support import PASSWORD, Portal
@@ -33,6 +34,11 @@ def test_versions_are_compared_and_brought_back(ada: Page) -> None:
     expect(changes.locator("del")).to_have_text("Be kind.")
     expect(changes.locator("ins")).to_have_text("Be strict.")
     ada.get_by_role("button", name="Put version 1 into the editor").click()
+    ada.get_by_label("Title").fill("Guide of the maze")
+    ada.get_by_role("button", name="v2").click()
+    ada.get_by_role("button", name="Put version 2 into the editor").click()
+    ada.get_by_role("button", name="Cancel").click()
+    expect(ada.get_by_label("Title")).to_have_value("Guide of the maze")
     ada.get_by_role("button", name="Save", exact=True).click()
     expect(ada.get_by_role("button", name="v3")).to_be_visible()
     expect(ada.get_by_label("Text")).to_have_value("Be brief.\nBe kind.\n")
@@ -59,6 +65,9 @@ def test_a_save_by_somebody_else_meanwhile_loses_nothing(ada: Page, portal: Port
 
 
 def test_unsaved_changes_are_asked_about_and_a_deletion_is_taken_back(ada: Page) -> None:
+    go(ada, "Templates")
+    ada.get_by_role("link", name="Begin with an example").click()
+    expect(ada.get_by_role("button", name="Save", exact=True)).to_be_enabled()
     write_template(ada, "Guide", "one")
     ada.get_by_label("Text").fill("two")
     ada.get_by_role("link", name="Try in a chat").click()
@@ -69,8 +78,75 @@ def test_unsaved_changes_are_asked_about_and_a_deletion_is_taken_back(ada: Page)
     expect(ada).to_have_url(re.compile(r"/chat\?template="))
     go(ada, "Templates")
     ada.get_by_role("link", name="Guide").click()
+    expect(ada.get_by_label("Text")).to_have_value("one")
+    ada.get_by_label("Text").fill("three")
     ada.get_by_role("button", name="What to do with this template").click()
     ada.get_by_role("menuitem", name="Delete").click()
     expect(ada.get_by_text("A template is a prompt that you use again")).to_be_visible()
     ada.get_by_role("button", name="Undo").click()
     expect(ada.get_by_role("link", name="Guide")).to_be_visible()
+
+
+@pytest.mark.parametrize("context", [1280], indirect=True)
+def test_what_is_written_outlives_its_first_save_and_a_sign_out_elsewhere(ada: Page, username: str) -> None:
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            held.append(route)
+        else:
+            route.continue_()
+
+    ada.route("**/api/templates", hold)
+    go(ada, "Templates")
+    ada.get_by_role("link", name="New template").click()
+    ada.get_by_label("Title").fill("Guide")
+    text = ada.get_by_label("Text")
+    text.fill("one")
+    with ada.expect_request(lambda request: request.method == "POST" and request.url.endswith("/templates")):
+        text.press("Control+s")
+    text.press("Control+s")
+    text.press_sequentially(" and two")
+    text.press("Control+s")
+    held[0].continue_()
+    expect(ada.get_by_text("v1", exact=True)).to_be_visible()
+    text.press_sequentially(" and three")
+    expect(text).to_have_value("one and two and three")
+    expect(ada.get_by_text("Not saved yet")).to_be_visible()
+    assert len(held) == 1
+
+    ada.get_by_role("button", name="Account of").click()
+    ada.get_by_role("menuitem", name="Sign out").click()
+    ada.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    ada.evaluate("fetch('/api/auth/logout', {method: 'POST'})")
+    text.press_sequentially(" and four")
+    ada.get_by_label("Username or email").fill(username)
+    ada.get_by_label(re.compile("^Password")).fill(PASSWORD)
+    ada.get_by_role("button", name="Sign in").click()
+    expect(text).to_have_value("one and two and three and four")
+    text.press("Control+s")
+    expect(ada.get_by_text("v2", exact=True)).to_be_visible()
+
+    text.press_sequentially(" and five")
+    ada.get_by_role("button", name="Account of").click()
+    ada.get_by_role("menuitem", name="Sign out").click()
+    ada.get_by_role("dialog").get_by_role("button", name="Sign out").click()
+    expect(ada.get_by_role("heading", name="Sign in")).to_be_visible()
+    ada.wait_for_function("!Object.values(sessionStorage).some((kept) => kept.includes('and five'))")
+
+
+@pytest.mark.parametrize("context", [360], indirect=True)
+def test_a_template_beyond_the_end_of_the_list_is_found(ada: Page, portal: Portal, username: str) -> None:
+    with portal.client(username) as client:
+        for title in ("Guide", "Pilot"):
+            client.post("/api/templates", json={"title": title, "content": "Be brief."})
+    ada.route(re.compile("limit=200"), lambda it: it.continue_(url=it.request.url.replace("200", "1")))
+    ada.reload()
+    choice = ada.get_by_role("combobox", name="Template")
+    choice.click()
+    expect(ada.get_by_role("option")).to_have_text(["Pilot"])
+    choice.fill("Guide")
+    ada.get_by_role("option", name="Guide").click()
+    expect(choice).to_have_value("Guide")
+    choice.click()
+    expect(ada.get_by_role("option")).to_have_text(["Guide", "Pilot"])

@@ -49,11 +49,9 @@ export class PortalError extends Error {
 const ADVICE: Record<string, string> = {
   unreachable: "Look at your network, or ask whether the portal runs; then try again.",
   overloaded: "Wait a moment and try again.",
-  rate_limited: "Wait a moment and try again.",
   llm_unavailable: "Ask whoever runs the portal to look at the model server, or try again in a minute.",
   llm_timeout: "The model is slow or busy. Try again, or ask for a shorter answer.",
   llm_error: "Try again; if it stays, whoever runs the portal can look at the model server's log.",
-  conflict: "Load the page again to see what changed.",
   internal: "Try again; if it stays, the portal's log of this moment tells more.",
 };
 

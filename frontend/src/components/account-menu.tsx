@@ -20,7 +20,9 @@ import { Link } from "react-router";
 import { signOut } from "../client/auth";
 import { useAccount } from "../queries/account";
 import classes from "./account-menu.module.css";
+import { confirm } from "./confirm";
 import { notifyError } from "./notify";
+import { unsaved } from "./unsaved";
 
 const SCHEMES = [
   { value: "light", label: "Light", icon: IconSun },
@@ -70,13 +72,17 @@ export function AccountMenu() {
         >
           API
         </Menu.Item>
-        <Menu.Item
-          leftSection={<IconLogout size={16} aria-hidden />}
-          onClick={() => signOut().catch(notifyError)}
-        >
+        <Menu.Item leftSection={<IconLogout size={16} aria-hidden />} onClick={askToSignOut}>
           Sign out
         </Menu.Item>
       </Menu.Dropdown>
     </Menu>
   );
+}
+
+function askToSignOut() {
+  const leave = () => signOut().then(unsaved.removeAll);
+  if (!unsaved.isShown()) leave().catch(notifyError);
+  else
+    confirm("Sign out without saving?", "What you changed since the last save is lost.", "Sign out", leave);
 }

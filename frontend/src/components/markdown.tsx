@@ -1,5 +1,5 @@
 import { Anchor, Code, Table, Typography } from "@mantine/core";
-import { memo } from "react";
+import { createContext, memo, type ReactNode, useContext, useId } from "react";
 import ReactMarkdown, { type Components } from "react-markdown";
 import rehypeHighlight from "rehype-highlight";
 import remarkGfm from "remark-gfm";
@@ -13,7 +13,12 @@ import classes from "./markdown.module.css";
 export const Markdown = memo(function Markdown({ text }: { text: string }) {
   return (
     <Typography className={classes["markdown"] ?? ""}>
-      <ReactMarkdown remarkPlugins={[remarkGfm]} rehypePlugins={[rehypeHighlight]} components={COMPONENTS}>
+      <ReactMarkdown
+        remarkPlugins={[remarkGfm]}
+        remarkRehypeOptions={{ clobberPrefix: useId() }}
+        rehypePlugins={[rehypeHighlight]}
+        components={COMPONENTS}
+      >
         {text}
       </ReactMarkdown>
     </Typography>
@@ -21,7 +26,14 @@ export const Markdown = memo(function Markdown({ text }: { text: string }) {
 });
 
 const COMPONENTS: Components = {
-  a: ({ href, children }) => <Outside href={href}>{children}</Outside>,
+  a: ({ node: _, href, children, ...others }) =>
+    href?.startsWith("#") ? (
+      <Anchor href={href} underline="always" inherit {...others}>
+        {children}
+      </Anchor>
+    ) : (
+      <Outside href={href}>{children}</Outside>
+    ),
   img: ({ src, alt }) => (
     <Outside href={typeof src === "string" ? src : undefined}>{alt || src || "an image"} (image)</Outside>
   ),
@@ -37,11 +49,15 @@ const COMPONENTS: Components = {
   ),
 };
 
-function Outside({ href, children }: { href: string | undefined; children: React.ReactNode }) {
-  if (!href) return <span>{children}</span>;
+const InLink = createContext(false);
+
+/** A link that leads away from the portal. What leads nowhere else is text, and so is an image in another link. */
+function Outside({ href, children }: { href: string | undefined; children: ReactNode }) {
+  const isInLink = useContext(InLink);
+  if (isInLink || !href || !/^([a-z][a-z0-9+.-]*:|\/\/)/i.test(href)) return <span>{children}</span>;
   return (
     <Anchor href={href} target="_blank" rel="noopener noreferrer nofollow" underline="always" inherit>
-      {children}
+      <InLink value={true}>{children}</InLink>
     </Anchor>
   );
 }

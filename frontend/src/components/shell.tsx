@@ -1,10 +1,13 @@
 import { AppShell, Burger, Group, NavLink, ScrollArea, Text } from "@mantine/core";
-import { useDisclosure } from "@mantine/hooks";
+import { useDisclosure, useHotkeys } from "@mantine/hooks";
 import { IconMessagePlus, IconShield, IconTemplate } from "@tabler/icons-react";
-import { type MouseEvent, type ReactNode, useEffect } from "react";
-import { Link, Outlet, useLocation } from "react-router";
-import { useMay } from "../queries/access";
+import { type MouseEvent, type ReactNode, useEffect, useRef } from "react";
+import { Link, Outlet, ScrollRestoration, useLocation } from "react-router";
+import { PortalError } from "../client/errors";
+import { useMay, usePermissions } from "../queries/access";
 import { AccountMenu } from "./account-menu";
+import { ErrorNotice } from "./error-notice";
+import { isInPopup } from "./focus-return";
 import { ModelStatus } from "./model-status";
 import classes from "./shell.module.css";
 
@@ -36,11 +39,22 @@ const PAGES = [
 export function Shell({ sidebar }: { sidebar: ReactNode }) {
   const [opened, { toggle, close }] = useDisclosure();
   const { pathname } = useLocation();
+  const permissions = usePermissions();
   const may = useMay();
+  const burger = useRef<HTMLButtonElement>(null);
 
   // On a phone the menu covers the page that was chosen in it.
   // biome-ignore lint/correctness/useExhaustiveDependencies: it closes whenever the address changes
   useEffect(close, [pathname]);
+
+  const dismiss = () => {
+    close();
+    burger.current?.focus();
+  };
+  useHotkeys(
+    [["Escape", (event) => opened && !isInPopup(event.target) && dismiss(), { preventDefault: false }]],
+    [],
+  );
 
   return (
     <AppShell
@@ -54,18 +68,31 @@ export function Shell({ sidebar }: { sidebar: ReactNode }) {
       </a>
       <AppShell.Header hiddenFrom="sm">
         <Group h="100%" px="sm" gap="xs">
-          <Burger opened={opened} onClick={toggle} size="sm" aria-label="Menu" aria-expanded={opened} />
+          <Burger
+            ref={burger}
+            opened={opened}
+            onClick={toggle}
+            size="sm"
+            aria-label="Menu"
+            aria-expanded={opened}
+          />
           <Brand />
         </Group>
       </AppShell.Header>
-      <AppShell.Navbar className={classes["navbar"]} aria-label="Portal">
+      <AppShell.Navbar className={classes["navbar"]} aria-label="Portal" data-opened={opened || undefined}>
         <AppShell.Section p="sm" pb={4}>
           <Group justify="space-between">
             <Brand />
-            <Burger opened={opened} onClick={toggle} hiddenFrom="sm" size="sm" aria-label="Close the menu" />
+            <Burger opened={opened} onClick={dismiss} hiddenFrom="sm" size="sm" aria-label="Close the menu" />
           </Group>
         </AppShell.Section>
         <AppShell.Section px="xs">
+          {permissions.isLoadingError && (
+            <ErrorNotice
+              error={PortalError.from(permissions.error)}
+              onRetry={() => void permissions.refetch()}
+            />
+          )}
           {PAGES.filter(({ permissions }) => permissions.some(may)).map(
             ({ to, label, icon: Icon, isActive }) => (
               <NavLink
@@ -90,8 +117,9 @@ export function Shell({ sidebar }: { sidebar: ReactNode }) {
           <AccountMenu />
         </AppShell.Section>
       </AppShell.Navbar>
-      <AppShell.Main id="main" tabIndex={-1} className={classes["main"]}>
+      <AppShell.Main id="main" tabIndex={-1} className={classes["main"]} data-covered={opened || undefined}>
         <Outlet />
+        <ScrollRestoration />
       </AppShell.Main>
     </AppShell>
   );

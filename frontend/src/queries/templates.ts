@@ -77,7 +77,12 @@ function useTemplateMutation<T, R>(mutationFn: (variables: T) => Promise<R>) {
 }
 
 export function useCreateTemplate() {
-  return useTemplateMutation((draft: TemplateBody) => body(http.POST("/api/templates", { body: draft })));
+  const queries = useQueryClient();
+  return useTemplateMutation(async (draft: TemplateBody) => {
+    const made = await body(http.POST("/api/templates", { body: draft }));
+    queries.setQueryData(templateKeys.one(made.id), made);
+    return made;
+  });
 }
 
 export function useSaveTemplate(id: string) {

@@ -5,6 +5,7 @@ import type { SignInBody } from "../../client/schema";
 import { Ago } from "../../components/ago";
 import { ErrorNotice } from "../../components/error-notice";
 import { Loaded } from "../../components/loaded";
+import { NewPasswordInput, passwordFault } from "../../components/new-password-input";
 import { notifyError } from "../../components/notify";
 import { Section } from "../../components/section";
 import { useMay } from "../../queries/access";
@@ -13,8 +14,6 @@ import classes from "./account.module.css";
 import { deviceOf } from "./device";
 import { KeysCard } from "./keys-card";
 import { UsageCard } from "./usage-card";
-
-const SHORTEST_PASSWORD = 8;
 
 /** Who I am, what I have used, my keys, my password, and where I am signed in. */
 export function AccountPage() {
@@ -48,10 +47,7 @@ function PasswordCard() {
   const change = useChangePassword();
   const form = useForm({
     initialValues: { current_password: "", new_password: "" },
-    validate: {
-      new_password: (value) =>
-        value.length < SHORTEST_PASSWORD ? `At least ${SHORTEST_PASSWORD} characters` : null,
-    },
+    validate: { new_password: passwordFault },
   });
   const submit = form.onSubmit((values) => change.mutate(values, { onSuccess: () => form.reset() }));
   return (
@@ -64,13 +60,7 @@ function PasswordCard() {
             required
             {...form.getInputProps("current_password")}
           />
-          <PasswordInput
-            label="New password"
-            description={`At least ${SHORTEST_PASSWORD} characters`}
-            autoComplete="new-password"
-            required
-            {...form.getInputProps("new_password")}
-          />
+          <NewPasswordInput label="New password" {...form.getInputProps("new_password")} />
           {change.error && <ErrorNotice error={PortalError.from(change.error)} />}
           {change.isSuccess && (
             <Text size="sm" role="status">

@@ -1,4 +1,4 @@
-import { Button, Checkbox, Group, Modal, NativeSelect, Stack, Switch, Text, TextInput } from "@mantine/core";
+import { Button, Checkbox, Group, NativeSelect, Stack, Switch, Text, TextInput } from "@mantine/core";
 import { useForm } from "@mantine/form";
 import { useDisclosure } from "@mantine/hooks";
 import { IconPlus } from "@tabler/icons-react";
@@ -6,14 +6,15 @@ import { useState } from "react";
 import { PortalError } from "../../client/errors";
 import type { Key } from "../../client/schema";
 import { confirm } from "../../components/confirm";
+import { DAY_MS } from "../../components/days";
 import { ErrorNotice } from "../../components/error-notice";
+import { FormModal } from "../../components/form-modal";
 import { KeyLine } from "../../components/key-line";
 import { Loaded } from "../../components/loaded";
 import { Section } from "../../components/section";
 import { ShownOnce } from "../../components/shown-once";
 import { useKeys, useMakeKey, usePermissions, useRevokeKey } from "../../queries/access";
 
-const DAY_MS = 86_400_000;
 const LASTING = [
   { value: "", label: "until it is revoked" },
   { value: "30", label: "30 days" },
@@ -27,6 +28,7 @@ const OF_DEVICES = "chat:use";
 
 export function KeysCard() {
   const keys = useKeys();
+  const make = useMakeKey();
   const [making, { open, close }] = useDisclosure();
   const [secret, setSecret] = useState<string>();
   return (
@@ -44,14 +46,15 @@ export function KeysCard() {
       <Loaded query={keys} label="the keys">
         {(data) => (data.length === 0 ? <Text size="sm">You have none.</Text> : data.map(MyKey))}
       </Loaded>
-      <Modal opened={making} onClose={close} title="New key">
+      <FormModal opened={making} onClose={close} action={make} title="New key">
         <NewKeyForm
+          make={make}
           onMade={(made) => {
             close();
             setSecret(made);
           }}
         />
-      </Modal>
+      </FormModal>
       <ShownOnce title="Your new key" secret={secret} onClose={() => setSecret(undefined)}>
         Whoever has this key asks in your name, within its scopes.
       </ShownOnce>
@@ -72,9 +75,13 @@ function RevocableKey({ apiKey }: { apiKey: Key }) {
   return <KeyLine apiKey={apiKey} onRevoke={ask} />;
 }
 
-function NewKeyForm({ onMade }: { onMade: (secret: string) => void }) {
+interface FormProps {
+  make: ReturnType<typeof useMakeKey>;
+  onMade: (secret: string) => void;
+}
+
+function NewKeyForm({ make, onMade }: FormProps) {
   const { data: mine } = usePermissions();
-  const make = useMakeKey();
   const possible = mine?.permissions.filter((one) => one.allowed && !NEVER.has(one.name)) ?? [];
   const form = useForm({
     initialValues: { name: "", isDevice: false, device: "", project: "", days: "", scopes: [OF_DEVICES] },

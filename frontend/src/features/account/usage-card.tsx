@@ -1,12 +1,12 @@
 import { Group, Progress, Stack, Text } from "@mantine/core";
 import type { BudgetBody, Stats, Used } from "../../client/schema";
-import { DayChart, everyDay } from "../../components/day-chart";
+import { DayChart } from "../../components/day-chart";
+import { DAY_MS, dayOf } from "../../components/days";
 import { Loaded } from "../../components/loaded";
 import { Section } from "../../components/section";
 import { useStats } from "../../queries/access";
 
 const DAYS = 30;
-const DAY_MS = 86_400_000;
 const NEARLY = 0.8;
 
 const UNITS: Record<string, string> = { tokens: "tokens", cost: "of the cost", gpu_seconds: "GPU seconds" };
@@ -25,7 +25,7 @@ export function UsageCard() {
             {data.budgets.map((budget) => (
               <Budget key={budget.budget} {...budget} />
             ))}
-            <DayChart title="Tokens a day" unit="tokens" days={tokensByDay(data)} />
+            <TokensByDay {...data} />
           </Stack>
         )}
       </Loaded>
@@ -33,14 +33,14 @@ export function UsageCard() {
   );
 }
 
-function tokensByDay({ days }: Stats) {
+function TokensByDay({ days }: Stats) {
   const tokens = new Map<string, number>();
   for (const line of days) {
     tokens.set(line.day, (tokens.get(line.day) ?? 0) + line.prompt_tokens + line.completion_tokens);
   }
   const now = Date.now();
-  const since = new Date(now - (DAYS - 1) * DAY_MS).toISOString().slice(0, 10);
-  return everyDay(since, new Date(now).toISOString().slice(0, 10), tokens);
+  const since = dayOf(now - (DAYS - 1) * DAY_MS);
+  return <DayChart title="Tokens" unit="tokens" since={since} until={dayOf(now)} values={tokens} />;
 }
 
 function Sum({ title, used }: { title: string; used: Used }) {

@@ -1,23 +1,24 @@
 import { Autocomplete, Button, Checkbox, Group, Stack, TextInput } from "@mantine/core";
 import { useForm } from "@mantine/form";
+import { useDebouncedValue } from "@mantine/hooks";
 import { PortalError } from "../../client/errors";
 import type { AddedDevice } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
+import { SEARCH_AFTER_MS } from "../../components/search";
 import { useMay } from "../../queries/access";
 import { useUsers } from "../../queries/admin";
-import { useAddDevice } from "../../queries/devices";
+import type { useAddDevice } from "../../queries/devices";
 
 const NAME = /^[A-Za-z0-9_.-]{1,64}$/;
 
 interface Props {
   projects: string[];
+  add: ReturnType<typeof useAddDevice>;
   onAdded: (device: AddedDevice) => void;
 }
 
 /** Adds a device. */
-export function DeviceForm({ projects, onAdded }: Props) {
-  const { data: people } = useUsers("", useMay()("users:read"));
-  const add = useAddDevice();
+export function DeviceForm({ projects, add, onAdded }: Props) {
   const form = useForm({
     initialValues: { name: "", projects: [] as string[], owner: "" },
     validate: {
@@ -28,6 +29,8 @@ export function DeviceForm({ projects, onAdded }: Props) {
   const submit = form.onSubmit(({ owner, ...device }) =>
     add.mutate({ ...device, owner: owner.trim() || null }, { onSuccess: onAdded }),
   );
+  const [owner] = useDebouncedValue(form.values.owner.trim(), SEARCH_AFTER_MS);
+  const { data: people } = useUsers(owner, useMay()("users:read"));
   return (
     <form onSubmit={submit}>
       <Stack>

@@ -1,16 +1,17 @@
-import { Badge, Button, Menu, Modal, Table, Text } from "@mantine/core";
+import { Badge, Button, Menu, Table, Text } from "@mantine/core";
 import { useDisclosure } from "@mantine/hooks";
 import { IconDots } from "@tabler/icons-react";
 import { useState } from "react";
 import type { Device, DeviceList } from "../../client/schema";
 import { Ago } from "../../components/ago";
 import { confirm } from "../../components/confirm";
+import { FormModal } from "../../components/form-modal";
 import { Loaded } from "../../components/loaded";
 import { Section } from "../../components/section";
 import { ShownOnce } from "../../components/shown-once";
 import { WideTable } from "../../components/wide-table";
 import { useMay } from "../../queries/access";
-import { useDevicePassword, useDevices, useRemoveDevice } from "../../queries/devices";
+import { useAddDevice, useDevicePassword, useDevices, useRemoveDevice } from "../../queries/devices";
 import { DeviceForm } from "./device-form";
 
 type Keeper = DeviceList["acl"];
@@ -23,6 +24,7 @@ interface Shown {
 export function DevicesPage() {
   const canWrite = useMay()("devices:write");
   const devices = useDevices();
+  const add = useAddDevice();
   const [adding, { open, close }] = useDisclosure();
   const [shown, setShown] = useState<Shown>();
   const canAdd = canWrite && devices.data !== undefined && devices.data.acl !== "none";
@@ -53,15 +55,16 @@ export function DevicesPage() {
             )}
             {data.acl !== "none" && data.devices.length === 0 && <Text size="sm">There are none yet.</Text>}
             {data.devices.length > 0 && <DeviceTable {...data} canWrite={canWrite} onPassword={setShown} />}
-            <Modal opened={adding} onClose={close} title="New device">
+            <FormModal opened={adding} onClose={close} action={add} title="New device">
               <DeviceForm
                 projects={data.projects}
+                add={add}
                 onAdded={({ name, password }) => {
                   close();
                   if (password !== null) setShown({ name, password });
                 }}
               />
-            </Modal>
+            </FormModal>
           </>
         )}
       </Loaded>

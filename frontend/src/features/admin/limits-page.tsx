@@ -1,10 +1,12 @@
-import { Button, Group, Modal, NativeSelect, Stack, Text, TextInput } from "@mantine/core";
+import { Button, Group, NativeSelect, Stack, Text, TextInput } from "@mantine/core";
 import { useState } from "react";
 import { PortalError } from "../../client/errors";
 import type { SubjectLimits } from "../../client/schema";
 import { confirm } from "../../components/confirm";
 import { ErrorNotice } from "../../components/error-notice";
+import { FormModal } from "../../components/form-modal";
 import { Loaded } from "../../components/loaded";
+import { SearchSelect } from "../../components/search-select";
 import { Section } from "../../components/section";
 import { useMay } from "../../queries/access";
 import { useClearLimits, useLimits, useSetLimits, useUsers } from "../../queries/admin";
@@ -26,6 +28,7 @@ const NEW: SubjectLimits = { subject: "", limits: {} };
 export function LimitsPage() {
   const may = useMay();
   const limits = useLimits();
+  const set = useSetLimits();
   const [editing, setEditing] = useState<SubjectLimits>();
   const canWrite = may("roles:write");
   return (
@@ -54,13 +57,14 @@ export function LimitsPage() {
           )
         }
       </Loaded>
-      <Modal
+      <FormModal
         opened={editing !== undefined}
         onClose={() => setEditing(undefined)}
+        action={set}
         title={editing?.subject ? "Change limits" : "New limits"}
       >
-        {editing && <LimitsForm {...editing} onDone={() => setEditing(undefined)} />}
-      </Modal>
+        {editing && <LimitsForm {...editing} set={set} onDone={() => setEditing(undefined)} />}
+      </FormModal>
     </Section>
   );
 }
@@ -100,10 +104,14 @@ function LimitsRow({ subject, limits, onEdit }: SubjectLimits & { onEdit: (() =>
   );
 }
 
-function LimitsForm({ subject, limits: before, onDone }: SubjectLimits & { onDone: () => void }) {
+interface FormProps extends SubjectLimits {
+  set: ReturnType<typeof useSetLimits>;
+  onDone: () => void;
+}
+
+function LimitsForm({ subject, limits: before, set, onDone }: FormProps) {
   const [whose, setWhose] = useState(subject);
   const [limits, setLimits] = useState(before);
-  const set = useSetLimits();
   const submit = (event: React.FormEvent) => {
     event.preventDefault();
     set.mutate({ subject: whose, limits }, { onSuccess: onDone });
@@ -129,7 +137,6 @@ function LimitsForm({ subject, limits: before, onDone }: SubjectLimits & { onDon
 
 function SubjectFields({ onChange }: { onChange: (subject: string) => void }) {
   const [kind, setKind] = useState("user");
-  const { data } = useUsers("");
   const choose = (next: string, name: string) => {
     setKind(next);
     onChange(next === "all" ? "all" : name && `${next}:${name}`);
@@ -142,16 +149,7 @@ function SubjectFields({ onChange }: { onChange: (subject: string) => void }) {
         value={kind}
         onChange={(event) => choose(event.currentTarget.value, "")}
       />
-      {kind === "user" && (
-        <NativeSelect
-          label="Person"
-          data={[
-            { value: "", label: "" },
-            ...(data?.users.map((user) => ({ value: user.id, label: user.username })) ?? []),
-          ]}
-          onChange={(event) => choose(kind, event.currentTarget.value)}
-        />
-      )}
+      {kind === "user" && <PersonSelect onChange={(id) => choose(kind, id)} />}
       {kind !== "user" && kind !== "all" && (
         <TextInput
           label={kind === "key" ? "Id of the key" : "Name"}
@@ -160,5 +158,27 @@ function SubjectFields({ onChange }: { onChange: (subject: string) => void }) {
         />
       )}
     </>
+  );
+}
+
+function PersonSelect({ onChange }: { onChange: (id: string) => void }) {
+  const [wanted, setWanted] = useState("");
+  const { data } = useUsers(wanted);
+  const [chosen, setChosen] = useState<{ value: string; label: string }>();
+  const found = data?.users.map(({ id, username }) => ({ value: id, label: username })) ?? [];
+  const others = found.filter(({ value }) => value !== chosen?.value);
+  return (
+    <SearchSelect
+      label="Person"
+      required
+      nothingFoundMessage="Nobody is called that"
+      data={chosen ? [chosen, ...others] : found}
+      value={chosen?.value ?? null}
+      onSearch={setWanted}
+      onChange={(id, option) => {
+        setChosen(option ?? undefined);
+        onChange(id ?? "");
+      }}
+    />
   );
 }

@@ -4,13 +4,18 @@ import { PortalError } from "../../client/errors";
 import type { NamedRole } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
 import { usePermissions } from "../../queries/access";
-import { useDefineRole } from "../../queries/admin";
+import type { useDefineRole } from "../../queries/admin";
 import { LimitsFields } from "./limits-fields";
 
+interface Props {
+  role: NamedRole;
+  define: ReturnType<typeof useDefineRole>;
+  onDone: () => void;
+}
+
 /** Defines a role, or changes one. */
-export function RoleForm({ role, onDone }: { role: NamedRole; onDone: () => void }) {
+export function RoleForm({ role, define, onDone }: Props) {
   const { data } = usePermissions();
-  const define = useDefineRole();
   const all = data?.permissions ?? [];
   const before = spelledOut(
     role.permissions,

@@ -1,11 +1,12 @@
-import { Badge, Button, Group, Modal, Text } from "@mantine/core";
+import { Badge, Button, Group, Text } from "@mantine/core";
 import { useState } from "react";
 import type { NamedRole } from "../../client/schema";
 import { confirm } from "../../components/confirm";
+import { FormModal } from "../../components/form-modal";
 import { Loaded } from "../../components/loaded";
 import { Section } from "../../components/section";
 import { useMay } from "../../queries/access";
-import { useDeleteRole, useRoles } from "../../queries/admin";
+import { useDefineRole, useDeleteRole, useRoles } from "../../queries/admin";
 import classes from "./admin.module.css";
 import { limitsInWords } from "./limits-fields";
 import { RoleForm } from "./role-form";
@@ -28,6 +29,7 @@ const NEW: NamedRole = {
 export function RolesPage() {
   const may = useMay();
   const roles = useRoles();
+  const define = useDefineRole();
   const [editing, setEditing] = useState<NamedRole>();
   const canWrite = may("roles:write");
   return (
@@ -53,14 +55,15 @@ export function RolesPage() {
           ))
         }
       </Loaded>
-      <Modal
+      <FormModal
         opened={editing !== undefined}
         onClose={() => setEditing(undefined)}
+        action={define}
         title={editing?.name ? `The role ${editing.name}` : "New role"}
         size="lg"
       >
-        {editing && <RoleForm role={editing} onDone={() => setEditing(undefined)} />}
-      </Modal>
+        {editing && <RoleForm role={editing} define={define} onDone={() => setEditing(undefined)} />}
+      </FormModal>
     </Section>
   );
 }

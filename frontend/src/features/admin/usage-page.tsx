@@ -3,15 +3,23 @@ import { IconDownload } from "@tabler/icons-react";
 import { useState } from "react";
 import type { UsageLine } from "../../client/schema";
 import { Ago } from "../../components/ago";
-import { DayChart, everyDay } from "../../components/day-chart";
+import { DayChart } from "../../components/day-chart";
+import { DAY_MS, dayOf } from "../../components/days";
 import { Loaded } from "../../components/loaded";
 import { notifyError } from "../../components/notify";
 import { Section } from "../../components/section";
 import { WideTable } from "../../components/wide-table";
-import { download, type Group as Grouping, usageCsv, useAlerts, useUsage } from "../../queries/admin";
+import {
+  download,
+  type Group as Grouping,
+  type UsageQuery,
+  usageCsv,
+  useAlerts,
+  useUsage,
+} from "../../queries/admin";
+import { type DateRange, FIRST_DAY, isRange, LAST_DAY } from "./date-range";
 import { OwnerName } from "./owner-name";
 
-const DAY_MS = 86_400_000;
 const DAYS = 30;
 const GROUPS: { value: Grouping; label: string }[] = [
   { value: "day", label: "Day" },
@@ -22,13 +30,15 @@ const GROUPS: { value: Grouping; label: string }[] = [
   { value: "api_key", label: "API key" },
 ];
 
-const dayOf = (at: number) => new Date(at).toISOString().slice(0, 10);
-
 export function UsagePage() {
-  const [since, setSince] = useState(() => dayOf(Date.now() - (DAYS - 1) * DAY_MS));
-  const [until, setUntil] = useState(() => dayOf(Date.now()));
+  const [range, setRange] = useState(lastDays);
+  const [typed, setTyped] = useState(range);
   const [by, setBy] = useState<Grouping[]>(["owner"]);
-  const query = { since, until, by };
+  const type = (change: Partial<DateRange>) => {
+    const next = { ...typed, ...change };
+    setTyped(next);
+    if (isRange(next)) setRange(next);
+  };
   return (
     <>
       <title>Usage · Prompt Portal</title>
@@ -39,7 +49,7 @@ export function UsagePage() {
             size="xs"
             variant="default"
             leftSection={<IconDownload size={14} aria-hidden />}
-            onClick={() => download(usageCsv(query), "usage.csv").catch(notifyError)}
+            onClick={() => download(usageCsv({ ...range, by }), "usage.csv").catch(notifyError)}
           >
             CSV
           </Button>
@@ -49,16 +59,20 @@ export function UsagePage() {
           <TextInput
             label="From"
             type="date"
-            value={since}
-            max={until}
-            onChange={(event) => event.currentTarget.value && setSince(event.currentTarget.value)}
+            value={typed.since}
+            min={FIRST_DAY}
+            max={range.until}
+            error={!isRange(typed)}
+            onChange={(event) => type({ since: event.currentTarget.value })}
           />
           <TextInput
             label="To"
             type="date"
-            value={until}
-            min={since}
-            onChange={(event) => event.currentTarget.value && setUntil(event.currentTarget.value)}
+            value={typed.until}
+            min={range.since}
+            max={LAST_DAY}
+            error={!isRange(typed)}
+            onChange={(event) => type({ until: event.currentTarget.value })}
           />
         </Group>
         <Checkbox.Group
@@ -72,26 +86,32 @@ export function UsagePage() {
             ))}
           </Group>
         </Checkbox.Group>
-        <ByDay since={since} until={until} />
-        <Lines since={since} until={until} by={by.length === 0 ? ["day"] : by} />
+        <ByDay {...range} />
+        <Lines {...range} by={by.length === 0 ? ["day"] : by} />
       </Section>
       <AlertsSection />
     </>
   );
 }
 
-function ByDay({ since, until }: { since: string; until: string }) {
-  const { data } = useUsage({ since, until, by: ["day"] });
+function lastDays(): DateRange {
+  const now = Date.now();
+  return { since: dayOf(now - (DAYS - 1) * DAY_MS), until: dayOf(now) };
+}
+
+function ByDay(range: DateRange) {
+  const { data } = useUsage({ ...range, by: ["day"] });
   const tokens = new Map(data?.lines.map((line) => [line.day ?? "", tokensOf(line)]));
-  return <DayChart title="Tokens a day" unit="tokens" days={everyDay(since, until, tokens)} />;
+  return <DayChart title="Tokens" unit="tokens" {...range} values={tokens} />;
 }
 
 function tokensOf(line: UsageLine): number {
   return line.prompt_tokens + line.completion_tokens;
 }
 
-function Lines({ since, until, by }: { since: string; until: string; by: Grouping[] }) {
-  const usage = useUsage({ since, until, by });
+function Lines(query: UsageQuery) {
+  const { by } = query;
+  const usage = useUsage(query);
   const columns = GROUPS.filter(({ value }) => by.includes(value));
   return (
     <Loaded query={usage} label="the usage">

@@ -7,6 +7,7 @@ import { Ago } from "../../components/ago";
 import { confirm } from "../../components/confirm";
 import { Loaded } from "../../components/loaded";
 import { notifyError } from "../../components/notify";
+import { SEARCH_AFTER_MS } from "../../components/search";
 import { Section } from "../../components/section";
 import { ShownOnce } from "../../components/shown-once";
 import { WideTable } from "../../components/wide-table";
@@ -14,8 +15,6 @@ import { useMay } from "../../queries/access";
 import { useChangeUser, usePasswordLink, useRoles, useSignUserOut, useUsers } from "../../queries/admin";
 import { InvitationsSection } from "./invitations-section";
 import { UserKeys } from "./user-keys";
-
-const SEARCH_AFTER_MS = 200;
 
 export function UsersPage() {
   const [search, setSearch] = useState("");

@@ -1,15 +1,4 @@
-import {
-  Anchor,
-  Button,
-  Center,
-  Paper,
-  PasswordInput,
-  type PasswordInputProps,
-  Stack,
-  Text,
-  TextInput,
-  Title,
-} from "@mantine/core";
+import { Anchor, Button, Center, Paper, PasswordInput, Stack, Text, TextInput, Title } from "@mantine/core";
 import { useForm } from "@mantine/form";
 import { type ReactNode, useState, useSyncExternalStore } from "react";
 import { Link, Navigate, useLocation } from "react-router";
@@ -17,9 +6,10 @@ import { authStore, signIn } from "../../client/auth";
 import { PortalError } from "../../client/errors";
 import { body, http } from "../../client/http";
 import { ErrorNotice } from "../../components/error-notice";
+import { NewPasswordInput, passwordFault } from "../../components/new-password-input";
 import { useLinkSecret } from "./one-use-link";
 
-const SHORTEST_PASSWORD = 8;
+const SIGN_IN = { to: "/sign-in", label: "Sign in" };
 
 export function SignInPage() {
   const form = useForm({ initialValues: { username: "", password: "" } });
@@ -50,26 +40,31 @@ export function SignInPage() {
 
 const username = (value: string) =>
   /^[A-Za-z0-9_.-]{2,64}$/.test(value) ? null : "2 to 64 letters, digits, dots, dashes or underscores";
-const password = (value: string) =>
-  value.length < SHORTEST_PASSWORD ? `At least ${SHORTEST_PASSWORD} characters` : null;
-
 export function RegisterPage() {
   return <NewAccount title="Make an account" />;
 }
 
 /** Where an invitation leads to. */
 export function JoinPage() {
-  const invitation = useLinkSecret();
-  return <NewAccount title="You are invited" invitation={invitation} />;
+  const { secret, forget } = useLinkSecret();
+  if (secret === "") return <Incomplete />;
+  return <NewAccount title="You are invited" invitation={secret} onMade={forget} />;
 }
 
-function NewAccount({ title, invitation }: { title: string; invitation?: string }) {
+interface NewAccountProps {
+  title: string;
+  invitation?: string;
+  onMade?: () => void;
+}
+
+function NewAccount({ title, invitation, onMade }: NewAccountProps) {
   const form = useForm({
     initialValues: { username: "", email: "", password: "" },
-    validate: { username, password },
+    validate: { username, password: passwordFault },
   });
   const register = async (values: typeof form.values) => {
-    await body(http.POST("/api/auth/register", { body: { ...values, invitation: invitation || null } }));
+    await body(http.POST("/api/auth/register", { body: { ...values, invitation: invitation ?? null } }));
+    onMade?.();
     await signIn({ username: values.username, password: values.password });
   };
   return (
@@ -78,7 +73,7 @@ function NewAccount({ title, invitation }: { title: string; invitation?: string 
       submit="Make the account"
       onSubmit={(run) => form.onSubmit((values) => run(() => register(values)))}
       other="You have one? "
-      otherLink={{ to: "/sign-in", label: "Sign in" }}
+      otherLink={SIGN_IN}
     >
       <TextInput
         label="Username"
@@ -88,58 +83,68 @@ function NewAccount({ title, invitation }: { title: string; invitation?: string 
         {...form.getInputProps("username")}
       />
       <TextInput label="Email" type="email" autoComplete="email" required {...form.getInputProps("email")} />
-      <NewPassword label="Password" {...form.getInputProps("password")} />
+      <NewPasswordInput label="Password" {...form.getInputProps("password")} />
     </AccountForm>
   );
 }
 
 /** Where an admin's link leads to with which a password is set anew. */
 export function NewPasswordPage() {
-  const link = useLinkSecret();
+  const { secret, forget } = useLinkSecret();
   const [isDone, setDone] = useState(false);
-  const form = useForm({ initialValues: { password: "" }, validate: { password } });
+  const form = useForm({ initialValues: { password: "" }, validate: { password: passwordFault } });
   const reset = async (values: typeof form.values) => {
-    await body(http.POST("/api/auth/password-reset", { body: { link, new_password: values.password } }));
+    await body(
+      http.POST("/api/auth/password-reset", { body: { link: secret, new_password: values.password } }),
+    );
+    forget();
     setDone(true);
   };
   if (isDone) return <Navigate to="/sign-in" replace />;
+  if (secret === "") return <Incomplete />;
   return (
     <AccountForm
       title="Set a new password"
       submit="Set the password"
       onSubmit={(run) => form.onSubmit((values) => run(() => reset(values)))}
       other="You know it again? "
-      otherLink={{ to: "/sign-in", label: "Sign in" }}
+      otherLink={SIGN_IN}
     >
-      <NewPassword label="New password" autoFocus {...form.getInputProps("password")} />
+      <NewPasswordInput label="New password" autoFocus {...form.getInputProps("password")} />
     </AccountForm>
   );
 }
 
-function NewPassword(props: PasswordInputProps) {
+/** In the place of a form that is of no use without the secret of its link. */
+function Incomplete() {
   return (
-    <PasswordInput
-      description={`At least ${SHORTEST_PASSWORD} characters`}
-      autoComplete="new-password"
-      required
-      {...props}
-    />
+    <Frame title="This link is incomplete" state={null} other="You have an account? " otherLink={SIGN_IN}>
+      <Text size="sm">
+        Its last part is missing, which begins with #. Open it as a whole, or ask for another one: each is
+        good once.
+      </Text>
+    </Frame>
   );
 }
 
-interface Props {
+interface FrameProps {
   title: string;
+  other: ReactNode;
+  otherLink: { to: string; label: string };
+  /** Goes along with the other link. */
+  state: unknown;
+  children: ReactNode;
+}
+
+interface Props extends Omit<FrameProps, "state"> {
   submit: string;
   onSubmit: (
     run: (action: () => Promise<void>) => Promise<void>,
   ) => (event?: React.FormEvent<HTMLFormElement>) => void;
-  other: ReactNode;
-  otherLink: { to: string; label: string };
-  children: ReactNode;
 }
 
-/** The frame of both forms. Signed in, it goes on to where the person was going. */
-function AccountForm({ title, submit, onSubmit, other, otherLink, children }: Props) {
+/** The frame of all forms. Signed in, it goes on to where the person was going. */
+function AccountForm({ submit, onSubmit, children, ...frame }: Props) {
   const status = useSyncExternalStore(authStore.subscribe, authStore.snapshot);
   const location = useLocation();
   const [error, setError] = useState<PortalError>();
@@ -156,33 +161,41 @@ function AccountForm({ title, submit, onSubmit, other, otherLink, children }: Pr
     setBusy(false);
   };
   return (
+    <form onSubmit={onSubmit(run)}>
+      <Frame {...frame} state={location.state}>
+        {error && <ErrorNotice error={error} />}
+        {children}
+        <Button type="submit" loading={busy}>
+          {submit}
+        </Button>
+      </Frame>
+    </form>
+  );
+}
+
+function Frame({ title, other, otherLink, state, children }: FrameProps) {
+  return (
     <Center component="main" mih="100dvh" p="md">
       <title>{`${title} · Prompt Portal`}</title>
       <Paper w="100%" maw={400} p={{ base: "md", xs: "xl" }} withBorder radius="lg">
-        <form onSubmit={onSubmit(run)}>
-          <Stack>
-            <Stack gap={4} align="center">
-              <img src="/icon.svg" alt="" width={40} height={40} />
-              <Title order={1} size="h3">
-                {title}
-              </Title>
-              <Text size="sm" c="dimmed">
-                Prompt Portal
-              </Text>
-            </Stack>
-            {error && <ErrorNotice error={error} />}
-            {children}
-            <Button type="submit" loading={busy}>
-              {submit}
-            </Button>
-            <Text size="sm" ta="center">
-              {other}
-              <Anchor component={Link} to={otherLink.to} state={location.state} inherit underline="always">
-                {otherLink.label}
-              </Anchor>
+        <Stack>
+          <Stack gap={4} align="center">
+            <img src="/icon.svg" alt="" width={40} height={40} />
+            <Title order={1} size="h3">
+              {title}
+            </Title>
+            <Text size="sm" c="dimmed">
+              Prompt Portal
             </Text>
           </Stack>
-        </form>
+          {children}
+          <Text size="sm" ta="center">
+            {other}
+            <Anchor component={Link} to={otherLink.to} state={state} inherit underline="always">
+              {otherLink.label}
+            </Anchor>
+          </Text>
+        </Stack>
       </Paper>
     </Center>
   );

@@ -95,7 +95,7 @@ function Conversation({ sessionId }: { sessionId: string }) {
         <div ref={end} />
       </Stack>
       {!atEnd && (
-        <Affix position={{ bottom: 120, right: 24 }}>
+        <Affix withinPortal={false} position={{ bottom: 120, right: 24 }}>
           <ActionIcon radius="xl" size="lg" variant="default" aria-label="To the end" onClick={scrollToEnd}>
             <IconArrowDown size={18} />
           </ActionIcon>

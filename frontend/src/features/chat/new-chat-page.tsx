@@ -1,9 +1,10 @@
-import { Anchor, Collapse, Select, Stack, Text, Textarea, Title, UnstyledButton } from "@mantine/core";
+import { Anchor, Collapse, Stack, Text, Textarea, Title, UnstyledButton } from "@mantine/core";
 import { useDisclosure } from "@mantine/hooks";
-import { useEffect, useRef } from "react";
+import { useEffect, useRef, useState } from "react";
 import { Link, useNavigate, useSearchParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import { ErrorNotice } from "../../components/error-notice";
+import { SearchSelect } from "../../components/search-select";
 import { VariableInputs } from "../../components/variable-inputs";
 import { useMay } from "../../queries/access";
 import { useTemplate, useTemplates, type Variables } from "../../queries/templates";
@@ -21,7 +22,8 @@ export function NewChatPage() {
   const templateId = query.get("template");
   const may = useMay();
   const mayUseTemplates = may("templates:read");
-  const { data } = useTemplates("", mayUseTemplates);
+  const [wanted, setWanted] = useState("");
+  const { data } = useTemplates(wanted, mayUseTemplates);
   // The chosen one may be beyond the end of the list.
   const chosen = useTemplate(templateId ?? "", templateId !== null);
   const template = chosen.data;
@@ -65,10 +67,10 @@ export function NewChatPage() {
           What is it about?
         </Title>
         {mayUseTemplates && (
-          <Select
+          <SearchSelect
             label="Template"
             description={
-              data?.templates.length === 0 ? (
+              data?.total === 0 && wanted === "" ? (
                 <>
                   There are none yet.{" "}
                   <Anchor component={Link} to="/templates/new" size="xs" underline="always">
@@ -80,11 +82,11 @@ export function NewChatPage() {
               )
             }
             placeholder="None"
-            searchable
             clearable
-            nothingFoundMessage="No template is called that"
+            nothingFoundMessage="No template has that in it"
             data={choices}
             value={template?.id ?? null}
+            onSearch={setWanted}
             onChange={(id) => setQuery(id === null ? {} : { template: id }, { replace: true })}
           />
         )}

@@ -36,6 +36,8 @@ export function useStickToEnd(ready: boolean) {
       rootMargin: "0px 0px 120px 0px",
     });
     seen.observe(mark);
+    // The page opens at its beginning; nobody scrolled there.
+    scrollToEnd();
     let before = window.scrollY;
     // Only the person's own scrolling lets go of the end, not the page's growth: upwards, however little.
     const onScroll = () => {

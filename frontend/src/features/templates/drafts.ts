@@ -19,6 +19,11 @@ Today you are {{ mood }}.
 {% endif %}`,
 };
 
+/** A draft as a save is, without whatever else is known of it. */
+export function draftOf({ title, description, content }: Draft): Draft {
+  return { title, description, content };
+}
+
 /** Whether two drafts would be the same save. */
 export function isSame(one: Draft, other: Draft): boolean {
   return (

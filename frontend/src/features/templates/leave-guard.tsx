@@ -1,9 +1,10 @@
 import { Button, Group, Modal, Text } from "@mantine/core";
 import { useEffect } from "react";
 import { useBlocker } from "react-router";
+import { unsaved } from "../../components/unsaved";
 
-/** Asks before a page with unsaved changes is left. */
-export function LeaveGuard({ when }: { when: boolean }) {
+/** Asks before a page with unsaved changes is left; `onLeave` is called where the answer is to lose them. */
+export function LeaveGuard({ when, onLeave }: { when: boolean; onLeave: () => void }) {
   const blocker = useBlocker(
     ({ currentLocation, nextLocation }) => when && currentLocation.pathname !== nextLocation.pathname,
   );
@@ -11,7 +12,11 @@ export function LeaveGuard({ when }: { when: boolean }) {
     if (!when) return;
     const ask = (event: BeforeUnloadEvent) => event.preventDefault();
     window.addEventListener("beforeunload", ask);
-    return () => window.removeEventListener("beforeunload", ask);
+    const release = unsaved.mark();
+    return () => {
+      window.removeEventListener("beforeunload", ask);
+      release();
+    };
   }, [when]);
   return (
     <Modal
@@ -27,7 +32,13 @@ export function LeaveGuard({ when }: { when: boolean }) {
         <Button variant="default" onClick={() => blocker.reset?.()} data-autofocus>
           Stay
         </Button>
-        <Button color="red" onClick={() => blocker.proceed?.()}>
+        <Button
+          color="red"
+          onClick={() => {
+            onLeave();
+            blocker.proceed?.();
+          }}
+        >
           Leave
         </Button>
       </Group>

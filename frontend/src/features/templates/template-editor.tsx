@@ -17,10 +17,11 @@ import { useHotkeys } from "@mantine/hooks";
 import { IconDots, IconMessagePlus, IconTrash } from "@tabler/icons-react";
 import { useState } from "react";
 import { flushSync } from "react-dom";
-import { Link, useNavigate, useSearchParams } from "react-router";
+import { Link, type NavigateOptions, useNavigate, useSearchParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import type { Template } from "../../client/schema";
 import { Ago } from "../../components/ago";
+import { confirm } from "../../components/confirm";
 import { ErrorNotice } from "../../components/error-notice";
 import { notifyError, notifyUndoable } from "../../components/notify";
 import {
@@ -30,38 +31,62 @@ import {
   useSaveTemplate,
   useTemplate,
 } from "../../queries/templates";
-import { type Draft, isSame } from "./drafts";
+import { type Draft, draftOf } from "./drafts";
 import { LeaveGuard } from "./leave-guard";
 import { PreviewPanel } from "./preview-panel";
 import classes from "./templates.module.css";
+import { useEdit } from "./use-edit";
 import { VersionsPanel } from "./versions-panel";
 
 const LONGEST_TITLE = 200;
 const LONGEST_DESCRIPTION = 2000;
 
+/** The state of the navigation from a new template to itself once it is saved: it stays in the same editor. */
+export interface FirstSave {
+  editor: "new";
+}
+
 interface Props {
+  /** The id of the account that writes. */
+  person: string;
   /** The newest version that is saved; none for a new template. */
   saved: Template | undefined;
   initial: Draft;
 }
 
 /** Edits a template beside a preview of its prompt and its versions. Ctrl+S saves. */
-export function TemplateEditor({ saved, initial }: Props) {
-  const [draft, setDraft] = useState<Draft>(initial);
-  // The version that the draft was begun from: another save meanwhile is a conflict.
-  const [base, setBase] = useState(saved);
+export function TemplateEditor({ person, saved, initial }: Props) {
+  const edit = useEdit(person, saved, initial);
+  const { draft, base, isDirty, set } = edit;
   const [query] = useSearchParams();
-  const saving = useSaving(draft, base, setBase);
-  const isDirty = base === undefined ? !isSame(draft, initial) || draft.content !== "" : !isSame(draft, base);
-  const canSave = isDirty && draft.title.trim() !== "" && draft.content !== "";
+  const navigate = useNavigate();
+  const [isPassing, setPassing] = useState(false);
+  /** Goes elsewhere without a question about what is not saved. */
+  const pass = async (to: string, options: NavigateOptions = {}) => {
+    flushSync(() => setPassing(true));
+    await navigate(to, options);
+    setPassing(false);
+  };
+  const saving = useSaving(edit, pass);
+  const canSave =
+    (base === undefined || isDirty) && draft.title.trim() !== "" && draft.content !== "" && !saving.isBusy;
   useHotkeys([["mod+S", () => canSave && saving.save()]], []);
 
-  const set = (change: Partial<Draft>) => setDraft((before) => ({ ...before, ...change }));
-  const pick = ({ title, description, content }: Draft) => setDraft({ title, description, content });
+  const pick = (version: Draft) => {
+    const put = async () => set(draftOf(version));
+    if (!isDirty) void put();
+    else
+      confirm(
+        "Replace what is in the editor?",
+        "What you changed since the last save is lost.",
+        "Replace it",
+        put,
+      );
+  };
   return (
     <Stack className={classes["page"] ?? ""} gap="md">
       <title>{`${base?.title ?? "New template"} · Prompt Portal`}</title>
-      <LeaveGuard when={isDirty && !saving.isDone} />
+      <LeaveGuard when={isDirty && !isPassing} onLeave={edit.forget} />
       <Group justify="space-between">
         <Group gap="xs">
           <Title order={1} size="h3">
@@ -94,10 +119,10 @@ export function TemplateEditor({ saved, initial }: Props) {
               Save
             </Button>
           </Tooltip>
-          {base && <MoreMenu id={base.id} />}
+          {base && <MoreMenu id={base.id} onDeleted={() => pass("/templates")} />}
         </Group>
       </Group>
-      {saving.error && <SaveError saving={saving} onTheirs={pick} />}
+      {saving.error && <SaveError saving={saving} edit={edit} />}
       <Grid gap="lg">
         <Grid.Col span={{ base: 12, md: 6 }}>
           <Stack gap="sm">
@@ -149,43 +174,41 @@ export function TemplateEditor({ saved, initial }: Props) {
   );
 }
 
-function useSaving(draft: Draft, base: Template | undefined, setBase: (saved: Template) => void) {
-  const create = useCreateTemplate();
-  const update = useSaveTemplate(base?.id ?? "");
+type Edit = ReturnType<typeof useEdit>;
+
+function useSaving(
+  { draft, base, rebase }: Edit,
+  pass: (to: string, options: NavigateOptions) => Promise<void>,
+) {
+  const { mutateAsync: create } = useCreateTemplate();
+  const { mutateAsync: update } = useSaveTemplate(base?.id ?? "");
   const newest = useTemplate(base?.id ?? "new", base !== undefined);
-  const navigate = useNavigate();
   const [error, setError] = useState<PortalError>();
-  const [isDone, setDone] = useState(false);
+  const [isBusy, setBusy] = useState(false);
 
   const save = async (basedOn = base?.version) => {
+    setBusy(true);
     setError(undefined);
     try {
       if (base === undefined) {
-        const made = await create.mutateAsync(draft);
-        flushSync(() => setDone(true)); // the guard must let this very change of page pass
-        void navigate(`/templates/${made.id}`, { replace: true });
+        const made = await create(draft);
+        rebase(made);
+        await pass(`/templates/${made.id}`, { replace: true, state: { editor: "new" } satisfies FirstSave });
       } else {
-        const next = await update.mutateAsync({ ...draft, based_on: basedOn ?? base.version });
-        setBase(next);
+        rebase(await update({ ...draft, based_on: basedOn ?? base.version }));
       }
     } catch (thrown) {
       const failure = PortalError.from(thrown);
       if (failure.code === "conflict") await newest.refetch();
       setError(failure);
     }
+    setBusy(false);
   };
-  const isBusy = create.isPending || update.isPending;
-  return { save, error, setError, isBusy, isDone, newest, setBase };
+  return { save, error, setError, isBusy, newest };
 }
 
-function SaveError({
-  saving,
-  onTheirs,
-}: {
-  saving: ReturnType<typeof useSaving>;
-  onTheirs: (draft: Draft) => void;
-}) {
-  const { error, newest, save, setBase, setError } = saving;
+function SaveError({ saving, edit }: { saving: ReturnType<typeof useSaving>; edit: Edit }) {
+  const { error, newest, save, setError } = saving;
   if (error === undefined) return null;
   if (error.code !== "conflict" || newest.data === undefined) {
     return <ErrorNotice error={error} onRetry={() => void save()} />;
@@ -202,8 +225,8 @@ function SaveError({
           size="xs"
           variant="default"
           onClick={() => {
-            setBase(theirs);
-            onTheirs(theirs);
+            edit.rebase(theirs);
+            edit.set(draftOf(theirs));
             setError(undefined);
           }}
         >
@@ -214,14 +237,13 @@ function SaveError({
   );
 }
 
-function MoreMenu({ id }: { id: string }) {
+function MoreMenu({ id, onDeleted }: { id: string; onDeleted: () => Promise<void> }) {
   const { mutateAsync: deleteTemplate } = useDeleteTemplate();
   const { mutateAsync: restoreTemplate } = useRestoreTemplate();
-  const navigate = useNavigate();
   const remove = () =>
     deleteTemplate(id)
       .then(() => {
-        void navigate("/templates");
+        void onDeleted();
         notifyUndoable("The template is deleted.", () => restoreTemplate(id));
       })
       .catch(notifyError);

@@ -1,29 +1,35 @@
 import { Center } from "@mantine/core";
-import { useParams, useSearchParams } from "react-router";
+import { useLocation, useParams, useSearchParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import { ErrorNotice } from "../../components/error-notice";
 import { Loading } from "../../components/loading";
+import { useAccount } from "../../queries/account";
 import { useTemplate } from "../../queries/templates";
-import { BLANK, EXAMPLE } from "./drafts";
-import { TemplateEditor } from "./template-editor";
+import { BLANK, draftOf, EXAMPLE } from "./drafts";
+import { type FirstSave, TemplateEditor } from "./template-editor";
 
 /** A template, or a new one at `/templates/new`. */
 export function TemplatePage() {
   const { templateId = "" } = useParams();
-  const [query] = useSearchParams();
-  if (templateId === "new") {
-    return <TemplateEditor key="new" saved={undefined} initial={query.has("example") ? EXAMPLE : BLANK} />;
-  }
-  return <SavedTemplate key={templateId} id={templateId} />;
+  const state = useLocation().state as FirstSave | null;
+  return <EditorOf key={state?.editor ?? templateId} id={templateId} />;
 }
 
-function SavedTemplate({ id }: { id: string }) {
-  const { data, error, refetch } = useTemplate(id);
-  if (data) return <TemplateEditor saved={data} initial={data} />;
+function EditorOf({ id }: { id: string }) {
+  const [query] = useSearchParams();
+  const isNew = id === "new";
+  const account = useAccount();
+  const template = useTemplate(id, !isNew);
+  if (account.data && (isNew || template.data)) {
+    const blank = query.has("example") ? EXAMPLE : BLANK;
+    const initial = template.data ? draftOf(template.data) : blank;
+    return <TemplateEditor person={account.data.id} saved={template.data} initial={initial} />;
+  }
+  const failed = [account, template].find(({ error }) => error !== null);
   return (
     <Center mih="60dvh" p="md">
-      {error ? (
-        <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />
+      {failed ? (
+        <ErrorNotice error={PortalError.from(failed.error)} onRetry={() => void failed.refetch()} />
       ) : (
         <Loading label="Loading the template" />
       )}

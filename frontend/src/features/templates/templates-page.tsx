@@ -3,21 +3,17 @@ import { useDebouncedValue } from "@mantine/hooks";
 import { IconPlus, IconSearch } from "@tabler/icons-react";
 import { useState } from "react";
 import { Link } from "react-router";
-import { PortalError } from "../../client/errors";
 import type { Template } from "../../client/schema";
 import { Ago } from "../../components/ago";
-import { ErrorNotice } from "../../components/error-notice";
-import { Loading } from "../../components/loading";
+import { Loaded } from "../../components/loaded";
+import { SEARCH_AFTER_MS } from "../../components/search";
 import { useTemplates } from "../../queries/templates";
 import classes from "./templates.module.css";
-
-const SEARCH_AFTER_MS = 200;
 
 export function TemplatesPage() {
   const [search, setSearch] = useState("");
   const [wanted] = useDebouncedValue(search.trim(), SEARCH_AFTER_MS);
-  const { data, error, isPending, refetch } = useTemplates(wanted);
-  const isEmpty = data?.total === 0 && wanted === "";
+  const templates = useTemplates(wanted);
   return (
     <Stack className={classes["page"] ?? ""} gap="md">
       <title>Templates · Prompt Portal</title>
@@ -29,31 +25,34 @@ export function TemplatesPage() {
           New template
         </Button>
       </Group>
-      {error && <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />}
-      {isPending && !error && <Loading label="Loading the templates" />}
-      {isEmpty && <Empty />}
-      {data && !isEmpty && (
-        <>
-          <TextInput
-            aria-label="Search templates"
-            placeholder="Search in titles, descriptions and texts"
-            leftSection={<IconSearch size={16} aria-hidden />}
-            value={search}
-            onChange={(event) => setSearch(event.currentTarget.value)}
-          />
-          {data.templates.length === 0 && <Text c="dimmed">No template has “{wanted}” in it.</Text>}
-          <SimpleGrid cols={{ base: 1, md: 2 }} spacing="sm">
-            {data.templates.map((template) => (
-              <TemplateCard key={template.id} template={template} />
-            ))}
-          </SimpleGrid>
-          {data.total > data.templates.length && (
-            <Text size="sm" c="dimmed">
-              The latest {data.templates.length} of {data.total}; search finds the others.
-            </Text>
-          )}
-        </>
-      )}
+      <Loaded query={templates} label="the templates">
+        {({ templates: found, total }) =>
+          total === 0 && wanted === "" ? (
+            <Empty />
+          ) : (
+            <>
+              <TextInput
+                aria-label="Search templates"
+                placeholder="Search in titles, descriptions and texts"
+                leftSection={<IconSearch size={16} aria-hidden />}
+                value={search}
+                onChange={(event) => setSearch(event.currentTarget.value)}
+              />
+              {found.length === 0 && <Text c="dimmed">No template has “{wanted}” in it.</Text>}
+              <SimpleGrid cols={{ base: 1, md: 2 }} spacing="sm">
+                {found.map((template) => (
+                  <TemplateCard key={template.id} template={template} />
+                ))}
+              </SimpleGrid>
+              {total > found.length && (
+                <Text size="sm" c="dimmed">
+                  The latest {found.length} of {total}; search finds the others.
+                </Text>
+              )}
+            </>
+          )
+        }
+      </Loaded>
     </Stack>
   );
 }

@@ -2,11 +2,9 @@ import { Badge, Button, Group, NavLink, Stack, Text } from "@mantine/core";
 import { IconArrowBackUp } from "@tabler/icons-react";
 import { type Change, diffLines } from "diff";
 import { useSearchParams } from "react-router";
-import { PortalError } from "../../client/errors";
 import type { Template } from "../../client/schema";
 import { Ago } from "../../components/ago";
-import { ErrorNotice } from "../../components/error-notice";
-import { Loading } from "../../components/loading";
+import { Loaded } from "../../components/loaded";
 import { useTemplateVersions } from "../../queries/templates";
 import { type Draft, isSame } from "./drafts";
 import classes from "./templates.module.css";
@@ -20,15 +18,23 @@ interface Props {
 
 /** The versions of a template, and how the chosen one differs from what is in the editor. */
 export function VersionsPanel({ template, draft, onPick }: Props) {
-  const { data, error, refetch } = useTemplateVersions(template.id);
+  const versions = useTemplateVersions(template.id);
+  return (
+    <Loaded query={versions} label="the versions">
+      {(data) => <Versions versions={data} draft={draft} onPick={onPick} />}
+    </Loaded>
+  );
+}
+
+function Versions({ versions, draft, onPick }: Omit<Props, "template"> & { versions: Template[] }) {
   const [query, setQuery] = useSearchParams();
-  const chosen = data?.find(({ version }) => version === Number(query.get("version")));
-  if (error) return <ErrorNotice error={PortalError.from(error)} onRetry={() => void refetch()} />;
-  if (data === undefined) return <Loading label="Loading the versions" />;
+  const chosen = versions.find(({ version }) => version === Number(query.get("version")));
+  const choose = ({ version }: Template) =>
+    setQuery({ version: String(version) }, { replace: true, preventScrollReset: true });
   return (
     <Stack gap="sm">
       <div>
-        {data.map((version) => (
+        {versions.map((version) => (
           <NavLink
             key={version.version}
             component="button"
@@ -49,7 +55,7 @@ export function VersionsPanel({ template, draft, onPick }: Props) {
                 <Ago time={version.saved_at} />
               </Text>
             }
-            onClick={() => setQuery({ version: String(version.version) }, { replace: true })}
+            onClick={() => choose(version)}
           />
         ))}
       </div>
