@@ -219,6 +219,30 @@ async def test_a_failed_message_is_kept_but_not_sent(fake: FakeLLM, sessions: Se
     assert [status for _, status in await told(sessions)] == ["failed", "complete", "complete"]
 
 
+@pytest.mark.parametrize(
+    "script",
+    [Script(status=500), Script(pieces=text("Good", " day"), cut_after=1), Script(before_headers=30)],
+    ids=["fails", "breaks off", "is stopped"],
+)
+async def test_an_answer_that_was_not_made_again_stays(
+    fake: FakeLLM, sessions: SessionManager, script: Script
+) -> None:
+    fake.script = Script(echo=True)
+    for message in ("one", "two"):
+        await (await sessions.submit(request(message))).ended()
+    before = await told(sessions)
+    fake.script = script
+    again = await sessions.submit(request("", regenerate=True, request_id="r"))
+    if script.before_headers:
+        await fake.until(lambda: fake.running == 1)
+        await sessions.stop(ADA, "s")
+    assert not isinstance(await again.ended(), Final)
+    assert await told(sessions) == before
+    fake.script = Script(echo=True)
+    await (await sessions.submit(request("three"))).ended()
+    assert sent(fake) == ["one", "echo: one", "two", "echo: two", "three"]
+
+
 async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(pieces=text("One", " two", *[" more"] * 500), between=0.02)
     turn = await sessions.submit(request())

@@ -347,6 +347,8 @@ class Runner:
             return
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
+        elif live.running is turn and not is_sent and live.row.leaf_id != turn.row.message_id:
+            live.history = None  # it ends before the question, which keeps its old answer
         live.version = ended.version
         if ended.first:
             await self._accounting.settle(turn, used)
