@@ -437,6 +437,30 @@ async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: Setting
         assert answer_of(await followed.ended()).response == "echo: 6"
 
 
+async def test_a_turn_that_is_followed_where_it_is_cut_off_is_counted_where_it_runs(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    fake.script = LONG
+    async with (
+        open_container(settings_for(fake.url, instance="one")) as one,
+        open_container(settings_for(fake.url, instance="two")) as two,
+    ):
+        turn = await one.sessions.submit(request())
+        async with aclosing(turn.follow()) as batches:
+            async for batch in batches:
+                if isinstance(batch[-1].event, Token):
+                    break
+        followed = await two.sessions.find(ADA, turn.id)
+        await two.sessions.clear(ADA, "s")
+        assert isinstance(await followed.ended(), Cancelled)
+        await two.sessions.close()
+        assert isinstance(await turn.ended(), Cancelled)
+        await one.sessions.close()
+        (used,) = await one.book.report(["model"], since=today(), until=today())
+        assert (used.group, used.spent.turns) == ({"model": "fake-1"}, 1)
+        assert used.spent.completion_tokens > 0
+
+
 async def test_it_works_when_the_llm_server_comes_later(fake: FakeLLM, settings_for: SettingsFor) -> None:
     port = free_port()
     async with open_container(settings_for(f"http://127.0.0.1:{port}")) as portal:

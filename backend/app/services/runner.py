@@ -360,7 +360,8 @@ class Runner:
         if turn.ending is None:
             turn_log.ended(turn, ended.ending)
         turn.end(ended.ending)
-        if turn.task is None:  # else its task counts it, when the generation is closed
+        # Its task counts it, when the generation is closed; another instance's turn is counted there.
+        if turn.task is None and turn.row.instance == self.instance:
             self._count(turn)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)
