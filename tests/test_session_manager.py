@@ -243,6 +243,50 @@ async def test_an_answer_that_was_not_made_again_stays(
     assert sent(fake) == ["one", "echo: one", "two", "echo: two", "three"]
 
 
+async def test_a_retry_of_what_was_answered_over_is_another_answer_in_its_place(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(echo=True)
+    await (await sessions.submit(request("one"))).ended()
+    fake.script = Script(status=503)
+    await (await sessions.submit(request("two", request_id="r"))).ended()
+    gate = threading.Event()
+    fake.script = Script(pieces=text("over"), gate=gate)
+    over = await sessions.submit(request("", regenerate=True))
+    with pytest.raises(Conflict, match="busy"):
+        await sessions.submit(request("two", request_id="r"))
+    gate.set()
+    await over.ended()
+    fake.script = Script(status=503)
+    await (await sessions.submit(request("two", request_id="r"))).ended()
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one", "two", "over"]
+    fake.script = Script(echo=True)
+    again = await sessions.submit(request("two", request_id="r"))
+    assert answer_of(await again.ended()).response == "echo: two"
+    assert sent(fake) == ["one", "echo: one", "two"]
+    (answers,) = await sessions.branches(ADA, "s")
+    assert len(answers) == 2
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one", "two", "echo: two"]
+    await (await sessions.submit(request("three"))).ended()
+    assert sent(fake) == ["one", "echo: one", "two", "echo: two", "three"]
+
+
+async def test_a_retry_of_what_was_answered_over_does_not_undo_what_came_after(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(status=503)
+    await (await sessions.submit(request("one", request_id="r"))).ended()
+    fake.script = Script(echo=True)
+    await (await sessions.submit(request("", regenerate=True))).ended()
+    await (await sessions.submit(request("two"))).ended()
+    with pytest.raises(Conflict, match="gone on"):
+        await sessions.submit(request("one", request_id="r"))
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one", "two", "echo: two"]
+    await sessions.clear(ADA, "s")
+    await (await sessions.submit(request("one", request_id="r"))).ended()
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one"]
+
+
 async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(pieces=text("One", " two", *[" more"] * 500), between=0.02)
     turn = await sessions.submit(request())
