@@ -331,7 +331,7 @@ async def test_an_answer_that_is_made_again_is_taken_up_and_tried_again_where_it
     failed = Failed(again.turn.id, ErrorInfo("llm_unavailable", "away", True))
     partial = Reply(new_id(), "tw", [], None, None)
     await store.end(row, failed, reply=partial)
-    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "tw"]
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"], "as it was"
     retried = await accept(store, anew)
     assert retried.kind == "again"
     await finish(store, retried, "new")
