@@ -287,6 +287,21 @@ async def test_a_retry_of_what_was_answered_over_does_not_undo_what_came_after(
     assert [content for content, _ in await told(sessions)] == ["one", "echo: one"]
 
 
+async def test_a_pinned_question_stays_pinned_when_it_is_answered_again(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    async with open_container(settings_for(fake.url, llm_max_history_messages=6)) as portal:
+        fake.script = Script(echo=True)
+        pinned = await portal.sessions.submit(request("the code is 1234"))
+        await pinned.ended()
+        await portal.pins.pin(ADA, "s", pinned.row.message_id)
+        await (await portal.sessions.submit(request("", regenerate=True))).ended()
+        for number in range(4):
+            await (await portal.sessions.submit(request(f"q{number}"))).ended()
+        assert sent(fake)[0] == "the code is 1234"
+        assert "q0" not in sent(fake), "others were cut"
+
+
 async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(pieces=text("One", " two", *[" more"] * 500), between=0.02)
     turn = await sessions.submit(request())

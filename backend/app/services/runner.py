@@ -325,7 +325,14 @@ class Runner:
         history = live.history if live.running is turn and is_sent else None
         start = None
         if history is not None and reply is not None:
-            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage, turn.row.kind)
+            history.add(
+                turn.row.message_id,
+                turn.question or "",
+                reply.content,
+                reply.usage,
+                turn.row.kind,
+                pinned=turn.is_pinned,
+            )
             if live.asked is not None:
                 history.make_room(live.asked.room)
             start = history.window_start
