@@ -113,7 +113,7 @@ def accept(
         sent_again = _of_mark(connection, request, request.mark)
         if sent_again is not None:
             return sent_again
-    found = _session_for(connection, request)
+    found = _session_for(connection, request, refusal)
     if isinstance(found, PortalError):
         return found
     session, position = found
@@ -266,12 +266,17 @@ def _accepted(
     return Acceptance(kind, turn, session, owe(connection, turn.id, draft.request.reply_to), superseded)
 
 
-def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionRow, int] | NotFound:
-    """The session, locked for this transaction and made if it is new, and its next position."""
+def _session_for(
+    connection: Connection, request: TurnRequest, refusal: PortalError | None
+) -> tuple[SessionRow, int] | PortalError:
+    """The session, locked for this transaction and made if it is new, and its next position. What is refused
+    makes none."""
     named = {"owner": request.who.owner, "name": request.session_id}
     row = _SESSION.first(connection, named)
     if row is None and request.needs_session:
         return NotFound("There is no such session.")
+    if row is None and refusal is not None:
+        return refusal
     if row is None:
         make_session(
             connection,
