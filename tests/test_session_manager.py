@@ -219,6 +219,89 @@ async def test_a_failed_message_is_kept_but_not_sent(fake: FakeLLM, sessions: Se
     assert [status for _, status in await told(sessions)] == ["failed", "complete", "complete"]
 
 
+@pytest.mark.parametrize(
+    "script",
+    [Script(status=500), Script(pieces=text("Good", " day"), cut_after=1), Script(before_headers=30)],
+    ids=["fails", "breaks off", "is stopped"],
+)
+async def test_an_answer_that_was_not_made_again_stays(
+    fake: FakeLLM, sessions: SessionManager, script: Script
+) -> None:
+    fake.script = Script(echo=True)
+    for message in ("one", "two"):
+        await (await sessions.submit(request(message))).ended()
+    before = await told(sessions)
+    fake.script = script
+    again = await sessions.submit(request("", regenerate=True, request_id="r"))
+    if script.before_headers:
+        await fake.until(lambda: fake.running == 1)
+        await sessions.stop(ADA, "s")
+    assert not isinstance(await again.ended(), Final)
+    assert await told(sessions) == before
+    fake.script = Script(echo=True)
+    await (await sessions.submit(request("three"))).ended()
+    assert sent(fake) == ["one", "echo: one", "two", "echo: two", "three"]
+
+
+async def test_a_retry_of_what_was_answered_over_is_another_answer_in_its_place(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(echo=True)
+    await (await sessions.submit(request("one"))).ended()
+    fake.script = Script(status=503)
+    await (await sessions.submit(request("two", request_id="r"))).ended()
+    gate = threading.Event()
+    fake.script = Script(pieces=text("over"), gate=gate)
+    over = await sessions.submit(request("", regenerate=True))
+    with pytest.raises(Conflict, match="busy"):
+        await sessions.submit(request("two", request_id="r"))
+    gate.set()
+    await over.ended()
+    fake.script = Script(status=503)
+    await (await sessions.submit(request("two", request_id="r"))).ended()
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one", "two", "over"]
+    fake.script = Script(echo=True)
+    again = await sessions.submit(request("two", request_id="r"))
+    assert answer_of(await again.ended()).response == "echo: two"
+    assert sent(fake) == ["one", "echo: one", "two"]
+    (answers,) = await sessions.branches(ADA, "s")
+    assert len(answers) == 2
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one", "two", "echo: two"]
+    await (await sessions.submit(request("three"))).ended()
+    assert sent(fake) == ["one", "echo: one", "two", "echo: two", "three"]
+
+
+async def test_a_retry_of_what_was_answered_over_does_not_undo_what_came_after(
+    fake: FakeLLM, sessions: SessionManager
+) -> None:
+    fake.script = Script(status=503)
+    await (await sessions.submit(request("one", request_id="r"))).ended()
+    fake.script = Script(echo=True)
+    await (await sessions.submit(request("", regenerate=True))).ended()
+    await (await sessions.submit(request("two"))).ended()
+    with pytest.raises(Conflict, match="gone on"):
+        await sessions.submit(request("one", request_id="r"))
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one", "two", "echo: two"]
+    await sessions.clear(ADA, "s")
+    await (await sessions.submit(request("one", request_id="r"))).ended()
+    assert [content for content, _ in await told(sessions)] == ["one", "echo: one"]
+
+
+async def test_a_pinned_question_stays_pinned_when_it_is_answered_again(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    async with open_container(settings_for(fake.url, llm_max_history_messages=6)) as portal:
+        fake.script = Script(echo=True)
+        pinned = await portal.sessions.submit(request("the code is 1234"))
+        await pinned.ended()
+        await portal.pins.pin(ADA, "s", pinned.row.message_id)
+        await (await portal.sessions.submit(request("", regenerate=True))).ended()
+        for number in range(4):
+            await (await portal.sessions.submit(request(f"q{number}"))).ended()
+        assert sent(fake)[0] == "the code is 1234"
+        assert "q0" not in sent(fake), "others were cut"
+
+
 async def test_a_stop_keeps_and_sends_what_there_was(fake: FakeLLM, sessions: SessionManager) -> None:
     fake.script = Script(pieces=text("One", " two", *[" more"] * 500), between=0.02)
     turn = await sessions.submit(request())
@@ -411,6 +494,30 @@ async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: Setting
         elsewhere = await two.sessions.submit(request("6"))
         followed = await one.sessions.find(ADA, elsewhere.id)
         assert answer_of(await followed.ended()).response == "echo: 6"
+
+
+async def test_a_turn_that_is_followed_where_it_is_cut_off_is_counted_where_it_runs(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    fake.script = LONG
+    async with (
+        open_container(settings_for(fake.url, instance="one")) as one,
+        open_container(settings_for(fake.url, instance="two")) as two,
+    ):
+        turn = await one.sessions.submit(request())
+        async with aclosing(turn.follow()) as batches:
+            async for batch in batches:
+                if isinstance(batch[-1].event, Token):
+                    break
+        followed = await two.sessions.find(ADA, turn.id)
+        await two.sessions.clear(ADA, "s")
+        assert isinstance(await followed.ended(), Cancelled)
+        await two.sessions.close()
+        assert isinstance(await turn.ended(), Cancelled)
+        await one.sessions.close()
+        (used,) = await one.book.report(["model"], since=today(), until=today())
+        assert (used.group, used.spent.turns) == ({"model": "fake-1"}, 1)
+        assert used.spent.completion_tokens > 0
 
 
 async def test_it_works_when_the_llm_server_comes_later(fake: FakeLLM, settings_for: SettingsFor) -> None:

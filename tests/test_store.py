@@ -318,6 +318,13 @@ async def test_what_cannot_be_answered_again_is_refused(store: Store) -> None:
         await accept(store, request("", regenerate=True))
 
 
+async def test_what_is_refused_makes_no_session(store: Store) -> None:
+    refused = Overloaded("The queue is full.", retry_after=2)
+    with pytest.raises(Overloaded, match="full"):
+        await store.accept(request("q"), turn_id=new_id(), instance="a", refusal=refused)
+    assert await store.session("user:1", "s") is None
+
+
 async def test_an_answer_that_is_made_again_is_taken_up_and_tried_again_where_it_was(store: Store) -> None:
     await finish(store, await accept(store, request("first")), "one")
     asked = await accept(store, request("q"))
@@ -331,7 +338,7 @@ async def test_an_answer_that_is_made_again_is_taken_up_and_tried_again_where_it
     failed = Failed(again.turn.id, ErrorInfo("llm_unavailable", "away", True))
     partial = Reply(new_id(), "tw", [], None, None)
     await store.end(row, failed, reply=partial)
-    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "tw"]
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"], "as it was"
     retried = await accept(store, anew)
     assert retried.kind == "again"
     await finish(store, retried, "new")

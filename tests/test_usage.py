@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Connection
 
+from app.database import Database, migrate
 from app.events import new_id
-from app.services.usage import day_of
+from app.services.accounting import close_books
+from app.services.usage import TurnUsage, UsageBook, day_of, write
 from tests.fake_llm import FakeLLM, Script
 from tests.support import GameClient, MakePortal, Mosquitto, ask, owner_of, token_of, wait_until
 
@@ -136,6 +141,50 @@ def test_a_report_as_csv(client: httpx.Client, admin: httpx.Client) -> None:
 def test_only_who_may_sees_what_everybody_used(client: httpx.Client) -> None:
     for path in ("usage", "alerts", "limits"):
         assert client.get(f"/api/admin/{path}").status_code == 403
+
+
+async def test_processes_that_count_for_the_same_owners_do_not_wait_for_each_other(postgres_url: str) -> None:
+    url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
+    await asyncio.to_thread(migrate, url)
+    one, two = (Database(url, before_commit=close_books) for _ in range(2))
+    have_begun = threading.Barrier(2)
+
+    def count(connection: Connection, first: str, second: str) -> None:
+        write(connection, used_by(first), "2026-11-21")
+        have_begun.wait(20)
+        write(connection, used_by(second), "2026-11-21")
+
+    for database in (one, two):
+        await database.open()
+    await asyncio.gather(
+        one.write(lambda c: count(c, "ada", "bo")), two.write(lambda c: count(c, "bo", "ada"))
+    )
+    for owner in ("ada", "bo"):
+        spent = await UsageBook(one).spent(owner, "2026-11-21")
+        assert (spent.turns, spent.prompt_tokens, spent.cost) == (2, 60, 1.0)
+    for database in (one, two):
+        await database.close()
+
+
+def used_by(owner: str) -> TurnUsage:
+    """What a turn has used that came from somebody."""
+    return TurnUsage(
+        turn_id=new_id(),
+        attempt=1,
+        at=0.0,
+        owner=owner,
+        api_key="",
+        project="p",
+        model="m",
+        door="http",
+        outcome="final",
+        **COUNTS,
+        estimated=False,
+        gpu_seconds=0.5,
+        cost=0.5,
+        ttft_ms=None,
+        elapsed_ms=9,
+    )
 
 
 def test_usage_is_whole_after_kill(make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM) -> None:

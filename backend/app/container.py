@@ -17,12 +17,12 @@ from app.logs import get_logger, quiet_unless_configured
 from app.loop import BackgroundLoop
 from app.mqtt.bridge import MqttBridge, Parts
 from app.mqtt.requests import Requests
-from app.services.accounting import Accounting
+from app.services.accounting import Accounting, close_books
 from app.services.accounts import Accounts
 from app.services.admission import Admission
 from app.services.alerts import Alerts
 from app.services.api_keys import ApiKeys
-from app.services.audit import Audit, seal
+from app.services.audit import Audit
 from app.services.authorizer import Authorizer
 from app.services.catalog import Catalog
 from app.services.devices import DeviceRights, Devices
@@ -125,7 +125,7 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
     settings = settings.with_instance(f"python-{new_id()}")
     async with AsyncExitStack() as stack:
         await asyncio.to_thread(migrate, settings.sqlalchemy_url, allowed=settings.database_auto_migrate)
-        database = Database(settings.sqlalchemy_url, before_commit=seal)
+        database = Database(settings.sqlalchemy_url, before_commit=close_books)
         await database.open()
         stack.push_async_callback(database.close)
         drain = Drain()

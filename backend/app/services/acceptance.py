@@ -14,7 +14,7 @@ from app.errors import Conflict, NotFound, Overloaded, PortalError
 from app.events import Failed, Kind, Mark, SupersededBy, TurnRequest, decode_ending, encode, new_id
 from app.models.tables import ACTIVE, messages, received, sessions, turns
 from app.prepared import Prepared
-from app.services.branches import drop_reply, is_busy, last_question, move, parent_for
+from app.services.branches import drop_reply, is_answered_over, is_busy, last_question, move, parent_for
 from app.services.endings import Ended
 from app.services.outbox import Delivery, owe, owe_again, owed_for
 from app.services.rows import (
@@ -113,7 +113,7 @@ def accept(
         sent_again = _of_mark(connection, request, request.mark)
         if sent_again is not None:
             return sent_again
-    found = _session_for(connection, request)
+    found = _session_for(connection, request, refusal)
     if isinstance(found, PortalError):
         return found
     session, position = found
@@ -126,9 +126,7 @@ def accept(
     if refusal is not None:
         return refusal
     draft = _Draft(request, turn_id, instance, session, position, now)
-    is_at_end = request.follows is not None and request.follows == session.leaf_id
-    make = _take_in if is_at_end or not request.needs_session else _aside
-    return make(connection, draft, known)
+    return _make(connection, draft, known)
 
 
 class _Draft(msgspec.Struct, frozen=True):
@@ -166,6 +164,20 @@ class _Draft(msgspec.Struct, frozen=True):
         )
 
 
+def _make(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
+    """Makes the turn where its message belongs: at the end of the history, or aside, where that has to be
+    read anew."""
+    request, leaf = draft.request, draft.session.leaf_id
+    is_at_end = not request.needs_session or (request.follows is not None and request.follows == leaf)
+    if request.regenerate or (known is not None and is_answered_over(connection, known)):
+        made = _answer_again(connection, draft, known)
+    elif is_at_end:
+        return _take_in(connection, draft, known)
+    else:
+        made = _set_aside(connection, draft, known)
+    return made if isinstance(made, PortalError) else msgspec.structs.replace(made, is_aside=True)
+
+
 def _take_in(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
     """Makes the turn of a new message, or lets one that had failed begin again at the end of the history."""
     request, session, now = draft.request, draft.session, draft.now
@@ -193,12 +205,6 @@ def _take_in(connection: Connection, draft: _Draft, known: TurnRow | None) -> Ac
         leaf = move(connection, session, turn) if state == "running" else session.leaf_id
     kind: Literal["new", "again"] = "new" if known is None else "again"
     return _accepted(connection, draft, kind, turn, leaf, superseded)
-
-
-def _aside(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
-    """Makes a turn for which the history has to be read anew."""
-    made = (_answer_again if draft.request.regenerate else _set_aside)(connection, draft, known)
-    return made if isinstance(made, PortalError) else msgspec.structs.replace(made, is_aside=True)
 
 
 def _answer_again(connection: Connection, draft: _Draft, known: TurnRow | None) -> Acceptance | PortalError:
@@ -260,12 +266,17 @@ def _accepted(
     return Acceptance(kind, turn, session, owe(connection, turn.id, draft.request.reply_to), superseded)
 
 
-def _session_for(connection: Connection, request: TurnRequest) -> tuple[SessionRow, int] | NotFound:
-    """The session, locked for this transaction and made if it is new, and its next position."""
+def _session_for(
+    connection: Connection, request: TurnRequest, refusal: PortalError | None
+) -> tuple[SessionRow, int] | PortalError:
+    """The session, locked for this transaction and made if it is new, and its next position. What is refused
+    makes none."""
     named = {"owner": request.who.owner, "name": request.session_id}
     row = _SESSION.first(connection, named)
     if row is None and request.needs_session:
         return NotFound("There is no such session.")
+    if row is None and refusal is not None:
+        return refusal
     if row is None:
         make_session(
             connection,

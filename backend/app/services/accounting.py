@@ -7,6 +7,7 @@ are settled when it is committed.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection
@@ -15,17 +16,28 @@ from app.database import Database
 from app.errors import PortalError
 from app.events import Ending, Final, Usage, new_id, type_of
 from app.logs import get_logger
-from app.services import usage
+from app.services import audit, usage
 from app.services.admission import Admission, Ticket
 from app.services.audit import Entry
 from app.services.measures import estimated
 from app.services.places import Meter
 from app.services.tally import Tally
 from app.services.turns import Turn
-from app.services.usage import Spent, TurnUsage
+from app.services.usage import Line, Spent, TurnUsage
 from app.writing import defer
 
 log = get_logger(__name__)
+
+
+def close_books(connection: Connection, deferred: Sequence[Line | Entry]) -> None:
+    """Writes what the operations of a transaction have left to its end. For `Database.before_commit`."""
+    lines = [item for item in deferred if isinstance(item, Line)]
+    entries = [item for item in deferred if isinstance(item, Entry)]
+    # The head of the log, which all processes need, comes last: it is held the shortest then, and whoever
+    # has it waits for nobody.
+    usage.add_up(connection, lines)
+    if entries:
+        audit.seal(connection, entries)
 
 
 class Accounting:

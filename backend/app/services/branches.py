@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from sqlalchemy import Connection, bindparam, delete, select, text, update
+from sqlalchemy import Connection, bindparam, delete, or_, select, text, update
 
 from app.errors import Conflict, NotFound, PortalError
 from app.events import Kind
@@ -25,6 +25,17 @@ _AT = Prepared(
     .where(messages.c.id == bindparam("message"))
 )
 _OWNER = Prepared(select(messages.c.turn_id).where(messages.c.id == bindparam("message")))
+_OTHER = Prepared(
+    select(turns.c.id)
+    .outerjoin(messages, messages.c.turn_id == turns.c.id)
+    .where(
+        turns.c.session == bindparam("session"),
+        turns.c.message_id == bindparam("message"),
+        turns.c.id != bindparam("turn"),
+        or_(messages.c.id.is_not(None), text(ACTIVE)),
+    )
+    .limit(1)
+)
 _TREE = (
     select(messages.c.id, messages.c.parent_id)
     .join(turns, turns.c.id == messages.c.turn_id)
@@ -92,6 +103,12 @@ def branches(connection: Connection, session: SessionRow) -> list[list[str]]:
 def answers_again(connection: Connection, turn: TurnRow) -> bool:
     """Whether a turn answers the message of another one: that one stays where it is."""
     return _OWNER.first(connection, {"message": turn.message_id}) not in {None, (turn.id,)}
+
+
+def is_answered_over(connection: Connection, turn: TurnRow) -> bool:
+    """Whether another turn answers the message of this one, or has done so: an answer that was stored."""
+    mine = {"session": turn.session, "message": turn.message_id, "turn": turn.id}
+    return _OTHER.first(connection, mine) is not None
 
 
 def move(connection: Connection, session: SessionRow, turn: TurnRow) -> str | None:

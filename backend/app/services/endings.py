@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 
 from app.errors import NotFound
-from app.events import Cancelled, Ending, Usage, decode_ending, encode, type_of
+from app.events import Cancelled, Ending, Failed, Usage, decode_ending, encode, type_of
 from app.models.tables import ACTIVE, messages, sessions, summaries, turns
 from app.prepared import Prepared
 from app.services.branches import move, slip_in
@@ -131,7 +131,8 @@ def end(
     if state == "waiting" and turn.kind == "message":  # a state that never ran is of no use to anybody
         leaf = slip_in(connection, session, turn)
     if reply is not None:
-        leaf = reply.message_id
+        if leaf == turn.message_id or not isinstance(ending, Failed):
+            leaf = reply.message_id  # what has broken off takes the place of no other answer
         _insert_reply(connection, turn, reply, now)
     version = session.version + 1
     changes = {"leaf": leaf, "window": window_start or session.window_start, "changed": version}

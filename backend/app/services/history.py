@@ -140,14 +140,21 @@ class History:
     # --- what happens ---
 
     def add(
-        self, message_id: str, question: str, answer: str, usage: Usage | None, kind: Kind = "message"
+        self,
+        message_id: str,
+        question: str,
+        answer: str,
+        usage: Usage | None,
+        kind: Kind = "message",
+        *,
+        pinned: bool = False,
     ) -> None:
         """An exchange has ended."""
         messages = [
             {"role": "user", "content": asked(question, kind)},
             {"role": "assistant", "content": answer},
         ]
-        self._append(Exchange.of(message_id, messages, kind), question, usage)
+        self._append(Exchange.of(message_id, messages, kind, pinned), question, usage)
 
     def _append(self, exchange: Exchange, question: str, usage: Usage | None) -> None:
         before, self._total = self._total, None

@@ -96,8 +96,10 @@ class Prompting:
     async def recall(self, session: SessionRow, turn: Turn) -> History:
         """The history before the turn, and the turn's question, from what is stored."""
         rows = await self._store.messages(turn.row.message_id, last=session.window_start)
-        turn.question = rows[-1].content if rows else ""
-        turn.asked_at = rows[-1].created_at if rows else turn.asked_at
+        turn.question = ""
+        if rows:
+            asked = rows[-1]
+            turn.question, turn.asked_at, turn.is_pinned = asked.content, asked.created_at, asked.pinned
         history = History.from_rows(self.system_prompt(session, turn), rows)
         if rows and rows[0].parent_id is not None:
             kept = await self._memory.before(session.id, rows[0])

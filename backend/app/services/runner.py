@@ -325,7 +325,14 @@ class Runner:
         history = live.history if live.running is turn and is_sent else None
         start = None
         if history is not None and reply is not None:
-            history.add(turn.row.message_id, turn.question or "", reply.content, reply.usage, turn.row.kind)
+            history.add(
+                turn.row.message_id,
+                turn.question or "",
+                reply.content,
+                reply.usage,
+                turn.row.kind,
+                pinned=turn.is_pinned,
+            )
             if live.asked is not None:
                 history.make_room(live.asked.room)
             start = history.window_start
@@ -347,6 +354,8 @@ class Runner:
             return
         if not (ended.first and ended.version == live.version + 1):
             live.history = None  # somebody else has changed it too
+        elif live.running is turn and not is_sent and live.row.leaf_id != turn.row.message_id:
+            live.history = None  # it ends before the question, which keeps its old answer
         live.version = ended.version
         if ended.first:
             await self._accounting.settle(turn, used)
@@ -358,7 +367,8 @@ class Runner:
         if turn.ending is None:
             turn_log.ended(turn, ended.ending)
         turn.end(ended.ending)
-        if turn.task is None:  # else its task counts it, when the generation is closed
+        # Its task counts it, when the generation is closed; another instance's turn is counted there.
+        if turn.task is None and turn.row.instance == self.instance:
             self._count(turn)
         for delivery in ended.deliveries:
             self.on_delivery(delivery, turn)

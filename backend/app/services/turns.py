@@ -91,6 +91,8 @@ class Turn:
         self.expiry: asyncio.TimerHandle | None = None
         self.question: str | None = None
         self.asked_at = row.created_at
+        self.is_pinned = False
+        """Whether its question is: one that was answered before may be."""
         self.prompt: Sequence[Mapping[str, Any]] = ()
         self.pieces = self.chars = 0
         self.meter = Meter()

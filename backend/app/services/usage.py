@@ -1,15 +1,17 @@
 """What turns have used: a row for each attempt at a turn, and the sums of every day.
 
 Both are written with the turn's ending, in its transaction, so that what was used is counted exactly when
-the turn is over. Days and months are those of UTC.
+the turn is over; the sums at the end of the transaction, where those of several turns are written together.
+Days and months are those of UTC.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import add, attrgetter
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -18,6 +20,7 @@ from sqlalchemy import ColumnElement, Connection, Row, func, or_, select
 from app.database import Database, insert_of
 from app.models.tables import api_keys, devices, usage, usage_days
 from app.prepared import Prepared
+from app.writing import defer
 
 
 class TurnUsage(msgspec.Struct, frozen=True):
@@ -41,6 +44,13 @@ class TurnUsage(msgspec.Struct, frozen=True):
     cost: float
     ttft_ms: int | None
     elapsed_ms: int
+
+
+class Line(msgspec.Struct, frozen=True):
+    """What comes to a line of `usage_days`, the values in the order of `_KEYS` and `SUMS`."""
+
+    keys: tuple[str, ...]
+    sums: tuple[float, ...]
 
 
 class Spent(msgspec.Struct, frozen=True):
@@ -76,6 +86,8 @@ PERSON = "person:"
 
 SUMS = Spent.__struct_fields__
 _KEYS = ("day", *get_args(Group)[1:])
+_LINE = (*_KEYS, *SUMS)
+_keys_of, _sums_of = attrgetter(*_KEYS[1:]), attrgetter(*SUMS[1:])
 
 
 def day_of(at: float) -> str:
@@ -108,9 +120,18 @@ def write(connection: Connection, used: TurnUsage, day: str, *, turns: int = 1) 
     whether it did. It counts for so many `turns`: work that nobody asked for is none."""
     if _ROW.first(connection, msgspec.structs.asdict(used)) is None:
         return False
-    line = {name: getattr(used, name) for name in (*_KEYS[1:], *SUMS[1:])}
-    _SUMS.run(connection, {**line, "day": day, "turns": turns})
+    defer(connection, Line((day, *_keys_of(used)), (turns, *_sums_of(used))))
     return True
+
+
+def add_up(connection: Connection, lines: Iterable[Line]) -> None:
+    """Writes what the turns of a transaction come to."""
+    total: dict[tuple[str, ...], tuple[float, ...]] = {}
+    for line in lines:
+        before = total.get(line.keys)
+        total[line.keys] = line.sums if before is None else tuple(map(add, before, line.sums))
+    for keys in sorted(total):  # in any other order, two processes could wait for each other
+        _SUMS.run(connection, dict(zip(_LINE, keys + total[keys], strict=True)))
 
 
 def conditions_of(subject: str) -> list[ColumnElement[bool]]:
