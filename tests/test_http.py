@@ -309,6 +309,17 @@ def test_bad_input_is_named(client: httpx.Client, body: str, status: int, field:
         assert answer.json()["detail"] == error["message"]
 
 
+@pytest.mark.parametrize("kind", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+def test_a_body_that_does_not_say_that_it_is_json(client: httpx.Client, kind: dict[str, str]) -> None:
+    body = '{"session_id": "s", "message": "hi"}'
+    answer = client.post("/api/llm/chat/session", content=body, headers=kind)
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "body: Content-Type: application/json is needed"
+    answer = client.post("/v1/chat/completions", content='{"messages": []}', headers=kind)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "body: Content-Type: application/json is needed"
+
+
 def test_unknown_addresses_and_methods_have_the_same_form(client: httpx.Client) -> None:
     for method, path, status in (("GET", "/api/nope", 404), ("PUT", "/api/llm/chat", 405)):
         answer = client.request(method, path)
