@@ -6979,7 +6979,7 @@ export interface operations {
             query?: {
                 limit?: number;
                 offset?: number;
-                /** @description Only those with this text */
+                /** @description Only titles and descriptions with this text */
                 search?: string;
             };
             header?: never;
