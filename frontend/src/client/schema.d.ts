@@ -1691,8 +1691,11 @@ export interface components {
          * @description Who is signed in.
          */
         Account: {
-            /** Created At */
-            created_at: number;
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
             /** Email */
             email: string;
             /** Id */
