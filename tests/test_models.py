@@ -370,6 +370,12 @@ def test_a_default_that_is_gone_is_replaced_by_what_is_served(
         choose(root, None, for_all=True)
 
 
+def test_a_server_is_called_what_it_was_found_to_be(root: httpx.Client) -> None:
+    kinds = {one["provider"]: one["kind"] for one in root.get("/api/admin/servers").json()["servers"]}
+    assert kinds["default"] == "llamacpp", "nobody has said so"
+    assert (kinds["o"], kinds["cloud"]) == ("ollama", "openai")
+
+
 @pytest.mark.parametrize(("model", "status"), [("little", 400), ("seer", 200), ("big", 200)])
 def test_no_image_is_sent_where_none_is_taken(
     ada: httpx.Client, fakes: dict[str, FakeLLM], model: str, status: int
