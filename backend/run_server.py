@@ -21,6 +21,8 @@ from app.errors import InvalidRequest
 from app.logs import configure_logging, get_logger
 from app.main import create_app
 
+log = get_logger(__name__)
+
 LEAVE_S = 5
 """How long open requests may go on once the turns have ended, or had their time."""
 
@@ -34,6 +36,13 @@ class _Server(uvicorn.Server):
         self._app = app
         self._drain_timeout = drain_timeout
         self._is_hurried = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to serve, and says where."""
+        await super().startup(sockets)
+        for listener in (sockets or ()) if self.started else ():
+            host, port = listener.getsockname()[:2]
+            log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def main_loop(self) -> None:
         """Serves until the signal, and through what follows it."""
@@ -78,9 +87,7 @@ def main() -> int:
             return _complain(
                 f"SECRET_KEY is empty. To serve on {arguments.host}, set it in {arguments.env_file}."
             )
-        get_logger(__name__).warning(
-            "SECRET_KEY is empty: a random one is used, and sign-ins end with this run"
-        )
+        log.warning("SECRET_KEY is empty: a random one is used, and sign-ins end with this run")
         settings = settings.with_secret()
     # The port is taken before the database is opened: whoever has it is this instance, and no other
     # process can take over its turns by mistake.

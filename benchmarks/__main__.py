@@ -10,9 +10,6 @@ import typer
 
 from app.cli.console import console
 from app.cli.stack import DEFAULT_STATE
-from benchmarks.rows import ROWS
-from benchmarks.run import run
-
 
 def main(
     row: Annotated[list[str] | None, typer.Option(help="Measure this row only; may be repeated")] = None,
@@ -24,6 +21,10 @@ def main(
     show_list: Annotated[bool, typer.Option("--list", help="Name the rows, and measure nothing")] = False,
 ) -> None:
     """Measures what the portal costs, beside what it is compared with: a table, JSON and plots."""
+    # Needs what is installed for the tests; the help is there before.
+    from benchmarks.rows import ROWS
+    from benchmarks.run import run
+
     names = row or []
     if show_list:
         for known in ROWS:

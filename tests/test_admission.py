@@ -138,6 +138,30 @@ def test_everybody_together_and_a_project_have_limits(
     assert ask(client, project="racing").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("subject", "where"),
+    [
+        ("user:ada", "GET /api/admin/users"),
+        ("key:none", "GET /api/admin/users/{id}/keys"),
+        ("device:none", "GET /api/admin/devices"),
+        ("project:none", "racing"),
+        ("anon:none", "racing"),
+    ],
+)
+def test_limits_that_would_limit_nobody_are_refused(admin: httpx.Client, subject: str, where: str) -> None:
+    refused = admin.put(f"/api/admin/limits/{subject}", json={"daily_tokens": 1})
+    assert (refused.status_code, code(refused)) == (404, "not_found")
+    assert where in refused.json()["detail"]
+    assert subject not in {one["subject"] for one in admin.get("/api/admin/limits").json()["limits"]}
+
+
+def test_a_revoked_key_has_no_limits(client: httpx.Client, admin: httpx.Client) -> None:
+    key = client.post("/api/keys", json={"name": "k"}).json()["id"]
+    limit(admin, f"key:{key}", requests_per_hour=1)
+    client.delete(f"/api/keys/{key}")
+    assert admin.put(f"/api/admin/limits/key:{key}", json={}).status_code == 404
+
+
 def test_a_key_has_limits_of_its_own(client: httpx.Client, admin: httpx.Client, fake_portal: Portal) -> None:
     keys = [client.post("/api/keys", json={"name": f"k{n}"}).json() for n in range(2)]
     limit(admin, f"key:{keys[0]['id']}", requests_per_hour=1)

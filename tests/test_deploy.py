@@ -28,6 +28,7 @@ from tests.fake_llm import FakeLLM, Script, text
 from tests.support import (
     ROOT,
     GameClient,
+    GuardedMosquitto,
     LlamaServer,
     MakePortal,
     Mosquitto,
@@ -320,6 +321,18 @@ def test_a_broker_that_lets_it_not_in(deploy: Deploy, project: str, tmp_path: Pa
     broker = Mosquitto(tmp_path, open_to_all=False)
     said = deploy("--projects", project, "--mqtt-username", "ada", port=broker.port).refused()
     assert "--mqtt_password" in said
+    broker.stop()
+
+
+def test_a_broker_that_keeps_its_topics_from_it(deploy: Deploy, project: str, tmp_path: Path) -> None:
+    broker = GuardedMosquitto(tmp_path)
+    running = deploy("--projects", project, "--server_url", "http://127.0.0.1:9", port=broker.port)
+    said = f"the broker refused a subscription filter={project}/user_input"
+    wait_until(lambda: said in running.said(), 20, "the warning")
+    psutil.Process(running.pid).send_signal(signal.SIGINT)
+    wait_until(lambda: not running.alive(), what="the end")
+    assert running.stop() == 0, running.said()
+    assert "Traceback" not in running.said()
     broker.stop()
 
 

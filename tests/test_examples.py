@@ -12,7 +12,16 @@ import pytest
 
 from app.events import new_id
 from tests.fake_llm import FakeLLM, text
-from tests.support import ROOT, GameClient, MakePortal, Mosquitto, Portal, Process, wait_until
+from tests.support import (
+    ROOT,
+    GameClient,
+    GuardedMosquitto,
+    MakePortal,
+    Mosquitto,
+    Portal,
+    Process,
+    wait_until,
+)
 
 CLIENT = str(ROOT / "docs" / "examples" / "python_client.py")
 
@@ -81,6 +90,15 @@ def test_it_asks_until_somebody_answers(
     adviser.start()
     assert "(final) Hello there" in shown(running)
     assert len(fake_thread.requests) == 1
+
+
+def test_it_says_so_when_it_may_not_listen(start: Start, project: str, tmp_path: Path) -> None:
+    broker = GuardedMosquitto(tmp_path)
+    running = start("--port", str(broker.port), "--message", "hi")
+    wait_until(lambda: not running.alive(), 20, "the client's end")
+    assert running.stop() == 1
+    assert f"does not let this client listen to {project}/" in running.log.read_text()
+    broker.stop()
 
 
 def test_its_help_tells_everything() -> None:

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from app.routers.streaming import KEEP_ALIVE_S
 from tests.fake_llm import FakeLLM
-from tests.support import MakePortal, Portal, wait_until
+from tests.support import MakePortal, Portal, ask, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -307,6 +307,24 @@ def test_bad_input_is_named(client: httpx.Client, body: str, status: int, field:
         assert (error["code"], error["request_id"]) == ("invalid_request", "my-id")
         assert error["message"].startswith(field)
         assert answer.json()["detail"] == error["message"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"Content-Type": "application/x-www-form-urlencoded"}])
+def test_a_body_that_does_not_say_that_it_is_json(client: httpx.Client, kind: dict[str, str]) -> None:
+    body = '{"session_id": "s", "message": "hi"}'
+    answer = client.post("/api/llm/chat/session", content=body, headers=kind)
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "body: Content-Type: application/json is needed"
+    answer = client.post("/v1/chat/completions", content='{"messages": []}', headers=kind)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "body: Content-Type: application/json is needed"
+
+
+def test_a_key_where_no_provider_takes_one(client: httpx.Client, session: str) -> None:
+    assert ask(client, session, max_tokens=1).status_code == 200
+    refused = client.put(f"/api/sessions/{session}/key", json={"provider": "p", "key": "mine"})
+    assert refused.status_code == 422
+    assert refused.json()["detail"].startswith("provider: no provider here takes keys of sessions")
 
 
 def test_unknown_addresses_and_methods_have_the_same_form(client: httpx.Client) -> None:

@@ -370,6 +370,30 @@ def test_a_default_that_is_gone_is_replaced_by_what_is_served(
         choose(root, None, for_all=True)
 
 
+def test_a_server_is_called_what_it_was_found_to_be(root: httpx.Client) -> None:
+    kinds = {one["provider"]: one["kind"] for one in root.get("/api/admin/servers").json()["servers"]}
+    assert kinds["default"] == "llamacpp", "nobody has said so"
+    assert (kinds["o"], kinds["cloud"]) == ("ollama", "openai")
+
+
+@pytest.mark.parametrize(("model", "status"), [("little", 400), ("seer", 200), ("big", 200)])
+def test_no_image_is_sent_where_none_is_taken(
+    ada: httpx.Client, fakes: dict[str, FakeLLM], model: str, status: int
+) -> None:
+    little = fakes["llamacpp"]
+    before = len(little.requests)
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    content = [{"type": "text", "text": "What is this?"}, image]
+    body = {"model": model, "messages": [{"role": "user", "content": content}]}
+    answer = ada.post("/v1/chat/completions", json=body)
+    assert answer.status_code == status, "it is asked where that is not known"
+    if status == 400:
+        assert answer.json()["error"]["message"] == "messages: this model takes no images"
+        assert answer.headers["X-Should-Retry"] == "false"
+        assert ada.post("/api/llm/chat", json=body).status_code == 422
+        assert len(little.requests) == before
+
+
 # --- asking anew ---------------------------------------------------------------------------------
 
 

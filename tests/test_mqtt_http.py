@@ -77,6 +77,13 @@ def test_a_template_over_http(client: httpx.Client, llm: FakeLLM, session: str) 
     assert client.post("/api/mqtt/publish_template", json=both).status_code == 422
 
 
+def test_a_state_makes_a_session_from_a_template(client: httpx.Client, llm: FakeLLM, session: str) -> None:
+    saved = client.post("/api/templates", json={"title": "T", "content": "Guide {{ name }}."}).json()["id"]
+    publish(client, session, state={"x": 1}, template_id=saved, variables={"name": "Ada"})
+    wait_until(lambda: client.get("/api/mqtt/last_hint", params={"session_id": session}).is_success)
+    assert llm.requests[-1]["messages"][0]["content"] == "Guide Ada."
+
+
 def test_only_a_project_that_there_is_gets_a_prompt(client: httpx.Client, llm: FakeLLM, session: str) -> None:
     body = {"template": "Guide.", "project": "invented"}
     refused = client.post("/api/mqtt/publish_template", json=body)

@@ -82,4 +82,11 @@ def test_what_is_no_page_gets_an_error(served: str) -> None:
         assert httpx.get(served + path).json()["error"]["code"] == "not_found"
     assert httpx.post(served + "/api/none", headers=HTML).status_code == 404
     assert httpx.get(served + "/api/auth/login", headers=HTML).status_code == 405
-    assert httpx.head(served, headers=HTML).status_code == 200
+
+
+def test_whoever_looks_whether_it_is_there_finds_it(served: str) -> None:
+    asset = re.findall(r'src="(/assets/[^"]+)"', httpx.get(served).text)[0]
+    for path in ("/", "/docs", asset, "/health/live", "/health/ready", "/api/llm/health", "/openapi.json"):
+        answer = httpx.head(served + path)
+        assert (answer.status_code, answer.content) == (200, b""), path
+        assert httpx.get(served + path).headers["content-type"] == answer.headers["content-type"]

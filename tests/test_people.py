@@ -101,6 +101,7 @@ def test_accounts_are_found_and_seeing_them_is_noted(admin: httpx.Client, client
     found = admin.get("/api/admin/users", params={"search": me["email"][:12]}).json()
     assert [(user["username"], user["role"]) for user in found["users"]] == [(me["username"], "author")]
     assert found["users"][0]["last_seen_at"] is not None
+    assert found["users"][0]["created_at"] == me["created_at"], "a time has one form"
     noted = admin.get("/api/admin/audit", params={"action": "user.list"}).json()["entries"][0]
     assert (noted["personal_data"], noted["details"]) == (True, {"shown": 1})
 

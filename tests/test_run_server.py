@@ -54,6 +54,7 @@ def test_with_the_example_settings_it_serves_on_loopback(tmp_path: Path, make_po
     assert portal.stop() == 0
     assert "SECRET_KEY is empty" in portal.log.read_text()
     assert "invite --role admin" in portal.log.read_text()
+    assert re.search(rf" serving +url={portal.url}\n", portal.log.read_text())
     assert (tmp_path / "portal.db").exists()
 
 

@@ -175,7 +175,7 @@ class Settings(BaseSettings):
     )
     roles_file: str = Field(
         "roles.toml",
-        description="A file with roles of your own (docs/operations.md); relative to this .env file. It need "
+        description="A file with roles of your own (docs/access.md); relative to this .env file. It need "
         "not exist.",
     )
     access_token_minutes: int = Field(

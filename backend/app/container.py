@@ -338,7 +338,7 @@ async def _projects(
 async def _policies(
     settings: Settings, database: Database, authorizer: Authorizer, projects: Projects
 ) -> AsyncIterator[Policies]:
-    policies = Policies(database, authorizer, settings.path(settings.roles_file), projects.limits())
+    policies = Policies(database, authorizer, settings.path(settings.roles_file), projects)
     await policies.open()
     async with _background(policies.watch(), "policies"):
         yield policies

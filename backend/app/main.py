@@ -171,15 +171,17 @@ async def _on_portal_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = [_problem(found) for found in error.errors()]
+    problems = [_problem(found, error.body) for found in error.errors()]
     not_json = any(found["type"] == "json_invalid" for found in error.errors())
     message = "; ".join(f"{problem['field']}: {problem['problem']}" for problem in problems[:5])
     return render(request, InvalidRequest(message, details=problems, status=400 if not_json else 422))
 
 
-def _problem(found: dict[str, Any]) -> dict[str, str]:
+def _problem(found: dict[str, Any], body: Any) -> dict[str, str]:
     if found["type"] == "json_invalid":
         return {"field": "body", "problem": f"this is not JSON: {found['ctx']['error']}"}
+    if found["loc"] == ("body",) and isinstance(body, bytes):  # it was not even parsed
+        return {"field": "body", "problem": "Content-Type: application/json is needed"}
     place = [str(part) for part in found["loc"] if part not in {"body", "query", "path", "header"}]
     return {"field": ".".join(place) or "body", "problem": problem_in(found)}
 

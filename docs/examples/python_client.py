@@ -30,12 +30,14 @@ class Portal:
         self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
         self.client.username_pw_set(options.username, options.password)
         self.client.on_connect, self.client.on_message = self.connected, self.received
-        subscribed = threading.Event()
-        self.client.on_subscribe = lambda *_: subscribed.set()
+        self.client.on_subscribe = self.subscribed
+        self.answered, self.may_listen = threading.Event(), False
         self.client.connect(options.broker, options.port)
         self.client.loop_start()  # paho connects again by itself
-        if not subscribed.wait(15):
+        if not self.answered.wait(15):
             sys.exit("The broker does not let this client in.")
+        if not self.may_listen:
+            sys.exit(f"The broker does not let this client listen to {root}/… (--project, --device).")
 
     def connected(self, client, _data, _flags, reason, _properties) -> None:
         """Subscribes, on every connection."""
@@ -45,6 +47,11 @@ class Portal:
         topics = [f"{self.root}/{kind}/{self.session}" for kind in ("hint", "assistant_response", "stream")]
         topics[2] += "/+"  # one for each request
         client.subscribe([(topic, 1) for topic in topics])
+
+    def subscribed(self, _client, _data, _id, reasons, _properties) -> None:
+        """Notes whether the broker has granted all topics."""
+        self.may_listen = not any(reason.is_failure for reason in reasons)
+        self.answered.set()
 
     def received(self, _client, _data, message) -> None:
         """Hands a message to the main thread."""

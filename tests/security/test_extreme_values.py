@@ -69,7 +69,7 @@ WRITES: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/api/admin/invitations", {"role": "\0", "days": 1}),
     ("PATCH", "/api/admin/users/none", {"role": "\0"}),
     ("PUT", "/api/admin/roles/extreme", {"permissions": [], "limits": {"daily_tokens": 10**400}}),
-    ("PUT", "/api/admin/limits/project:extreme", {"daily_tokens": 10**30, "daily_cost": 1e308}),
+    ("PUT", "/api/admin/limits/project:general", {"daily_tokens": 10**30, "daily_cost": 1e308}),
     ("PUT", "/api/admin/limits/%00", {}),
 ]
 

@@ -210,7 +210,9 @@ def _table(found: StackState) -> Table:
 
 @app.command()
 def logs(
-    part: Annotated[str | None, typer.Argument(help="llm, broker, portal; all when left out")] = None,
+    part: Annotated[
+        str | None, typer.Argument(help="llm, broker, portal, supervisor; all when left out")
+    ] = None,
     state: State = DEFAULT_STATE,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines", min=0)] = 50,
@@ -283,10 +285,11 @@ def test(context: typer.Context, state: State = DEFAULT_STATE) -> None:
 def bench(context: typer.Context) -> None:
     """Measures what the portal costs, beside what it is compared with; `bench --help` tells its options."""
     with failures_shown():
-        stack = Stack()
-        stack.state.mkdir(parents=True, exist_ok=True)
-        install.install_packages(stack, "requirements-dev.txt", "what the tests need")
-        install.mosquitto(stack)
+        if {"-h", "--help"}.isdisjoint(context.args):
+            stack = Stack()
+            stack.state.mkdir(parents=True, exist_ok=True)
+            install.install_packages(stack, "requirements-dev.txt", "what the tests need")
+            install.mosquitto(stack)
         sys.exit(run_benchmarks(context.args))
 
 

@@ -236,7 +236,7 @@ class MqttConnection:
     async def close(self, topic: str, farewell: bytes) -> None:
         """Publishes a retained farewell in the place of the will, and disconnects."""
         if self._is_up:
-            with suppress(TimeoutError):
+            with suppress(TimeoutError, PublishRefused):
                 async with asyncio.timeout(1):
                     await self.send(Outgoing(topic, farewell, retain=True))
             self._client.disconnect()
@@ -298,10 +298,11 @@ class MqttConnection:
             self._unconfirmed.clear()
 
     def _subscribed(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
-        refused = [reason for reason in reasons if reason.is_failure]
-        if refused:
+        pairs = zip(self._filters, reasons, strict=False)
+        refused = next(((name, reason) for name, reason in pairs if reason.is_failure), None)
+        if refused is not None:
             # Its rules may yet be written: those of a new project are, by whoever manages the broker.
-            log.error("the broker refused a subscription", reason=str(refused[0]))
+            log.error("the broker refused a subscription", filter=refused[0], reason=str(refused[1]))
             self._loop.call_later(BACKOFF_MOST_S, self._subscribe)
             return
         self.is_subscribed = True

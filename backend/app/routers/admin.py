@@ -227,7 +227,8 @@ Subject = Annotated[
     str,
     Path(
         max_length=200,
-        description="`all`, `user:ID`, `anon:PROJECT`, `project:NAME`, `key:ID`, `device:NAME` or `local`",
+        description="`all`, `user:ID` (as in `GET /api/admin/users`), `anon:PROJECT`, `project:NAME`, "
+        "`key:ID` (as in `GET /api/admin/users/{id}/keys`), `device:NAME` or `local`",
     ),
 ]
 
@@ -264,7 +265,7 @@ async def list_limits(user: CurrentUser, policies: PoliciesDep) -> LimitsList:
 async def set_limits(
     subject: Subject, body: Limits, user: CurrentUser, policies: PoliciesDep
 ) -> SubjectLimits:
-    """Sets the limits of a subject. They hold from the next message on."""
+    """Sets the limits of a subject that there is. They hold from the next message on."""
     await policies.set_limits(user, subject, body)
     return SubjectLimits(subject=subject, limits=body)
 
@@ -332,8 +333,13 @@ async def usage(
         date | None, Query(ge=FIRST_DAY, description="First day; 30 days ago when left out")
     ] = None,
     until: Annotated[date | None, Query(ge=FIRST_DAY, description="Last day; today when left out")] = None,
-    by: Annotated[list[Group] | None, Query(description="What to sum by; `day` when left out")] = None,
-    owner: Annotated[str | None, Query(max_length=200)] = None,
+    by: Annotated[
+        list[Group] | None,
+        Query(description="What to sum by, each on its own: `by=day&by=owner`; `day` when left out"),
+    ] = None,
+    owner: Annotated[
+        str | None, Query(max_length=200, description="Only what this owner used, such as `user:ID`")
+    ] = None,
     project: Annotated[str | None, Query(max_length=64)] = None,
     format: Annotated[Literal["json", "csv"], Query()] = "json",
 ) -> UsageReport | Response:
@@ -428,7 +434,9 @@ class AuditVerdict(BaseModel):
     problem: str | None
 
 
-Actor = Annotated[str | None, Query(max_length=200, description="Only what this owner did")]
+Actor = Annotated[
+    str | None, Query(max_length=200, description="Only what this owner did, such as `user:ID`")
+]
 Action = Annotated[
     str | None, Query(max_length=64, description="Only actions that begin so, such as `auth.`")
 ]

@@ -106,7 +106,7 @@ class Account(BaseModel):
     username: str
     email: str
     role: str
-    created_at: float
+    created_at: datetime
 
     @classmethod
     def of(cls, identity: Identity) -> Account:
@@ -116,7 +116,7 @@ class Account(BaseModel):
             username=identity.username,
             email=identity.email,
             role=identity.role_name,
-            created_at=identity.created_at,
+            created_at=moment(identity.created_at),
         )
 
 

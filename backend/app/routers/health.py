@@ -32,12 +32,14 @@ class Ready(BaseModel):
     mqtt: State
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live")
 async def live() -> Live:
     """The process runs and its event loop turns."""
     return Live()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"model": Ready}})
 async def ready(response: Response, store: StoreDep, llm: LLMDep, mqtt: MqttDep, drain: DrainDep) -> Ready:
     """Whether requests can be served: 503 while the database, the LLM server or a broker that is

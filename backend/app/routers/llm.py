@@ -273,6 +273,7 @@ async def stop(session_id: str, user: CurrentUser, sessions: SessionsDep) -> Sto
     return Stopped(message="Stopped" if turn_id else "Nothing was running", turn_id=turn_id)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(llm: LLMDep) -> Health:
     """How the LLM server is. Needs no sign-in, and answers 200 also when it is down."""

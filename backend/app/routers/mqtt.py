@@ -43,11 +43,13 @@ Prompt = Annotated[str | None, Field(max_length=1_000_000)]
 
 
 class GameState(GenerationOptions):
-    """The state of a game. `template_id` and `project` count only when the session is new."""
+    """The state of a game. `template_id` with its `variables`, and `project` count only when the session is
+    new."""
 
     session_id: Id
     state: Annotated[Object, Field(min_length=1, description="Whatever the game has")]
     template_id: Annotated[str | None, Field(description="A template of mine, for the system prompt")] = None
+    variables: Annotated[dict[str, Any], Field(default_factory=dict, description="What the template needs")]
     project: Project = None
     request_id: Annotated[Id | None, Field(description="Makes the request safe to repeat")] = None
     deadline_s: Annotated[float | None, Field(gt=0, le=86400)] = None
@@ -131,6 +133,7 @@ async def publish_state(
             kind="state",
             request_id=body.request_id,
             template_id=body.template_id,
+            variables=body.variables,
             project=project,
             options=body,
             deadline=deadline_in(body.deadline_s),

@@ -35,15 +35,15 @@ NOT_BUILT = """<!doctype html><html lang="en"><title>Prompt Portal</title>
 
 
 async def serve_page(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers addresses that no route has (ASGI): with a file of the page, or, to a browser that goes
-    there, with the page itself. Raises `NotFound` for all else."""
+    """Answers addresses that no route has (ASGI): with a file of the page, or, at `/` and to a browser that
+    goes anywhere else, with the page itself. Raises `NotFound` for all else."""
     if scope["type"] != "http" or scope["method"] not in {"GET", "HEAD"}:
         raise NotFound("There is no such address.")
     request = Request(scope)
     path = scope["path"].removeprefix("/")
     response = _page("docs.html") if path == "docs" else _file_response(path)
     if response is None:
-        if "text/html" not in request.headers.get("accept", ""):
+        if path and "text/html" not in request.headers.get("accept", ""):
             raise NotFound("There is no such address.")
         response = _page("index.html")
     await response(scope, receive, send)

@@ -119,7 +119,9 @@ class Preview(BaseModel):
 async def list_templates(
     user: CurrentUser,
     templates: TemplatesDep,
-    search: Annotated[str, Query(max_length=200, description="Only those with this text")] = "",
+    search: Annotated[
+        str, Query(max_length=200, description="Only titles and descriptions with this text")
+    ] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     offset: Annotated[int, Query(ge=0, le=2**53)] = 0,
 ) -> TemplatePage:

@@ -24,10 +24,13 @@ def chat_body(
     messages: Sequence[Message],
     options: GenerationOptions,
 ) -> tuple[dict[str, Any], ConstrainedReply | None]:
-    """The body as the server takes it, and who reads a reply that is made of tool calls."""
+    """The body as the server takes it, and who reads a reply that is made of tool calls. Raises
+    `InvalidRequest` for what the server or the model is known not to take."""
     if entry.options.model_fields_set:
         options = above(entry.options, options)
     _check_taken(model.server, options)
+    if model.vision is False and any(_has_image(message) for message in messages):
+        raise InvalidRequest("messages: this model takes no images")
     tools = None
     if options.tools:
         messages, options, tools = _with_tools(settings, model, messages, options)
@@ -95,3 +98,10 @@ def _check_taken(server: str, options: GenerationOptions) -> None:
         raise InvalidRequest("logit_bias: Ollama does not take it; leave it out")
     if options.tool_choice not in {None, "auto"} if isinstance(options.tool_choice, str | None) else True:
         raise InvalidRequest("tool_choice: Ollama always chooses by itself; leave it out")
+
+
+def _has_image(message: Message) -> bool:
+    parts = message.get("content")
+    return isinstance(parts, list) and any(
+        isinstance(part, dict) and part.get("type") == "image_url" for part in parts
+    )

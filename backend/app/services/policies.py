@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
-from sqlalchemy import Connection, Row, Table, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Table, bindparam, delete, func, insert, select, update
 
 from app.access import ROLE_NAME, Identity, Limits, Role
 from app.database import Database, keep_fresh
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.files import read_toml
 from app.logs import get_logger
-from app.models.tables import limits, roles, users
+from app.models.tables import api_keys, devices, limits, roles, users
 from app.services.audit import note
 from app.services.authorizer import Authorizer
+from app.services.projects import Projects
 
 SHIPPED_ROLES = Path(__file__).resolve().parent.parent / "roles.toml"
 
@@ -39,6 +40,22 @@ NEIGHBOUR = "neighbour"
 ALL = "all"
 SUBJECT = re.compile(r"all|local|(user|anon|project|key|device):[A-Za-z0-9_.:-]{1,128}")
 """What limits can be set for: everything together, a project, a key, a device, or an owner."""
+
+_STORED = {
+    "user": (
+        select(users.c.id).where(users.c.id == bindparam("name")),
+        "account; GET /api/admin/users tells the id of each",
+    ),
+    "key": (
+        select(api_keys.c.id).where(api_keys.c.id == bindparam("name"), api_keys.c.revoked_at.is_(None)),
+        "API key; GET /api/admin/users/{id}/keys tells the id of each",
+    ),
+    "device": (
+        select(devices.c.id).where(devices.c.name == bindparam("name")),
+        "device; GET /api/admin/devices tells their names",
+    ),
+}
+"""How subjects are looked for that the database knows, and what is said where there is none."""
 
 _NONE = Limits()
 
@@ -75,10 +92,10 @@ class Policies:
         database: Database,
         authorizer: Authorizer,
         roles_file: Path,
-        limits_of_files: Mapping[str, Limits] | None = None,
+        projects: Projects | None = None,
     ) -> None:
-        """`limits_of_files` hold, limit by limit, where the database sets none. Raises `InvalidRequest` when
-        `roles_file` is wrong."""
+        """The limits of `projects` hold, limit by limit, where the database sets none. Raises
+        `InvalidRequest` when `roles_file` is wrong."""
         self._database = database
         self._authorizer = authorizer
         self._from_files = {
@@ -87,7 +104,9 @@ class Policies:
         }
         self._roles = self._from_files
         self._set: Mapping[str, Limits] = {}
-        self._below = {subject: found for subject, found in (limits_of_files or {}).items() if found != _NONE}
+        self._project_names: frozenset[str] = frozenset() if projects is None else projects.names
+        of_files = {} if projects is None else projects.limits()
+        self._below = {subject: found for subject, found in of_files.items() if found != _NONE}
         self._limits: Mapping[str, Limits] = self._below
 
     async def open(self) -> None:
@@ -195,18 +214,28 @@ class Policies:
         return self._set
 
     async def set_limits(self, who: Identity, subject: str, new: Limits) -> None:
-        """Sets the limits of a subject. Raises `InvalidRequest`."""
+        """Sets the limits of a subject. Raises `InvalidRequest`, and `NotFound` when it is nowhere: its
+        limits would limit nobody."""
         await self._authorizer.check(who, "roles:write")
         if SUBJECT.fullmatch(subject) is None:
             raise InvalidRequest(
                 "subject: one of all, local, user:ID, anon:PROJECT, project:NAME, key:ID, "
                 "device:NAME is needed"
             )
+        kind, _, name = subject.partition(":")
+        if kind in {"project", "anon"} and name not in self._project_names:
+            there_are = ", ".join(sorted(self._project_names))
+            raise NotFound(f"subject: there is no such project; there are {there_are}")
         body = {"definition": new.model_dump(exclude_none=True), "updated_at": time.time()}
 
-        def operation(connection: Connection) -> None:
+        def operation(connection: Connection) -> NotFound | None:
+            if kind in _STORED:
+                statement, what = _STORED[kind]
+                if connection.execute(statement, {"name": name}).first() is None:
+                    return NotFound(f"subject: there is no such {what}")
             _put(connection, limits, {"subject": subject}, body)
             note(connection, who, "limits.set", target=subject, details=body["definition"])
+            return None
 
         await self._database.write(operation)
         await self._refresh()

@@ -103,7 +103,8 @@ class Projects:
         self._database = database
         self._authorizer = authorizer
         self._from_files = {**read_projects(SHIPPED_PROJECTS), **read_projects(projects_file)}
-        self._names = {*self._from_files, *served}
+        self.names = frozenset((*self._from_files, *served))
+        """Of those that are defined or served."""
         self._projects: Mapping[str, Project] = self._from_files
         self._read_at: dict[str, float] = {}
         """Of each system prompt that was read from the database, when it was changed."""
@@ -144,8 +145,8 @@ class Projects:
         `Forbidden`, and `InvalidRequest` for a project that is nowhere defined or served: all prompts are
         kept in memory."""
         await self._authorizer.check(who, "projects:write", project=name, what="project")
-        if name not in self._names:
-            raise InvalidRequest(f"project: one of {', '.join(sorted(self._names))} is needed")
+        if name not in self.names:
+            raise InvalidRequest(f"project: one of {', '.join(sorted(self.names))} is needed")
         body = {"system_prompt": prompt, "updated_at": time.time()}
 
         def operation(connection: Connection) -> None:

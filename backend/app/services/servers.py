@@ -14,6 +14,7 @@ from app.access import Identity
 from app.database import Database, keep_fresh
 from app.errors import NotFound
 from app.models.tables import drained_servers
+from app.services import dialects
 from app.services.audit import note
 from app.services.authorizer import Authorizer
 from app.services.llm_client import LLMClient
@@ -23,9 +24,9 @@ from app.services.server_state import Breaker, State
 
 @dataclass(frozen=True, slots=True)
 class ServerView:
-    """An LLM server. `running` of `capacity` generations are in progress there; `waiting` requests wait for
-    it or for another one of its provider. `failures` is the number of requests in a row that it failed
-    at."""
+    """An LLM server. `kind` is what it was found to be where `models.toml` does not say. `running` of
+    `capacity` generations are in progress there; `waiting` requests wait for it or for another one of its
+    provider. `failures` is the number of requests in a row that it failed at."""
 
     name: str
     provider: str
@@ -100,7 +101,7 @@ def _view(server: LLMServer, waiting: int) -> ServerView:
     return ServerView(
         name=server.name,
         provider=server.upstream.name,
-        kind=server.upstream.kind,
+        kind=_kind(server),
         url=server.url,
         state=state.state,
         draining=state.drained,
@@ -113,3 +114,11 @@ def _view(server: LLMServer, waiting: int) -> ServerView:
         models=sorted(model.name for model in server.models),
         problem=None if state.load.limit else state.why.message,
     )
+
+
+def _kind(server: LLMServer) -> str:
+    kind = server.upstream.kind
+    if kind != "compatible":
+        return kind
+    owners = {model.server for model in server.models}
+    return next((found for found, owner in dialects.OWNERS.items() if owner in owners), kind)

@@ -54,8 +54,12 @@ class SessionKeys:
         `InvalidRequest` for a provider that takes none."""
         session = await self._session(who, "sessions:write", session_id)
         takers = self._llm.own_key_providers
+        if not takers:
+            raise InvalidRequest(
+                "provider: no provider here takes keys of sessions (`own_keys` in models.toml)"
+            )
         if provider not in takers:
-            raise InvalidRequest(f"provider: one of {', '.join(takers) or 'none'} takes keys of sessions")
+            raise InvalidRequest(f"provider: one of {', '.join(takers)} takes keys of sessions")
         stored = StoredKey(provider, time.time())
         row = {
             "session": session,

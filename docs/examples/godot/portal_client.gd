@@ -197,9 +197,13 @@ func _handle(head: int, body: PackedByteArray) -> void:
 				push_warning("The broker refuses the connection: code %d" % body[1])
 				_socket.close()
 				return
-			_pause_ms = 500
 			_subscribe()
 		9: # SUBACK
+			if body.slice(2).has(0x80):
+				push_warning("The broker refuses the topics of %s: check project and device" % _topic("*"))
+				_socket.close()
+				return
+			_pause_ms = 500
 			_connected = true
 			for request: Dictionary in _waiting.values():
 				request.due = 0 # answers that came meanwhile are lost to this client: ask again

@@ -222,7 +222,7 @@ export interface paths {
         get?: never;
         /**
          * Set Limits
-         * @description Sets the limits of a subject. They hold from the next message on.
+         * @description Sets the limits of a subject that there is. They hold from the next message on.
          */
         put: operations["set_limits"];
         post?: never;
@@ -1691,8 +1691,11 @@ export interface components {
          * @description Who is signed in.
          */
         Account: {
-            /** Created At */
-            created_at: number;
+            /**
+             * Created At
+             * Format: date-time
+             */
+            created_at: string;
             /** Email */
             email: string;
             /** Id */
@@ -2458,7 +2461,8 @@ export interface components {
         };
         /**
          * GameState
-         * @description The state of a game. `template_id` and `project` count only when the session is new.
+         * @description The state of a game. `template_id` with its `variables`, and `project` count only when the session is
+         *     new.
          */
         GameState: {
             /** Deadline S */
@@ -2563,6 +2567,13 @@ export interface components {
              * @description Nucleus sampling
              */
             top_p?: number | null;
+            /**
+             * Variables
+             * @description What the template needs
+             */
+            variables?: {
+                [key: string]: unknown;
+            };
         };
         /**
          * Health
@@ -4635,7 +4646,7 @@ export interface operations {
             query?: {
                 /** @description Only actions that begin so, such as `auth.` */
                 action?: string | null;
-                /** @description Only what this owner did */
+                /** @description Only what this owner did, such as `user:ID` */
                 actor?: string | null;
                 /** @description Only rows older than this one */
                 before?: number | null;
@@ -4677,7 +4688,7 @@ export interface operations {
             query?: {
                 /** @description Only actions that begin so, such as `auth.` */
                 action?: string | null;
-                /** @description Only what this owner did */
+                /** @description Only what this owner did, such as `user:ID` */
                 actor?: string | null;
                 outcome?: string | null;
                 /** @description With a time zone */
@@ -4990,7 +5001,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description `all`, `user:ID`, `anon:PROJECT`, `project:NAME`, `key:ID`, `device:NAME` or `local` */
+                /** @description `all`, `user:ID` (as in `GET /api/admin/users`), `anon:PROJECT`, `project:NAME`, `key:ID` (as in `GET /api/admin/users/{id}/keys`), `device:NAME` or `local` */
                 subject: string;
             };
             cookie?: never;
@@ -5026,7 +5037,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description `all`, `user:ID`, `anon:PROJECT`, `project:NAME`, `key:ID`, `device:NAME` or `local` */
+                /** @description `all`, `user:ID` (as in `GET /api/admin/users`), `anon:PROJECT`, `project:NAME`, `key:ID` (as in `GET /api/admin/users/{id}/keys`), `device:NAME` or `local` */
                 subject: string;
             };
             cookie?: never;
@@ -5271,9 +5282,10 @@ export interface operations {
     usage: {
         parameters: {
             query?: {
-                /** @description What to sum by; `day` when left out */
+                /** @description What to sum by, each on its own: `by=day&by=owner`; `day` when left out */
                 by?: ("day" | "owner" | "api_key" | "project" | "model" | "door")[] | null;
                 format?: "json" | "csv";
+                /** @description Only what this owner used, such as `user:ID` */
                 owner?: string | null;
                 project?: string | null;
                 /** @description First day; 30 days ago when left out */
@@ -6970,7 +6982,7 @@ export interface operations {
             query?: {
                 limit?: number;
                 offset?: number;
-                /** @description Only those with this text */
+                /** @description Only titles and descriptions with this text */
                 search?: string;
             };
             header?: never;
