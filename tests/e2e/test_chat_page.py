@@ -354,9 +354,9 @@ class TestWithAnLLMThatDoesAsItIsTold:
         ada.mouse.move(640, 300)
         ada.mouse.wheel(0, -30)
         from_end = "document.documentElement.scrollHeight - innerHeight - scrollY"
-        wait_until(lambda: ada.evaluate(from_end) > 20, what="a little way up")
+        wait_until(lambda: ada.evaluate(from_end) > 120, what="words below")
         place = ada.evaluate("scrollY")
-        wait_until(lambda: ada.evaluate(from_end) > 120, what="more words below")
+        wait_until(lambda: ada.evaluate(from_end) > 240, what="more words below")
         assert ada.evaluate("scrollY") == place
         ada.get_by_role("textbox", name="Message").press("Escape")
         expect(ada.get_by_text("Stopped")).to_be_visible()

@@ -12,11 +12,14 @@ export function useStickToEnd(ready: boolean) {
   const end = useRef<HTMLDivElement>(null);
   const following = useRef(true);
   const kept = useRef<number>(undefined);
+  /** Where the page itself has scrolled to, or the person: what is above that was scrolled to by the person. */
+  const place = useRef(0);
   const [atEnd, setAtEnd] = useState(true);
 
   const scrollToEnd = useCallback(() => {
     following.current = true;
     window.scrollTo({ top: document.documentElement.scrollHeight });
+    place.current = window.scrollY;
   }, []);
 
   const keepPlace = useCallback(() => {
@@ -26,6 +29,7 @@ export function useStickToEnd(ready: boolean) {
   const restorePlace = useCallback(() => {
     if (kept.current === undefined) return;
     window.scrollTo({ top: document.documentElement.scrollHeight - kept.current });
+    place.current = window.scrollY;
     kept.current = undefined;
   }, []);
 
@@ -38,14 +42,13 @@ export function useStickToEnd(ready: boolean) {
     seen.observe(mark);
     // The page opens at its beginning; nobody scrolled there.
     scrollToEnd();
-    let before = window.scrollY;
     // Only the person's own scrolling lets go of the end, not the page's growth: upwards, however little.
     const onScroll = () => {
       const { scrollHeight, clientHeight, scrollTop } = document.documentElement;
       const left = scrollHeight - clientHeight - scrollTop;
-      if (left < 1 || (left < CLOSE_PX && scrollTop > before)) following.current = true;
-      else if (scrollTop < before) following.current = false;
-      before = scrollTop;
+      if (left < 1 || (left < CLOSE_PX && scrollTop > place.current)) following.current = true;
+      else if (scrollTop < place.current) following.current = false;
+      place.current = scrollTop;
     };
     const grown = new ResizeObserver(() => {
       if (following.current) scrollToEnd();
