@@ -328,6 +328,22 @@ async def test_what_cannot_be_answered_again_is_refused(store: Store) -> None:
         await accept(store, request("", regenerate=True))
 
 
+async def test_a_retry_of_what_was_answered_over_is_taken_up_where_it_was(store: Store) -> None:
+    await finish(store, await accept(store, request("first")), "one")
+    retried = request("q", request_id="r")
+    failing = await accept(store, retried)
+    failed = Failed(failing.turn.id, ErrorInfo("llm_unavailable", "away", True))
+    await store.end(failing.turn, failed)
+    await finish(store, await accept(store, request("", regenerate=True)), "two")
+    again = await accept(store, retried)
+    assert (again.kind, again.is_aside) == ("again", True)
+    ((row, _),) = await store.adopt("a", restarted=True)
+    assert await store.claim(row.id, "a") is not None
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"]
+    await finish(store, msgspec.structs.replace(again, turn=row), "three")
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "three"]
+
+
 @pytest.mark.parametrize("between", [[], ["q3"]])
 async def test_a_retry_that_never_ran_stands_before_the_running_message(
     store: Store, between: list[str]

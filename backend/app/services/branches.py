@@ -101,8 +101,11 @@ def branches(connection: Connection, session: SessionRow) -> list[list[str]]:
 
 
 def answers_again(connection: Connection, turn: TurnRow) -> bool:
-    """Whether a turn answers the message of another one: that one stays where it is."""
-    return _OWNER.first(connection, {"message": turn.message_id}) not in {None, (turn.id,)}
+    """Whether a turn answers a message that stays where it is: that of another turn, or one that another turn
+    has answered."""
+    if _OWNER.first(connection, {"message": turn.message_id}) not in {None, (turn.id,)}:
+        return True
+    return turn.attempt > 1 and is_answered_over(connection, turn)
 
 
 def is_answered_over(connection: Connection, turn: TurnRow) -> bool:
