@@ -12,7 +12,17 @@ from sqlalchemy import text
 
 from app.database import Database, migrate
 from app.errors import Conflict, ErrorInfo, NotFound, Overloaded
-from app.events import Cancelled, Failed, Final, GenerationOptions, ReplyTarget, TurnRequest, Usage, new_id
+from app.events import (
+    Cancelled,
+    ExpiredEvent,
+    Failed,
+    Final,
+    GenerationOptions,
+    ReplyTarget,
+    TurnRequest,
+    Usage,
+    new_id,
+)
 from app.services import acceptance as acceptance_module
 from app.services.acceptance import Acceptance
 from app.services.endings import Reply
@@ -316,6 +326,45 @@ async def test_what_cannot_be_answered_again_is_refused(store: Store) -> None:
     await store.clear("user:1", "s", {})
     with pytest.raises(NotFound):
         await accept(store, request("", regenerate=True))
+
+
+async def test_a_retry_of_what_was_answered_over_is_taken_up_where_it_was(store: Store) -> None:
+    await finish(store, await accept(store, request("first")), "one")
+    retried = request("q", request_id="r")
+    failing = await accept(store, retried)
+    failed = Failed(failing.turn.id, ErrorInfo("llm_unavailable", "away", True))
+    await store.end(failing.turn, failed)
+    await finish(store, await accept(store, request("", regenerate=True)), "two")
+    again = await accept(store, retried)
+    assert (again.kind, again.is_aside) == ("again", True)
+    ((row, _),) = await store.adopt("a", restarted=True)
+    assert await store.claim(row.id, "a") is not None
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"]
+    await finish(store, msgspec.structs.replace(again, turn=row), "three")
+    assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "three"]
+
+
+@pytest.mark.parametrize("between", [[], ["q3"]])
+async def test_a_retry_that_never_ran_stands_before_the_running_message(
+    store: Store, between: list[str]
+) -> None:
+    await finish(store, await accept(store, request("q1")), "a1")
+    retried = request("q2", request_id="r")
+    failing = await accept(store, retried)
+    failed = Failed(failing.turn.id, ErrorInfo("llm_unavailable", "away", True))
+    await store.end(failing.turn, failed)
+    for message in between:
+        await finish(store, await accept(store, request(message)), "a")
+    running = await accept(store, request("q4"))
+    again = await accept(store, retried)
+    assert (again.kind, again.turn.state) == ("again", "waiting")
+    await store.end(again.turn, ExpiredEvent(again.turn.id))
+    await finish(store, running, "a4")
+    session = await store.session("user:1", "s")
+    assert session is not None
+    path = await store.messages(session.leaf_id, limit=20)
+    answered = [text for message in between for text in (message, "a")]
+    assert [row.content for row in path] == ["q1", "a1", *answered, "q2", "q4", "a4"]
 
 
 async def test_what_is_refused_makes_no_session(store: Store) -> None:

@@ -101,8 +101,11 @@ def branches(connection: Connection, session: SessionRow) -> list[list[str]]:
 
 
 def answers_again(connection: Connection, turn: TurnRow) -> bool:
-    """Whether a turn answers the message of another one: that one stays where it is."""
-    return _OWNER.first(connection, {"message": turn.message_id}) not in {None, (turn.id,)}
+    """Whether a turn answers a message that stays where it is: that of another turn, or one that another turn
+    has answered."""
+    if _OWNER.first(connection, {"message": turn.message_id}) not in {None, (turn.id,)}:
+        return True
+    return turn.attempt > 1 and is_answered_over(connection, turn)
 
 
 def is_answered_over(connection: Connection, turn: TurnRow) -> bool:
@@ -118,18 +121,20 @@ def move(connection: Connection, session: SessionRow, turn: TurnRow) -> str | No
         return session.leaf_id
     if answers_again(connection, turn):
         return session.leaf_id
-    mine = messages.c.id == turn.message_id
-    if turn.attempt > 1:
-        # A failed message may have been answered over: those after it close the gap.
-        before = select(messages.c.parent_id).where(mine).scalar_subquery()
-        connection.execute(
-            update(messages)
-            .where(messages.c.session == session.id, messages.c.parent_id == turn.message_id)
-            .values(parent_id=before)
-        )
+    _close_gap(connection, turn)
     parent = parent_for(connection, session, turn.kind)
-    connection.execute(update(messages).where(mine).values(parent_id=parent))
+    connection.execute(update(messages).where(messages.c.id == turn.message_id).values(parent_id=parent))
     return turn.message_id
+
+
+def _close_gap(connection: Connection, turn: TurnRow) -> None:
+    """Lets what was said after the message of a turn that had failed follow what is before it."""
+    if turn.attempt > 1:
+        before = select(messages.c.parent_id).where(messages.c.id == turn.message_id).scalar_subquery()
+        after = update(messages).where(
+            messages.c.session == turn.session, messages.c.parent_id == turn.message_id
+        )
+        connection.execute(after.values(parent_id=before))
 
 
 def drop_reply(connection: Connection, session: SessionRow, turn: TurnRow) -> SessionRow:
@@ -153,6 +158,7 @@ def slip_in(connection: Connection, session: SessionRow, turn: TurnRow) -> str |
     running = connection.execute(_RUNNING, {"session": session.id}).scalar()
     if running is None or running == turn.message_id or answers_again(connection, turn):
         return move(connection, session, turn)
+    _close_gap(connection, turn)
     before = select(messages.c.parent_id).where(messages.c.id == running).scalar_subquery()
     connection.execute(update(messages).where(messages.c.id == turn.message_id).values(parent_id=before))
     connection.execute(update(messages).where(messages.c.id == running).values(parent_id=turn.message_id))
