@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
-from app.database import Database, migrate
+from app.database import Database, create_portal_engine, migrate
 from app.errors import Conflict, ErrorInfo, NotFound, Overloaded
-from app.events import Cancelled, Failed, Final, GenerationOptions, ReplyTarget, TurnRequest, Usage, new_id
+from app.events import (
+    Cancelled,
+    ExpiredEvent,
+    Failed,
+    Final,
+    GenerationOptions,
+    ReplyTarget,
+    TurnRequest,
+    Usage,
+    new_id,
+)
 from app.services import acceptance as acceptance_module
+from app.services import endings
 from app.services.acceptance import Acceptance
 from app.services.endings import Reply
 from app.services.leases import Leases
 from app.services.memory import Memory
 from app.services.outbox import Outbox
-from app.services.rows import MessageRow, SessionRow
+from app.services.rows import MessageRow, SessionRow, locked_session
 from app.services.store import StaleAttempt, Store
 from tests.support import person
 
@@ -163,6 +175,60 @@ async def test_the_first_ending_wins(store: Store) -> None:
     assert (one.first, two.first) == (True, False)
     assert two.ending == ending
     assert [role for role, _, _ in await contents(store)] == ["user", "assistant"]
+
+
+@contextmanager
+def beside(url: str) -> Iterator[Connection]:
+    """A transaction of another process; what it has done is committed at the end."""
+    engine = create_portal_engine(url)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+async def waits(connection: Connection) -> None:
+    """Returns once somebody waits for a lock."""
+    locks = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    while not connection.execute(locks).scalar_one():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("change", ["stop", "clear", "adopt"])
+async def test_an_ending_that_waits_for_another_process_comes_after_it(
+    store: Store, database_url: str, change: str
+) -> None:
+    accepted = await accept(store, request())
+    turn = accepted.turn
+    ending, reply = final(accepted)
+    with beside(database_url) as connection:
+        session = locked_session(connection, turn.session)
+        if change == "stop":
+            endings.end(connection, turn, Cancelled(turn.id, "", None), None, None, None, None)
+        elif change == "clear":
+            endings.clear(connection, session, {})
+        else:
+            connection.execute(text("UPDATE turns SET attempt = 2, state = 'waiting', instance = 'b'"))
+        late = asyncio.create_task(store.end(turn, ending, reply=reply))
+        await waits(connection)
+    if change == "adopt":
+        with pytest.raises(StaleAttempt):
+            await late
+        return
+    told = await late
+    assert (told.first, type(told.ending)) == (False, Cancelled)
+    assert "assistant" not in [role for role, _, _ in await contents(store)]
+
+
+async def test_the_time_of_a_turn_runs_out_only_where_it_waits(store: Store, leases: Leases) -> None:
+    await leases.acquire("instance:a", "e1", -1)
+    first, second = await accept(store, request("one")), await accept(store, request("two"))
+    await store.end(first.turn, Cancelled(first.turn.id, "", None))
+    ((adopted, _),) = await store.adopt("b")
+    assert await store.claim(second.turn.id, "b")
+    with pytest.raises(StaleAttempt):
+        await store.end(second.turn, ExpiredEvent(second.turn.id))
+    assert (await store.end(adopted, ExpiredEvent(adopted.id))).first
 
 
 async def test_sixteen_turns_may_wait(store: Store) -> None:
