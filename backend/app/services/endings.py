@@ -91,18 +91,21 @@ def active_turns(session: str) -> Any:
     return select(*TURN_COLUMNS).where(turns.c.session == session, text(ACTIVE)).order_by(turns.c.position)
 
 
-def claim(connection: Connection, turn_id: str, instance: str) -> SessionRow | None:
+def claim(connection: Connection, turn: TurnRow, instance: str) -> SessionRow | None:
     """Makes a waiting turn the running one of its session; None when it cannot be that now."""
-    found = _TURN.first(connection, {"turn": turn_id})
+    found = _TURN.first(connection, {"turn": turn.id})
     if found is None:
         return None
     row = TurnRow(*found)
     session = locked_session(connection, row.session)
     if _EARLIER.first(connection, {"session": session.id, "mine": row.position}) is not None:
         return None
+    if (row.state, row.attempt, row.instance) == ("running", turn.attempt, instance):
+        return session  # it was claimed, and nobody heard of the commit
     claimed = connection.execute(
         update(turns)
-        .where(turns.c.id == turn_id, turns.c.state == "waiting", turns.c.instance == instance)
+        .where(turns.c.id == turn.id, turns.c.state == "waiting")
+        .where(turns.c.attempt == turn.attempt, turns.c.instance == instance)
         .values(state="running")
     )
     if not claimed.rowcount:
