@@ -88,7 +88,6 @@ async def test_without_a_wire_the_database_tells_of_the_end(
     await fake.until(lambda: fake.dropped == 1, 3.0)
     assert isinstance(await turn.ended(), Cancelled)
     if how == "stop":
-        fake.script = Script()
         await two.sessions.clear(ADA, "s")
     async with asyncio.timeout(3):
         assert isinstance(await waits.ended(), Cancelled)
