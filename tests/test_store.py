@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
-from app.database import Database, migrate
+from app.database import Database, create_portal_engine, migrate
 from app.errors import Conflict, ErrorInfo, NotFound, Overloaded
 from app.events import (
     Cancelled,
@@ -24,12 +25,13 @@ from app.events import (
     new_id,
 )
 from app.services import acceptance as acceptance_module
+from app.services import endings
 from app.services.acceptance import Acceptance
 from app.services.endings import Reply
-from app.services.leases import Leases
+from app.services.leases import FORGET_S, Leases
 from app.services.memory import Memory
 from app.services.outbox import Outbox
-from app.services.rows import MessageRow, SessionRow
+from app.services.rows import MessageRow, SessionRow, locked_session, make_session
 from app.services.store import StaleAttempt, Store
 from tests.support import person
 
@@ -103,11 +105,12 @@ async def test_a_turn_is_stored_and_ends_with_its_reply(store: Store) -> None:
 async def test_the_second_turn_waits_and_is_claimed_after_the_first(store: Store) -> None:
     first, second = await accept(store, request("one")), await accept(store, request("two"))
     assert (first.turn.state, second.turn.state) == ("running", "waiting")
-    assert await store.claim(second.turn.id, "a") is None
+    assert await store.claim(second.turn, "a") is None
     await finish(store, first)
-    assert await store.claim(second.turn.id, "b") is None, "it waits for another instance"
-    claimed = await store.claim(second.turn.id, "a")
+    assert await store.claim(second.turn, "b") is None, "it waits for another instance"
+    claimed = await store.claim(second.turn, "a")
     assert claimed is not None
+    assert await store.claim(second.turn, "a") == claimed, "once more, when the answer was lost"
     await finish(store, second, "no")
     assert [content for _, content, _ in await contents(store)] == ["one", "yes", "two", "no"]
 
@@ -175,6 +178,74 @@ async def test_the_first_ending_wins(store: Store) -> None:
     assert [role for role, _, _ in await contents(store)] == ["user", "assistant"]
 
 
+@contextmanager
+def beside(url: str) -> Iterator[Connection]:
+    """A transaction of another process; what it has done is committed at the end."""
+    engine = create_portal_engine(url)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+async def waits(connection: Connection) -> None:
+    """Returns once somebody waits for a lock."""
+    locks = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    while not connection.execute(locks).scalar_one():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("change", ["stop", "clear", "adopt"])
+async def test_an_ending_that_waits_for_another_process_comes_after_it(
+    store: Store, database_url: str, change: str
+) -> None:
+    accepted = await accept(store, request())
+    turn = accepted.turn
+    ending, reply = final(accepted)
+    with beside(database_url) as connection:
+        session = locked_session(connection, turn.session)
+        if change == "stop":
+            endings.end(connection, turn, Cancelled(turn.id, "", None), None, None, None, None)
+        elif change == "clear":
+            endings.clear(connection, session, {})
+        else:
+            connection.execute(text("UPDATE turns SET attempt = 2, state = 'waiting', instance = 'b'"))
+        late = asyncio.create_task(store.end(turn, ending, reply=reply))
+        await waits(connection)
+    if change == "adopt":
+        with pytest.raises(StaleAttempt):
+            await late
+        return
+    told = await late
+    assert (told.first, type(told.ending)) == (False, Cancelled)
+    assert "assistant" not in [role for role, _, _ in await contents(store)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_a_session_is_not_brought_back_beside_a_new_one_that_is_being_made(
+    store: Store, database_url: str
+) -> None:
+    await finish(store, await accept(store, request()))
+    await store.delete_session(ADA.owner, "s", {})
+    with beside(database_url) as connection:
+        make_session(connection, ADA.owner, "s", project="")
+        late = asyncio.create_task(store.restore_session(ADA.owner, "s"))
+        await waits(connection)
+    with pytest.raises(Conflict):
+        await late
+
+
+async def test_the_time_of_a_turn_runs_out_only_where_it_waits(store: Store, leases: Leases) -> None:
+    await leases.acquire("instance:a", "e1", -1)
+    first, second = await accept(store, request("one")), await accept(store, request("two"))
+    await store.end(first.turn, Cancelled(first.turn.id, "", None))
+    ((adopted, _),) = await store.adopt("b", overdue=True)
+    assert await store.claim(adopted, "b")
+    with pytest.raises(StaleAttempt):
+        await store.end(second.turn, ExpiredEvent(second.turn.id))
+    assert (await store.end(adopted, ExpiredEvent(adopted.id))).first
+
+
 async def test_sixteen_turns_may_wait(store: Store) -> None:
     for _ in range(17):
         await accept(store, request())
@@ -232,8 +303,10 @@ async def test_turns_of_a_dead_instance_are_adopted_once(store: Store, leases: L
     await leases.acquire("instance:b", "e2", 60)
     running, waiting = await accept(store, request("one")), await accept(store, request("two"))
     alive = await accept(store, request(session_id="t"), instance="b")
-    assert await store.has_orphans("b")
-    one, two = await asyncio.gather(store.adopt("b"), store.adopt("b"))
+    assert await store.has_orphans("b", overdue=True)
+    assert not await store.has_orphans("b", overdue=False), "it has not given its lease back"
+    assert await store.adopt("b", overdue=False) == []
+    one, two = await asyncio.gather(*(store.adopt("b", overdue=True) for _ in range(2)))
     adopted = one or two
     assert not (one and two)
     assert [(turn.id, turn.attempt, turn.state) for turn, _ in adopted] == [
@@ -244,22 +317,45 @@ async def test_turns_of_a_dead_instance_are_adopted_once(store: Store, leases: L
     ending, reply = final(running)
     with pytest.raises(StaleAttempt):
         await store.end(running.turn, ending, reply=reply)
-    assert await store.claim(waiting.turn.id, "b") is None
-    assert await store.claim(running.turn.id, "b") is not None
-    assert not await store.has_orphans("b")
+    (again, _), (next_one, _) = adopted
+    assert await store.claim(next_one, "b") is None
+    assert await store.claim(running.turn, "b") is None, "this attempt is void"
+    assert await store.claim(again, "b") is not None
+    assert not await store.has_orphans("b", overdue=True)
 
 
-async def test_a_restarted_instance_adopts_its_own_turns(store: Store, leases: Leases) -> None:
+async def test_what_was_given_back_is_adopted_at_once(store: Store, leases: Leases) -> None:
     await leases.acquire("instance:a", "e1", 60)
     await accept(store, request())
-    assert await store.adopt("a") == []
-    assert len(await store.adopt("a", restarted=True)) == 1
+    await leases.release("instance:a", "e1")
+    assert await store.has_orphans("b", overdue=False)
+    assert len(await store.adopt("b", overdue=False)) == 1
+
+
+async def test_an_instance_adopts_its_own_turns_that_it_has_lost(store: Store, leases: Leases) -> None:
+    await leases.acquire("instance:a", "e1", 60)
+    accepted = await accept(store, request())
+    assert await store.adopt("a", overdue=True) == []
+    assert await store.adopt("b", [accepted.turn.id], overdue=True) == [], "it is not that one's"
+    assert len(await store.adopt("a", await store.active_of("a"), overdue=True)) == 1
+
+
+async def test_leases_of_those_who_do_not_come_back_are_forgotten(
+    store: Store, leases: Leases, database: Database
+) -> None:
+    await leases.acquire("instance:gone", "e1", -2 * FORGET_S)
+    await leases.acquire("instance:here", "e2", -60)
+    await store.forget_old()
+    assert await database.read(lambda c: c.execute(text("SELECT name FROM leases")).scalars().all()) == [
+        "instance:here"
+    ]
 
 
 async def test_leases_are_held_by_one(leases: Leases) -> None:
     assert await leases.acquire("x", "one", 60)
     assert not await leases.acquire("x", "two", 60)
-    assert await leases.acquire("x", "one", -1), "renewed, and over"
+    assert await leases.acquire("x", "one", 60), "renewed"
+    assert await leases.acquire("x", "one", -1), "and over"
     assert await leases.acquire("x", "two", 60)
     assert await leases.acquire("x", "one", 60, force=True)
     await leases.release("x", "two")
@@ -380,8 +476,8 @@ async def test_an_answer_that_is_made_again_is_taken_up_and_tried_again_where_it
     await finish(store, asked, "two")
     anew = request("", regenerate=True, request_id="r")
     again = await accept(store, anew)
-    ((row, _),) = await store.adopt("a", restarted=True)
-    session = await store.claim(row.id, "a")
+    ((row, _),) = await store.adopt("a", await store.active_of("a"), overdue=False)
+    session = await store.claim(row, "a")
     assert session is not None
     assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"]
     failed = Failed(again.turn.id, ErrorInfo("llm_unavailable", "away", True))

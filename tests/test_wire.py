@@ -15,6 +15,7 @@ from app.config import Settings
 from app.container import open_container
 from app.events import Cancelled, Token, TurnRequest
 from app.models.tables import leases
+from app.services.elsewhere import STOPPING_S
 from app.services.turns import Numbered, Turn
 from app.services.wire import Letter, Wire, WireDown
 from tests.fake_llm import FakeLLM, Script, text
@@ -87,7 +88,6 @@ async def test_without_a_wire_the_database_tells_of_the_end(
     await fake.until(lambda: fake.dropped == 1, 3.0)
     assert isinstance(await turn.ended(), Cancelled)
     if how == "stop":
-        fake.script = Script()
         await two.sessions.clear(ADA, "s")
     async with asyncio.timeout(3):
         assert isinstance(await waits.ended(), Cancelled)
@@ -146,6 +146,25 @@ async def test_a_follower_goes_along_when_a_third_instance_takes_over(
     assert "".join(follower.tokens(attempt=2)) == ending.response[: len("".join(follower.tokens(attempt=2)))]
     for following in (follower, mine):
         await following.close()
+
+
+async def test_an_instance_that_has_left_a_turn_does_not_say_that_it_stops_it(
+    fake: FakeLLM, settings_for: SettingsFor, opened: AsyncExitStack, redis_url: str
+) -> None:
+    one, two = [
+        await opened.enter_async_context(
+            open_container(settings_for(fake.url, instance=name, redis_url=redis_url))
+        )
+        for name in ("one", "two")
+    ]
+    fake.script = LONG
+    turn = await one.sessions.submit(request())
+    follower = Follower(await two.sessions.find(ADA, turn.id))
+    await follower.until(follower.tokens)
+    one.sessions._runner.interrupt(turn, "shutdown")
+    async with asyncio.timeout(STOPPING_S):
+        assert await two.sessions.stop(ADA, "s") == turn.id
+    await follower.close()
 
 
 class Flaky:

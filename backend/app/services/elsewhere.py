@@ -87,6 +87,11 @@ class Elsewhere:
         self._attend(turn)
         self._tasks.start(self._observe(observed), f"observe {turn.id}")
 
+    def observes(self, turn: Turn) -> bool:
+        """Whether the turn is only observed from here."""
+        observed = self._observed.get(turn.id)
+        return observed is not None and observed.turn is turn
+
     async def _observe(self, observed: _Observed) -> None:
         turn = observed.turn
         try:
@@ -111,7 +116,8 @@ class Elsewhere:
         return POLL_BESIDE_WIRE_S if self._wire is not None and self._wire.is_up else POLL_S
 
     def _has_ended(self, turn: Turn, found: tuple[TurnRow, SessionRow] | None) -> None:
-        self._live.turns.pop(turn.id, None)
+        if self._live.turns.get(turn.id) is turn:
+            del self._live.turns[turn.id]
         if found is None or turn.ending is not None:
             return
         turn.take_events(recall(*found))
@@ -188,14 +194,23 @@ class Elsewhere:
         """Stops a turn where it runs, so that its reply is kept as far as it has come; where nobody heeds
         that, it is ended in the database. Returns once it has ended."""
         turn = self._live.turns.get(row.id) or self.turn(row, session)
-        if await self._is_heeded(row):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(STOPPING_S):
-                    await turn.ended()
+        while row.is_active:
+            if await self._is_heeded(row):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(STOPPING_S):
+                        await turn.ended()
+                        return
+            try:
+                ended = await self._store.end(row, Cancelled(row.id, "", None))
+            except StaleAttempt:  # it has begun anew, elsewhere
+                found = await self._store.turn(row.id)
+                if found is None:
                     return
-        with suppress(StaleAttempt):  # it has begun anew, for somebody else
-            ended = await self._store.end(turn.row, Cancelled(row.id, "", None))
-            self._live.cut_off(turn, ended)
+                row = found[0]
+            else:
+                # It may have been taken in, or up, here in the meantime.
+                self._live.cut_off(self._live.turns.get(row.id, turn), ended)
+                break
         self.tell_ended(row.id)
 
     async def _is_heeded(self, row: TurnRow) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 
 from app.errors import NotFound
-from app.events import Cancelled, Ending, Failed, Usage, decode_ending, encode, type_of
+from app.events import Cancelled, Ending, ExpiredEvent, Failed, Usage, decode_ending, encode, type_of
 from app.models.tables import ACTIVE, messages, sessions, summaries, turns
 from app.prepared import Prepared
 from app.services.branches import move, slip_in
@@ -47,14 +47,19 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 _CURRENT = Prepared(
-    select(turns.c.state, turns.c.attempt, turns.c.ending, *SESSION_COLUMNS)
+    select(turns.c.state, turns.c.attempt, turns.c.instance, turns.c.ending, *SESSION_COLUMNS)
     .join(sessions, sessions.c.id == turns.c.session)
     .where(turns.c.id == bindparam("turn"))
     .with_for_update(of=sessions)
 )
 _END = Prepared(
     update(turns)
-    .where(turns.c.id == bindparam("turn"))
+    .where(
+        turns.c.id == bindparam("turn"),
+        turns.c.state == bindparam("was"),
+        turns.c.attempt == bindparam("tried"),
+        turns.c.instance == bindparam("held"),
+    )
     .values(
         state=bindparam("outcome"),
         ending=bindparam("event"),
@@ -86,18 +91,21 @@ def active_turns(session: str) -> Any:
     return select(*TURN_COLUMNS).where(turns.c.session == session, text(ACTIVE)).order_by(turns.c.position)
 
 
-def claim(connection: Connection, turn_id: str, instance: str) -> SessionRow | None:
+def claim(connection: Connection, turn: TurnRow, instance: str) -> SessionRow | None:
     """Makes a waiting turn the running one of its session; None when it cannot be that now."""
-    found = _TURN.first(connection, {"turn": turn_id})
+    found = _TURN.first(connection, {"turn": turn.id})
     if found is None:
         return None
     row = TurnRow(*found)
     session = locked_session(connection, row.session)
     if _EARLIER.first(connection, {"session": session.id, "mine": row.position}) is not None:
         return None
+    if (row.state, row.attempt, row.instance) == ("running", turn.attempt, instance):
+        return session  # it was claimed, and nobody heard of the commit
     claimed = connection.execute(
         update(turns)
-        .where(turns.c.id == turn_id, turns.c.state == "waiting", turns.c.instance == instance)
+        .where(turns.c.id == turn.id, turns.c.state == "waiting")
+        .where(turns.c.attempt == turn.attempt, turns.c.instance == instance)
         .values(state="running")
     )
     if not claimed.rowcount:
@@ -116,18 +124,21 @@ def end(
     window_start: str | None,
     also: Callable[[Connection], None] | None,
 ) -> Ended | None:
-    """Ends a turn; None when it is active in another attempt."""
-    state, attempt, stored, *rest = _CURRENT.one(connection, {"turn": turn.id})
+    """Ends a turn; None when it is active in another attempt, or when its time has run out for an instance
+    that has it no more."""
+    state, attempt, instance, stored, *rest = _CURRENT.one(connection, {"turn": turn.id})
     session = SessionRow(*rest)
     if state not in {"waiting", "running"}:
         return Ended(False, turn.id, decode_ending(stored), session.version)
-    if attempt != turn.attempt:
+    # A turn that waits keeps its attempt when another instance takes it up, which may let it run by now.
+    if attempt != turn.attempt or (isinstance(ending, ExpiredEvent) and instance != turn.instance):
         return None
     now, leaf = time.time(), session.leaf_id
-    _END.run(
-        connection,
-        {"turn": turn.id, "outcome": type_of(ending), "event": encode(ending), "cuts": trace, "now": now},
-    )
+    read = {"turn": turn.id, "was": state, "tried": attempt, "held": instance}
+    stored_as = {"outcome": type_of(ending), "event": encode(ending), "cuts": trace, "now": now}
+    if not _END.run(connection, {**read, **stored_as}):
+        # PostgreSQL reads the turn before it waits for the session. That is locked now.
+        return end(connection, turn, ending, reply, trace, window_start, also)
     if state == "waiting" and turn.kind == "message":  # a state that never ran is of no use to anybody
         leaf = slip_in(connection, session, turn)
     if reply is not None:

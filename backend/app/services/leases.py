@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from sqlalchemy import Connection, and_, delete, update
+from sqlalchemy import Connection, Float, cast, delete, extract, func, literal
 
-from app.database import Database, insert_new
+from app.database import Database, insert_of
 from app.models.tables import leases
+
+FORGET_S = 24 * 3600
+
+
+def clock(connection: Connection) -> Any:
+    """The time (Unix), by a clock that all who share the database have in common."""
+    if connection.dialect.name == "postgresql":
+        return cast(extract("epoch", func.clock_timestamp()), Float)
+    return literal(time.time())
+
+
+def forget_old(connection: Connection) -> None:
+    """Forgets leases of those who will not come back."""
+    connection.execute(delete(leases).where(leases.c.expires_at < clock(connection) - FORGET_S))
 
 
 class Leases:
@@ -19,16 +34,15 @@ class Leases:
     async def acquire(self, name: str, holder: str, seconds: float, *, force: bool = False) -> bool:
         """Takes or renews the lease `name` for `holder`; with `force` also from a holder whose time is
         not over. False when somebody else holds it."""
-        now = time.time()
-        values = {"holder": holder, "expires_at": now + seconds}
 
         def operation(connection: Connection) -> bool:
-            free = leases.c.name == name
-            if not force:
-                free = and_(free, (leases.c.holder == holder) | (leases.c.expires_at < now))
-            if connection.execute(update(leases).where(free).values(values)).rowcount:
-                return True
-            return insert_new(connection, leases, {"name": name, **values})
+            now = clock(connection)
+            values = {"name": name, "holder": holder, "expires_at": now + seconds}
+            inserted = insert_of(connection.dialect.name, leases).values(values)
+            free = None if force else (leases.c.holder == holder) | (leases.c.expires_at < now)
+            taken = {"holder": inserted.excluded.holder, "expires_at": inserted.excluded.expires_at}
+            taking = inserted.on_conflict_do_update(index_elements=["name"], set_=taken, where=free)
+            return connection.execute(taking.returning(leases.c.name)).first() is not None
 
         return await self._database.write(operation)
 

@@ -266,8 +266,9 @@ class Relay:
     def _hear_stop(self, letter: Stop) -> None:
         turn = self._runner.turns.get(letter.turn)
         if turn is not None and self._runner.is_here(turn):
-            post(self._wire, letter.by, Heeded(turn.id))
             self._runner.interrupt(turn, "stop")
+            if turn.interruption == "stop":
+                post(self._wire, letter.by, Heeded(turn.id))
 
 
 def _key_of(turn: Turn) -> SessionKey:

@@ -253,7 +253,7 @@ class Runner:
             if turn.row.deadline is not None and turn.row.deadline <= time.time():
                 turn.interruption = "expired"
                 break
-            session = await self._insist(lambda: self._store.claim(turn.id, self.instance))
+            session = await self._insist(lambda: self._store.claim(turn.row, self.instance))
             if session is not None:
                 self._refresh(live, session)
                 return True
@@ -261,7 +261,7 @@ class Runner:
             if found is not None and found[0].ending is not None:
                 self._ended_elsewhere(turn, *found)
                 return False
-            if found is None or found[0].instance != self.instance:
+            if found is None or (found[0].instance, found[0].attempt) != (self.instance, turn.row.attempt):
                 await self._taken_over(live, turn)
                 return False
             if live.waiting and live.waiting[0].row.position < turn.row.position:
@@ -363,7 +363,8 @@ class Runner:
 
     def settle(self, turn: Turn, ended: Ended) -> None:
         """The ending of a turn is stored: tells its followers, and the outbox."""
-        self.turns.pop(turn.id, None)
+        if self.turns.get(turn.id) is turn:
+            del self.turns[turn.id]
         if turn.ending is None:
             turn_log.ended(turn, ended.ending)
         turn.end(ended.ending)
@@ -407,6 +408,15 @@ class Runner:
         await self._accounting.release(turn)
         live.history = None
         self.elsewhere.observe(turn)
+
+    async def lost(self) -> frozenset[str]:
+        """The active turns that are this instance's in the database, and that nobody runs here: of those
+        that have just been accepted, or have just ended, too."""
+        active = await self._store.active_of(self.instance)
+        return frozenset(id for id in active if not self._has(self.turns.get(id)))
+
+    def _has(self, turn: Turn | None) -> bool:
+        return turn is not None and (self.is_here(turn) or not self.elsewhere.observes(turn))
 
     async def let_go(self) -> None:
         """Cuts off the turns of this process that somebody else has ended, or taken over: a stop, a clear or

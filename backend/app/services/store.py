@@ -8,11 +8,12 @@ says in its WHERE what it expects, so of two that want the same change exactly o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, and_, delete, func, select, text, update
+from sqlalchemy.exc import IntegrityError
 
 from app.database import Database
 from app.errors import Conflict, NotFound, PortalError
@@ -21,6 +22,8 @@ from app.models.tables import ACTIVE, LIVE, identity, leases, messages, session_
 from app.services import acceptance, branches, endings
 from app.services.acceptance import Acceptance, was_taken
 from app.services.endings import Ended, Reply
+from app.services.leases import clock
+from app.services.leases import forget_old as forget_old_leases
 from app.services.rows import (
     MESSAGE_COLUMNS,
     SESSION_COLUMNS,
@@ -75,10 +78,10 @@ class Store:
             lambda c: acceptance.accept(c, request, turn_id, instance, time.time(), refusal), short=True
         )
 
-    async def claim(self, turn_id: str, instance: str) -> SessionRow | None:
-        """Makes a waiting turn the running one of its session; None while an earlier one is active,
-        or when it no longer waits for this instance."""
-        return await self._database.write(lambda c: endings.claim(c, turn_id, instance), short=True)
+    async def claim(self, turn: TurnRow, instance: str) -> SessionRow | None:
+        """Makes a waiting turn the running one of its session, if it is not that already; None while an
+        earlier one is active, or when it no longer waits for this instance."""
+        return await self._database.write(lambda c: endings.claim(c, turn, instance), short=True)
 
     async def end(
         self,
@@ -102,15 +105,18 @@ class Store:
             raise StaleAttempt("The turn was taken over.")
         return outcome
 
-    async def adopt(self, instance: str, *, restarted: bool = False) -> list[tuple[TurnRow, SessionRow]]:
-        """Takes over the active turns of instances whose lease has run out; with `restarted` also
-        those that an earlier process left under this instance's own name."""
-        return await self._database.write(lambda c: _adopt(c, instance, restarted, time.time()))
+    async def adopt(
+        self, instance: str, lost: Collection[str] = (), *, overdue: bool
+    ) -> list[tuple[TurnRow, SessionRow]]:
+        """Takes over the active turns of instances that have given their lease back, with `overdue` also of
+        those whose lease has run out; and those of this instance that it has `lost`."""
+        return await self._database.write(lambda c: _adopt(c, instance, lost, overdue))
 
-    async def has_orphans(self, instance: str) -> bool:
-        """Whether there is something for `instance` to adopt."""
-        statement = _orphans(instance, time.time()).limit(1)
-        return await self._database.read(lambda c: c.execute(statement).first() is not None)
+    async def has_orphans(self, instance: str, *, overdue: bool) -> bool:
+        """Whether other instances have left something for `instance` to adopt."""
+        return await self._database.read(
+            lambda c: c.execute(_orphans(c, instance, overdue).limit(1)).first() is not None
+        )
 
     # --- changing sessions; with a `mark`, only if that very message was not taken before ---
 
@@ -210,7 +216,10 @@ class Store:
     async def restore_session(self, owner: str, session_id: str, project: str | None = None) -> SessionRow:
         """Brings back the session of this name that was deleted last, of a project where one is given.
         Raises `NotFound`, and `Conflict` when the name is in use again."""
-        return await self._database.write(lambda c: _restore_session(c, owner, session_id, project))
+        try:
+            return await self._database.write(lambda c: _restore_session(c, owner, session_id, project))
+        except IntegrityError:  # it was made after it was looked for
+            raise _name_is_used() from None
 
     async def rename_session(self, session: str, title: str) -> None:
         """Gives a session another title."""
@@ -227,7 +236,12 @@ class Store:
 
     async def forget_old(self) -> None:
         """Forgets what is kept for a time only."""
-        await self._database.write(lambda c: acceptance.forget_old(c, time.time()))
+
+        def operation(connection: Connection) -> None:
+            acceptance.forget_old(connection, time.time())
+            forget_old_leases(connection)
+
+        await self._database.write(operation)
 
     # --- reading ---
 
@@ -383,11 +397,15 @@ class StaleAttempt(Exception):
     """The turn is active in another attempt: what this one has made is void."""
 
 
+def _name_is_used() -> Conflict:
+    return Conflict("There is a newer session with this id.")
+
+
 def _restore_session(
     connection: Connection, owner: str, session_id: str, project: str | None
 ) -> SessionRow | PortalError:
     if session_named(connection, owner, session_id) is not None:
-        return Conflict("There is a newer session with this id.")
+        return _name_is_used()
     deleted = (
         select(sessions.c.id)
         .where(sessions.c.owner == owner, sessions.c.session_id == session_id)
@@ -403,10 +421,10 @@ def _restore_session(
     return locked_session(connection, found)
 
 
-def _orphans(instance: str, now: float) -> Any:
-    alive = select(func.substr(leases.c.name, len("instance:") + 1)).where(
-        leases.c.name.like("instance:%"), leases.c.expires_at >= now
-    )
+def _orphans(connection: Connection, instance: str, overdue: bool) -> Any:
+    alive = select(func.substr(leases.c.name, len("instance:") + 1)).where(leases.c.name.like("instance:%"))
+    if overdue:
+        alive = alive.where(leases.c.expires_at >= clock(connection))
     return (
         select(*TURN_COLUMNS, *SESSION_COLUMNS)
         .join(sessions)
@@ -415,12 +433,13 @@ def _orphans(instance: str, now: float) -> Any:
 
 
 def _adopt(
-    connection: Connection, instance: str, restarted: bool, now: float
+    connection: Connection, instance: str, lost: Collection[str], overdue: bool
 ) -> list[tuple[TurnRow, SessionRow]]:
-    rows = connection.execute(_orphans(instance, now)).all()
-    if restarted:
+    rows = connection.execute(_orphans(connection, instance, overdue)).all()
+    if lost:
         mine = select(*TURN_COLUMNS, *SESSION_COLUMNS).join(sessions).where(text(ACTIVE))
-        rows = [*rows, *connection.execute(mine.where(turns.c.instance == instance)).all()]
+        mine = mine.where(turns.c.instance == instance, turns.c.id.in_(lost))
+        rows = [*rows, *connection.execute(mine).all()]
     adopted = []
     for row in rows:
         turn, session = turn_and_session(row)

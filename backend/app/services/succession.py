@@ -1,14 +1,15 @@
 """What becomes of the turns of processes that die, among all those that share a database.
 
 Each process has a lease under its instance's name, which it renews for as long as it lives. When a lease
-runs out, whoever notices first takes up the turns that were left.
+runs out, whoever notices first takes up the turns that were left. Leases run out also while the database is
+away: who could not renew its own cannot tell who lives, until the others have had time to renew theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import get_args
 
@@ -28,6 +29,9 @@ from app.services.turns import Turn
 
 LEASE_S = 10.0
 HEARTBEAT_S = 3.0
+LATE_S = 2 * HEARTBEAT_S
+"""After that long without a beat, others may have missed theirs too."""
+
 SWEEP_S = 1.0
 FORGET_S = 3600.0
 
@@ -56,6 +60,7 @@ class Succession:
         self._drain = drain
         self._epoch = new_id()
         self._lease = f"instance:{runner.instance}"
+        self._beat_at = self._steady_since = float("-inf")
         self._on_taken_up: Callable[[Turn], None] = lambda _turn: None
 
     def on_taken_up(self, listener: Callable[[Turn], None]) -> None:
@@ -68,8 +73,10 @@ class Succession:
 
     async def open(self) -> None:
         """Takes up the turns that an earlier process of this instance left behind."""
-        await self._leases.acquire(self._lease, self._epoch, LEASE_S, force=True)
-        await self._take_up(await self._store.adopt(self._runner.instance, restarted=True))
+        await self._beat(force=True)
+        instance = self._runner.instance
+        lost = await self._store.active_of(instance)
+        await self._take_up(await self._store.adopt(instance, lost, overdue=False))
 
     async def close(self) -> None:
         """Leaves what is not done to others."""
@@ -81,17 +88,34 @@ class Succession:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
-                if not await self._leases.acquire(self._lease, self._epoch, LEASE_S):
+                if not await self._beat():
                     log.error(
                         "another process took over under this instance's name", instance=self._runner.instance
                     )
             except Exception as error:  # noqa: BLE001 - whatever it is, the next beat may succeed
+                self._beat_at = float("-inf")
                 log.warning("the heartbeat could not be written", reason=type(error).__name__)
+
+    async def _beat(self, *, force: bool = False) -> bool:
+        """Renews the lease. False when somebody else holds it."""
+        is_held = await self._leases.acquire(self._lease, self._epoch, LEASE_S, force=force)
+        now = time.monotonic()
+        if now > self._beat_at + LATE_S:
+            self._steady_since = now
+        self._beat_at = now if is_held else float("-inf")
+        return is_held
+
+    @property
+    def _is_steady(self) -> bool:
+        """Whether the lease was renewed in time for so long that others who live have renewed theirs."""
+        now = time.monotonic()
+        return self._steady_since + LEASE_S <= now <= self._beat_at + LATE_S
 
     async def sweep(self) -> None:
         """Takes up the turns of instances that died, lets go of those that others have ended, and forgets
         what is kept for a time only. Runs until cancelled."""
         forgot_at = float("-inf")
+        missed: frozenset[str] = frozenset()
         while True:
             await asyncio.sleep(SWEEP_S)
             try:
@@ -101,16 +125,23 @@ class Succession:
                 await self._runner.let_go()
                 if self._drain.is_on:
                     continue
-                if await self._store.has_orphans(self._runner.instance):
-                    await self._take_up(await self._store.adopt(self._runner.instance))
+                before, missed = missed, await self._runner.lost()
+                await self._adopt(before & missed)
             except Exception as error:  # noqa: BLE001 - likewise
                 log.warning("orphaned turns could not be looked for", reason=type(error).__name__)
+
+    async def _adopt(self, lost: Collection[str]) -> None:
+        instance = self._runner.instance
+        if lost or await self._store.has_orphans(instance, overdue=self._is_steady):
+            await self._take_up(await self._store.adopt(instance, lost, overdue=self._is_steady))
 
     async def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
         for row, session in orphans:
             log.info("taking up a turn", turn=row.id, attempt=row.attempt)
             ticket = await self._ticket_of(row, session)
             turn = self._runner.turns.get(row.id)
+            if turn is not None and self._runner.is_here(turn):
+                continue  # an attempt that is void now: it is found to be lost when that has come to its end
             if turn is None:
                 turn = Turn(row, session)
             else:
