@@ -433,8 +433,8 @@ async def test_a_retry_of_what_was_answered_over_is_taken_up_where_it_was(store:
     await finish(store, await accept(store, request("", regenerate=True)), "two")
     again = await accept(store, retried)
     assert (again.kind, again.is_aside) == ("again", True)
-    ((row, _),) = await store.adopt("a", restarted=True)
-    assert await store.claim(row.id, "a") is not None
+    ((row, _),) = await store.adopt("a", await store.active_of("a"), overdue=False)
+    assert await store.claim(row, "a") is not None
     assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "two"]
     await finish(store, msgspec.structs.replace(again, turn=row), "three")
     assert [text for _, text, _ in await contents(store)] == ["first", "one", "q", "three"]
