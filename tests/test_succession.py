@@ -22,6 +22,7 @@ from app.events import Cancelled, Final, TurnRequest
 from app.models.tables import leases
 from app.services import succession
 from app.services.leases import Leases
+from app.services.store import Store
 from app.services.turns import Turn
 from tests.fake_llm import FakeLLM, Script
 from tests.support import person
@@ -78,6 +79,41 @@ async def test_a_turn_whose_acceptance_nobody_heard_of_is_run(
         assert isinstance(await again.ended(), Final)
         assert isinstance(await after.ended(), Final)
         assert len(fake.requests) == 2
+
+
+async def test_a_turn_whose_acceptance_is_heard_of_late_is_run_to_its_end(
+    fake: FakeLLM, settings_for: SettingsFor, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
+    carry_out, adopt, has_orphans = writing._carry_out, Store.adopt, Store.has_orphans
+    answered, looks, adopts = threading.Event(), asyncio.Event(), asyncio.Event()
+
+    def carried_out(connection: Any, writes: Sequence[writing.Write], before_commit: Any) -> None:
+        carry_out(connection, writes, before_commit)
+        if any("Store.accept." in write.operation.__qualname__ for write in writes):
+            answered.wait(20)
+
+    def looked(store: Store, *args: Any, **options: Any) -> Any:
+        looks.set()
+        return has_orphans(store, *args, **options)
+
+    def adopted(store: Store, *args: Any, **options: Any) -> Any:
+        adopts.set()
+        return adopt(store, *args, **options)
+
+    monkeypatch.setattr(Store, "has_orphans", looked)
+    fake.script = Script(between=0.2)
+    async with open_container(settings_for(fake.url, database_url=url)) as portal:
+        await looks.wait()  # what it writes before that is behind it
+        monkeypatch.setattr(Store, "adopt", adopted)
+        monkeypatch.setattr(writing, "_carry_out", carried_out)
+        submitting = asyncio.create_task(portal.sessions.submit(request(request_id="r")))
+        await adopts.wait()
+        answered.set()
+        turn = await submitting
+        assert isinstance(await turn.ended(), Final)
+        assert (turn.row.attempt, len(fake.requests)) == (2, 2)
+        assert isinstance(await (await portal.sessions.submit(request())).ended(), Final)
 
 
 async def test_who_has_left_a_turn_that_was_not_heard_of_holds_nobody_up(

@@ -137,11 +137,12 @@ class Succession:
 
     async def _take_up(self, orphans: Sequence[tuple[TurnRow, SessionRow]]) -> None:
         for row, session in orphans:
+            turn = self._runner.turns.get(row.id)
+            if turn is not None and self._runner.is_here(turn):
+                continue  # in an attempt that is void now; when that has come to its end, the turn is lost
             log.info("taking up a turn", turn=row.id, attempt=row.attempt)
             ticket = await self._ticket_of(row, session)
             turn = self._runner.turns.get(row.id)
-            if turn is not None and self._runner.is_here(turn):
-                continue  # an attempt that is void now: it is found to be lost when that has come to its end
             if turn is None:
                 turn = Turn(row, session)
             else:
