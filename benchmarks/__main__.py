@@ -11,6 +11,7 @@ import typer
 from app.cli.console import console
 from app.cli.stack import DEFAULT_STATE
 
+
 def main(
     row: Annotated[list[str] | None, typer.Option(help="Measure this row only; may be repeated")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How many values of each, in turn")] = 3,
