@@ -40,7 +40,9 @@ SSE = HTTP % b"text/event-stream"
 @asynccontextmanager
 async def portal_with(settings: Settings) -> AsyncIterator[Container]:
     async with open_container(settings) as container:
-        await container.llm.ahealth()
+        async with asyncio.timeout(20):  # on a busy machine the first look may take longer than it may
+            while (await container.llm.ahealth()).status != "ok":
+                await asyncio.sleep(0.05)
         yield container
 
 
