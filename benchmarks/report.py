@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.rows import Row
 from tests.support import ROOT
@@ -68,9 +69,10 @@ def show(console: Console, results: list[Result]) -> None:
     for result in results:
         row = result.row
         sign = "≥" if row.better == "more" else "≤"
-        met = {True: "[green]met[/green]", False: "[red]not met[/red]", None: "not measured"}[result.met]
-        table.add_row(f"[bold]{row.name}[/bold]: {row.title}", "", "", "", "")
-        table.add_row(f"  [dim]bar, {row.unit}[/dim]", f"{sign} {row.bar:g}", "", "", met)
+        met = {True: Text("met", "green"), False: Text("not met", "red"), None: Text("not measured")}
+        table.add_row(Text.assemble((row.name, "bold"), ": ", row.title), "", "", "", "")
+        told = Text(f"  bar, {row.unit}", "dim")
+        table.add_row(told, f"{sign} {row.bar:g}", "", "", met[result.met])
         for column in row.columns:
             seen = result.samples.get(column)
             if seen:
