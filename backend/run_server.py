@@ -15,7 +15,15 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from app.config import DEFAULT_ENV_FILE, Settings, WrongSettings, host_name, is_loopback, load_settings
+from app.config import (
+    DEFAULT_ENV_FILE,
+    Settings,
+    WrongSettings,
+    host_name,
+    is_loopback,
+    load_settings,
+    netloc,
+)
 from app.container import Container, check_files
 from app.errors import InvalidRequest
 from app.logs import configure_logging, get_logger
@@ -41,8 +49,7 @@ class _Server(uvicorn.Server):
         """Begins to serve, and says where."""
         await super().startup(sockets)
         for listener in (sockets or ()) if self.started else ():
-            host, port = listener.getsockname()[:2]
-            log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            log.info("serving", url=f"http://{netloc(*listener.getsockname()[:2])}")
 
     async def main_loop(self) -> None:
         """Serves until the signal, and through what follows it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -124,7 +126,10 @@ def said(publishes: list[bytes]) -> list[bytes]:
     return [publish[-1:] for publish in publishes]
 
 
-async def test_no_more_is_sent_unconfirmed_than_the_broker_takes() -> None:
+@asynccontextmanager
+async def strictly_served() -> AsyncIterator[tuple[StrictBroker, MqttConnection, asyncio.Event]]:
+    """A broker, and a client that connects to it and acknowledges whatever comes; when it is subscribed, the
+    event is set."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         broker, subscribed = StrictBroker(server), asyncio.Event()
@@ -139,46 +144,34 @@ async def test_no_more_is_sent_unconfirmed_than_the_broker_takes() -> None:
         running = asyncio.create_task(connection.run())
         try:
             async with asyncio.timeout(20):
-                await broker.serve(most=2)
-                await subscribed.wait()
-                sent = [connection.send(Outgoing("t", payload)) for payload in (b"0", b"1", b"2", b"3")]
-                first = await broker.publishes()
-                assert said(first) == [b"0", b"1"]
-                await broker.confirm(first[0])
-                assert said(await broker.publishes()) == [b"2"]
-                broker.hang_up()
-                await broker.serve(most=1)
-                for payload in (b"1", b"2", b"3"):
-                    [publish] = await broker.publishes()
-                    assert publish[-1:] == payload
-                    await broker.confirm(publish)
-                await asyncio.gather(*sent)
+                yield broker, connection, subscribed
                 broker.hang_up()
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_no_more_is_sent_unconfirmed_than_the_broker_takes() -> None:
+    async with strictly_served() as (broker, connection, subscribed):
+        await broker.serve(most=2)
+        await subscribed.wait()
+        sent = [connection.send(Outgoing("t", payload)) for payload in (b"0", b"1", b"2", b"3")]
+        first = await broker.publishes()
+        assert said(first) == [b"0", b"1"]
+        await broker.confirm(first[0])
+        assert said(await broker.publishes()) == [b"2"]
+        broker.hang_up()
+        await broker.serve(most=1)
+        for payload in (b"1", b"2", b"3"):
+            [publish] = await broker.publishes()
+            assert publish[-1:] == payload
+            await broker.confirm(publish)
+        await asyncio.gather(*sent)
 
 
 async def test_a_subscription_that_is_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection_module, "BACKOFF_MOST_S", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.setblocking(False)
-        broker, subscribed = StrictBroker(server), asyncio.Event()
-        connection = MqttConnection(
-            Broker(f"mqtt://127.0.0.1:{server.getsockname()[1]}"),
-            "client",
-            ["t"],
-            will=lambda: ("will", b""),
-            on_message=lambda _: None,
-            on_connected=subscribed.set,
-        )
-        running = asyncio.create_task(connection.run())
-        try:
-            async with asyncio.timeout(20):
-                await broker.serve(10, NOT_AUTHORIZED, NOT_AUTHORIZED)
-                await subscribed.wait()
-            assert connection.is_subscribed
-            broker.hang_up()
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+    async with strictly_served() as (broker, connection, subscribed):
+        await broker.serve(10, NOT_AUTHORIZED, NOT_AUTHORIZED)
+        await subscribed.wait()
+        assert connection.is_subscribed

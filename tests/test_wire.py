@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from sqlalchemy import delete
 
 from app.config import Settings
-from app.container import open_container
+from app.container import Container, open_container
 from app.events import Cancelled, Token, TurnRequest
 from app.models.tables import leases
 from app.services.elsewhere import STOPPING_S
@@ -32,6 +32,16 @@ LONG = Script(pieces=text(*(f"{number} " for number in range(500))), between=0.0
 async def opened() -> AsyncIterator[AsyncExitStack]:
     async with AsyncExitStack() as stack:
         yield stack
+
+
+async def instances(
+    opened: AsyncExitStack, settings_for: SettingsFor, fake: FakeLLM, *names: str, **changes: Any
+) -> list[Container]:
+    """Instances of these names, on one database, until the test ends."""
+    return [
+        await opened.enter_async_context(open_container(settings_for(fake.url, instance=name, **changes)))
+        for name in names
+    ]
 
 
 def request(**changes: Any) -> TurnRequest:
@@ -75,10 +85,7 @@ class Follower:
 async def test_without_a_wire_the_database_tells_of_the_end(
     fake: FakeLLM, settings_for: SettingsFor, opened: AsyncExitStack, how: str
 ) -> None:
-    one, two = [
-        await opened.enter_async_context(open_container(settings_for(fake.url, instance=name)))
-        for name in ("one", "two")
-    ]
+    one, two = await instances(opened, settings_for, fake, "one", "two")
     fake.script = LONG
     turn = await one.sessions.submit(request())
     waits = await one.sessions.submit(request(message="and then?"))
@@ -98,12 +105,7 @@ async def test_without_a_wire_the_database_tells_of_the_end(
 async def test_a_wire_that_breaks_loses_nothing(
     fake: FakeLLM, settings_for: SettingsFor, opened: AsyncExitStack, redis_url: str
 ) -> None:
-    one, two = [
-        await opened.enter_async_context(
-            open_container(settings_for(fake.url, instance=name, redis_url=redis_url))
-        )
-        for name in ("one", "two")
-    ]
+    one, two = await instances(opened, settings_for, fake, "one", "two", redis_url=redis_url)
     fake.script = LONG
     turn = await one.sessions.submit(request())
     follower = Follower(await two.sessions.find(ADA, turn.id))
@@ -123,12 +125,7 @@ async def test_a_wire_that_breaks_loses_nothing(
 async def test_a_follower_goes_along_when_a_third_instance_takes_over(
     fake: FakeLLM, settings_for: SettingsFor, opened: AsyncExitStack, redis_url: str
 ) -> None:
-    one, two, three = [
-        await opened.enter_async_context(
-            open_container(settings_for(fake.url, instance=name, redis_url=redis_url))
-        )
-        for name in ("one", "two", "three")
-    ]
+    one, two, three = await instances(opened, settings_for, fake, "one", "two", "three", redis_url=redis_url)
     fake.script = LONG
     turn = await one.sessions.submit(request())
     follower = Follower(await two.sessions.find(ADA, turn.id))
@@ -151,12 +148,7 @@ async def test_a_follower_goes_along_when_a_third_instance_takes_over(
 async def test_an_instance_that_has_left_a_turn_does_not_say_that_it_stops_it(
     fake: FakeLLM, settings_for: SettingsFor, opened: AsyncExitStack, redis_url: str
 ) -> None:
-    one, two = [
-        await opened.enter_async_context(
-            open_container(settings_for(fake.url, instance=name, redis_url=redis_url))
-        )
-        for name in ("one", "two")
-    ]
+    one, two = await instances(opened, settings_for, fake, "one", "two", redis_url=redis_url)
     fake.script = LONG
     turn = await one.sessions.submit(request())
     follower = Follower(await two.sessions.find(ADA, turn.id))

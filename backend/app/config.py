@@ -564,6 +564,11 @@ def _is_network(text: str) -> bool:
     return True
 
 
+def netloc(host: str, port: int) -> str:
+    """Host and port as they stand in a URL."""
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def host_name() -> str:
     """This machine's name."""
     return socket.gethostname()

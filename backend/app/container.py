@@ -152,9 +152,8 @@ async def open_container(settings: Settings) -> AsyncIterator[Container]:
 
         book = UsageBook(database)
         alerts = await stack.enter_async_context(_alerts(settings, database, authorizer))
-        admission = await stack.enter_async_context(
-            _admission(Admission(settings, policies, ledger, book, catalog, alerts))
-        )
+        admission = Admission(settings, policies, ledger, book, catalog, alerts)
+        stack.push_async_callback(admission.close)
         tally = Tally(llm.is_known)
         accounting = Accounting(database, admission, tally)
         templates = Templates(database, authorizer)
@@ -256,14 +255,6 @@ async def _alerts(settings: Settings, database: Database, authorizer: Authorizer
         if webhook is not None:
             await stack.enter_async_context(_background(webhook.run(), "alert webhook"))
         yield Alerts(database, authorizer, settings.alert_percent, webhook)
-
-
-@asynccontextmanager
-async def _admission(admission: Admission) -> AsyncIterator[Admission]:
-    try:
-        yield admission
-    finally:
-        await admission.close()
 
 
 @asynccontextmanager

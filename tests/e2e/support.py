@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from app.cli.page import FRONTEND
 from tests.support import PASSWORD, Portal, wait_until
@@ -71,6 +71,20 @@ def write_template(page: Page, title: str, text: str) -> None:
     page.get_by_label("Text").fill(text)
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.get_by_role("heading", name=title, exact=True)).to_be_visible()
+
+
+def hold_posts(page: Page, url: str) -> list[Route]:
+    """Lets what is posted to a URL wait from now on, in the list, until the test goes on with it."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if route.request.method == "POST":
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route(url, hold)
+    return held
 
 
 def scrolls_sideways(page: Page) -> bool:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.support import (
     COLOURS,
     findings_in_all_colours,
     go,
+    hold_posts,
     let_in,
     scrolls_sideways,
     serious_findings,
@@ -268,15 +269,7 @@ def test_a_key_is_made_used_and_revoked(ada: Page, portal: Portal) -> None:
     ada.get_by_label(re.compile("^Name")).fill("script")
     expect(ada.get_by_role("checkbox", name="Send messages")).to_be_checked()
     ada.get_by_label("Read own sessions and follow their turns").check()
-    held: list[Route] = []
-
-    def hold(route: Route) -> None:
-        if route.request.method == "POST":
-            held.append(route)
-        else:
-            route.continue_()
-
-    ada.route("**/api/keys", hold)
+    held = hold_posts(ada, "**/api/keys")
     with ada.expect_request(lambda request: request.method == "POST"):
         ada.get_by_role("button", name="Make the key").click()
     ada.keyboard.press("Escape")

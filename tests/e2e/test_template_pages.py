@@ -4,9 +4,9 @@ import re
 
 import httpx
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, expect
 
-from tests.e2e.support import go, write_template
+from tests.e2e.support import go, hold_posts, write_template
 from tests.support import PASSWORD, Portal
 
 
@@ -89,15 +89,7 @@ def test_unsaved_changes_are_asked_about_and_a_deletion_is_taken_back(ada: Page)
 
 @pytest.mark.parametrize("context", [1280], indirect=True)
 def test_what_is_written_outlives_its_first_save_and_a_sign_out_elsewhere(ada: Page, username: str) -> None:
-    held: list[Route] = []
-
-    def hold(route: Route) -> None:
-        if route.request.method == "POST":
-            held.append(route)
-        else:
-            route.continue_()
-
-    ada.route("**/api/templates", hold)
+    held = hold_posts(ada, "**/api/templates")
     go(ada, "Templates")
     ada.get_by_role("link", name="New template").click()
     ada.get_by_label("Title").fill("Guide")

@@ -22,7 +22,7 @@ from app.cli.parts import Part
 from app.cli.stack import HOST, Stack
 from app.cli.statistics import tell_statistics
 from app.cli.supervisor import lock_file, on_signals
-from app.config import BACKEND_DIR, Settings, WrongSettings, is_loopback, load_settings
+from app.config import BACKEND_DIR, Settings, WrongSettings, is_loopback, load_settings, netloc
 from app.container import Container, check_files, open_container
 from app.errors import InvalidRequest, PortalError
 from app.logs import configure_logging, get_logger
@@ -243,7 +243,7 @@ def _broker_url(given: str, port: int | None) -> str:
         host, login, at = parts.hostname or "", *parts.netloc.rpartition("@")[:2]
     except ValueError as error:
         raise _Wrong(f"--mqtt_broker: {error}") from None
-    return parts._replace(netloc=f"{login}{at}{f'[{host}]' if ':' in host else host}:{port}").geturl()
+    return parts._replace(netloc=f"{login}{at}{netloc(host, port)}").geturl()
 
 
 def _own_llm(name: str, server_url: str | None) -> Stack:

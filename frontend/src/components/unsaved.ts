@@ -1,3 +1,5 @@
+import { forgetAll } from "../client/tab-storage";
+
 const PREFIX = "unsaved:";
 let open = 0;
 
@@ -11,11 +13,7 @@ export const unsaved = {
   remove: (name: string): void => sessionStorage.removeItem(PREFIX + name),
 
   /** For who signs out, and may leave the machine to somebody else. */
-  removeAll(): void {
-    for (const name of Object.keys(sessionStorage)) {
-      if (name.startsWith(PREFIX)) sessionStorage.removeItem(name);
-    }
-  },
+  removeAll: (): void => forgetAll(PREFIX),
 
   /** Notes that the page shows something that is not saved, until what it gives back is called. */
   mark(): () => void {

@@ -1,5 +1,6 @@
 import { useCallback, useSyncExternalStore } from "react";
 import { whenSignedOut } from "../../client/auth";
+import { forgetAll } from "../../client/tab-storage";
 
 const PREFIX = "draft:";
 const listeners = new Set<() => void>();
@@ -22,9 +23,7 @@ export const drafts = {
 };
 
 whenSignedOut(() => {
-  for (const name of Object.keys(sessionStorage)) {
-    if (name.startsWith(PREFIX)) sessionStorage.removeItem(name);
-  }
+  forgetAll(PREFIX);
   tell();
 });
 
