@@ -183,9 +183,13 @@ async def test_nobody_waits_for_a_lock_for_ever(postgres_url: str) -> None:
 
 async def test_what_may_have_been_committed_is_not_done_again(postgres_url: str) -> None:
     url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
-    database, gate = Database(url), threading.Event()
+    database, begun, gate = Database(url), threading.Event(), threading.Event()
     await database.open()
     await database.write(lambda c: c.execute(text("CREATE TABLE t (n INTEGER)")))
+
+    def hold(_connection: Connection) -> None:
+        begun.set()
+        gate.wait(10)
 
     def end_all(connection: Connection) -> None:
         with psycopg.connect(postgres_url, autocommit=True) as other:
@@ -195,8 +199,8 @@ async def test_what_may_have_been_committed_is_not_done_again(postgres_url: str)
     def insert(connection: Connection) -> None:
         connection.execute(text("INSERT INTO t VALUES (1)"))
 
-    first = asyncio.create_task(database.write(lambda _: gate.wait(10)))
-    await asyncio.sleep(0)
+    first = asyncio.create_task(database.write(hold))
+    await asyncio.to_thread(begun.wait, 10)  # before it began, it would be of the same group
     group = [
         asyncio.create_task(database.write(operation)) for operation in (insert, end_all, insert, insert)
     ]
