@@ -2,12 +2,9 @@
 PY := .venv/bin/python
 BIN := .venv/bin
 
-.PHONY: check test lint types imports format generate screenshots lock
+.PHONY: check lint types imports format generate screenshots lock
 
 check: lint types imports  ## everything that reads the code without running it
-
-test:  ## every test, in two processes, each with files of its own
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint:
 	$(BIN)/ruff check .

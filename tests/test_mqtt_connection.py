@@ -90,6 +90,13 @@ class StrictBroker:
             assert subscribe[0] >> 4 == 8, "SUBSCRIBE"
         await self.send(suback(subscribe))
 
+    async def refuse(self) -> None:
+        """Tells a client that it may not connect."""
+        self._socket, _ = await self._loop.sock_accept(self._server)
+        await self.read()
+        await self.send(b"\x20\x03\x00" + bytes([NOT_AUTHORIZED, 0]))
+        self.hang_up()
+
     async def read(self) -> bytes:
         """The next packet, which must be a small one."""
         head = await self._exactly(2)
@@ -167,6 +174,28 @@ async def test_no_more_is_sent_unconfirmed_than_the_broker_takes() -> None:
             assert publish[-1:] == payload
             await broker.confirm(publish)
         await asyncio.gather(*sent)
+
+
+async def test_why_there_is_no_connection_is_logged_once_and_so_is_its_return(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(connection_module, "BACKOFF_MOST_S", 0.01)
+    async with strictly_served() as (broker, _connection, subscribed):
+        await broker.serve(10)
+        await subscribed.wait()
+        for _ in range(2):
+            subscribed.clear()
+            broker.hang_up()
+            for _ in range(5):
+                await broker.refuse()
+            await broker.serve(10)
+            await subscribed.wait()
+            told = capsys.readouterr().out
+            assert told.count("the broker refused the connection") == 1
+            assert told.count("the connection to the broker is lost") == 2, (
+                "as it broke, and as it was refused"
+            )
+            assert told.count("the broker is there again") == 1
 
 
 async def test_a_subscription_that_is_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,8 @@ def test_rendering(client: httpx.Client) -> None:
 
 
 def test_the_list_is_searched_and_paged(client: httpx.Client) -> None:
-    made = [create(client, title=f"Guide {n}", description="100% odd" if n % 2 else "") for n in range(5)]
+    made = [create(client, title=f"Guide {n}", description="100% odd" if n % 2 else "") for n in range(4)]
+    made.append(create(client, title="Guide 4", content="You are a pirate."))
     listed = client.get("/api/templates", params={"limit": 2}).json()
     assert (listed["total"], [t["title"] for t in listed["templates"]]) == (5, ["Guide 4", "Guide 3"])
     rest = client.get("/api/templates", params={"limit": 10, "offset": 2}).json()["templates"]
@@ -82,6 +83,7 @@ def test_the_list_is_searched_and_paged(client: httpx.Client) -> None:
     assert client.get("/api/templates").json()["templates"][0]["title"] == "Renamed"
     assert client.get("/api/templates", params={"search": "gUIDE"}).json()["total"] == 4
     assert client.get("/api/templates", params={"search": "100%"}).json()["total"] == 2
+    assert client.get("/api/templates", params={"search": "Pirate"}).json()["total"] == 1
 
 
 def test_a_deleted_template_can_be_restored(client: httpx.Client) -> None:

@@ -153,6 +153,7 @@ class MqttConnection:
         self._unconfirmed: dict[int, tuple[Outgoing, asyncio.Future[None]]] = {}
         self._held: deque[tuple[Outgoing, asyncio.Future[None]]] = deque()
         self._is_up = False
+        self._troubles: set[tuple[str, str]] = set()
         self.is_subscribed = False
         self._client = _client(broker, client_id)
         self._client.on_socket_open = self._watch_socket
@@ -258,9 +259,15 @@ class MqttConnection:
             # paho connects blockingly; everything after that happens on the loop.
             await self._loop.run_in_executor(None, connect)
         except (OSError, ValueError) as error:
-            log.warning("the broker cannot be reached", reason=str(error) or type(error).__name__)
+            self._tell_of("the broker cannot be reached", str(error) or type(error).__name__)
             return False
         return True
+
+    def _tell_of(self, trouble: str, reason: str) -> None:
+        """Logs why there is no connection, once: it is tried again every few seconds."""
+        if (trouble, reason) not in self._troubles:
+            self._troubles.add((trouble, reason))
+            log.warning(trouble, reason=reason)
 
     async def _serve(self) -> None:
         """Does paho's housekeeping until the connection is lost."""
@@ -272,7 +279,7 @@ class MqttConnection:
 
     def _connected(self, _client: Any, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
         if reason.is_failure:
-            log.warning("the broker refused the connection", reason=str(reason))
+            self._tell_of("the broker refused the connection", str(reason))
             self._lost.set()
             return
         self._connections += 1
@@ -306,10 +313,13 @@ class MqttConnection:
             self._loop.call_later(BACKOFF_MOST_S, self._subscribe)
             return
         self.is_subscribed = True
+        if self._troubles:
+            self._troubles.clear()
+            log.info("the broker is there again")
         self._on_connected()
 
     def _disconnected(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
-        log.warning("the connection to the broker is lost", reason=str(reason))
+        self._tell_of("the connection to the broker is lost", str(reason))
         self._is_up = False
         self._lost.set()
 

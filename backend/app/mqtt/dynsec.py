@@ -57,6 +57,7 @@ class DynamicSecurity:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._trouble = ""
         self.reserved = frozenset({settings.mqtt_username})
 
     async def put(self, name: str, projects: Sequence[str], password: str) -> None:
@@ -177,8 +178,11 @@ class DynamicSecurity:
                 is_reply=lambda payload: mine in (one.get("correlationData") for one in _responses(payload)),
             )
         except (OSError, ValueError) as error:
-            log.warning("the broker's dynamic security does not answer", reason=str(error))
+            if str(error) != self._trouble:  # it is asked again and again
+                self._trouble = str(error)
+                log.warning("the broker's dynamic security does not answer", reason=self._trouble)
             raise BrokerUnavailable(_problem(error)) from None
+        self._trouble = ""
         return _responses(reply)
 
 

@@ -120,7 +120,7 @@ async def list_templates(
     user: CurrentUser,
     templates: TemplatesDep,
     search: Annotated[
-        str, Query(max_length=200, description="Only titles and descriptions with this text")
+        str, Query(max_length=200, description="Only those with this text in title, description or content")
     ] = "",
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     offset: Annotated[int, Query(ge=0, le=2**53)] = 0,

@@ -73,18 +73,14 @@ class Templates:
     async def search(
         self, who: Identity, text: str = "", *, limit: int = 50, offset: int = 0
     ) -> tuple[list[TemplateVersion], int]:
-        """The newest versions of the owner's templates with `text` in title or description, those
-        saved last first, and how many there are in all."""
+        """The newest versions of the owner's templates with `text` in their title, description or
+        content, those saved last first, and how many there are in all."""
         await self._authorizer.check(who, "templates:read")
         wanted = [templates.c.owner == who.owner, templates.c.deleted_at.is_(None), IS_LATEST]
         if text:
             latest = template_versions.c
-            wanted.append(
-                or_(
-                    latest.title.icontains(text, autoescape=True),
-                    latest.description.icontains(text, autoescape=True),
-                )
-            )
+            searched = (latest.title, latest.description, latest.content)
+            wanted.append(or_(*(column.icontains(text, autoescape=True) for column in searched)))
         joined = select(*COLUMNS).select_from(templates.join(template_versions)).where(*wanted)
 
         def operation(connection: Connection) -> tuple[list[TemplateVersion], int]:
