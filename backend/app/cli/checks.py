@@ -18,8 +18,8 @@ from app.cli.stack import ROOT, Stack
 from app.config import BACKEND_DIR, child_environment
 
 IN_PROCESSES = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
-"""For the whole of the tests: each file runs in one of three processes, which have servers of their own. Tests
-wait much, so that on two cores three are faster than two. The files that take longest come first."""
+"""For the whole of the tests: each file runs in one of three processes, which have servers of their own. As
+tests wait much, three are faster than two on two cores. The files that take longest come first."""
 
 Check = tuple[str, Path, list[str]]
 
