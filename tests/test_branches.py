@@ -74,6 +74,19 @@ def test_an_answer_that_was_made_again_can_be_taken_back(
     assert sent(llm) == ["hi", "Hello there", "and?"]
 
 
+def test_a_path_leads_to_no_answer_that_broke_off(client: httpx.Client, llm: FakeLLM, session: str) -> None:
+    ask(client, session, message="hi")
+    question, answer = shown(client, session)
+    llm.script = Script(pieces=text("Good ", "day"), cut_after=1)
+    assert client.post(f"/api/llm/chat/session/{session}/regenerate").status_code == 502
+    ((_, broken),) = client.get(f"/api/sessions/{session}/branches").json()["branches"]
+    chosen = client.post(f"/api/sessions/{session}/messages/{question['id']}/choose")
+    assert chosen.json() == {"leaf_id": answer["id"]}
+    chosen = client.post(f"/api/sessions/{session}/messages/{broken}/choose")
+    assert chosen.json() == {"leaf_id": broken}, "where it is asked for"
+    assert texts(client, session) == ["hi", "Good "]
+
+
 def test_an_edit_is_made_once_and_tried_again_in_its_place(
     client: httpx.Client, llm: FakeLLM, session: str
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from sqlalchemy import Connection, bindparam, delete, or_, select, text, update
+from sqlalchemy import Connection, and_, bindparam, delete, or_, select, text, update
 
 from app.errors import Conflict, NotFound, PortalError
 from app.events import Kind
@@ -37,7 +37,11 @@ _OTHER = Prepared(
     .limit(1)
 )
 _TREE = (
-    select(messages.c.id, messages.c.parent_id)
+    select(
+        messages.c.id,
+        messages.c.parent_id,
+        and_(messages.c.role == "assistant", turns.c.state == "error").label("is_broken"),
+    )
     .join(turns, turns.c.id == messages.c.turn_id)
     .where(messages.c.session == bindparam("session"), turns.c.state != "waiting")
     .order_by(messages.c.created_at, messages.c.id)
@@ -76,14 +80,14 @@ def is_busy(connection: Connection, session: SessionRow) -> bool:
 
 
 def choose(connection: Connection, session: SessionRow, message_id: str) -> str | PortalError:
-    """Lets the history go through a message, and on to the newest one behind it, which is returned. It begins
-    anew with what is sent to the model."""
+    """Lets the history go through a message, and on to the newest one behind it, which is returned; what has
+    broken off takes the place of no other answer. It begins anew with what is sent to the model."""
     if is_busy(connection, session):
         return Conflict("The session is busy: wait until it has answered, or stop it.")
     rows = connection.execute(_TREE, {"session": session.id}).all()
     if message_id not in {row.id for row in rows}:
         return NotFound("There is no such message in this session.")
-    newest = {row.parent_id: row.id for row in rows}
+    newest = {row.parent_id: row.id for row in sorted(rows, key=lambda row: not row.is_broken)}
     leaf = message_id
     while leaf in newest:
         leaf = newest[leaf]
