@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pydantic import SecretStr
 from app.config import Settings
 from app.container import Container, open_container
 from app.errors import Conflict, NotFound, PortalError
-from app.events import Cancelled, Ending, Failed, Final, GenerationOptions, TurnRequest, new_id
+from app.events import Cancelled, Ending, Failed, Final, GenerationOptions, TurnRequest, new_id, type_of
 from app.loop import BackgroundLoop
 from app.services.turns import Turn
 from tests.fake_llm import FakeLLM, Script, serve, text
@@ -44,6 +45,9 @@ BROKEN = Script(pieces=text("half of", " it"), cut_after=1)
 
 BETWEEN = ["", "go on", "answer again"]
 """What happens before something that failed is tried again."""
+
+MEANWHILE = ["", "stop the second", "clear", "restart"]
+"""What happens while three messages wait in one session."""
 
 Key = tuple[str, str]
 
@@ -267,6 +271,48 @@ class Sessions(RuleBasedStateMachine):
         assert first == second
         assert len(self.fake.requests) == asked + 1
         self.learn(1, key, talk.shown, *answered(message))
+
+    @rule(ats=st.tuples(portals, portals, portals), key=keys, then=st.sampled_from(MEANWHILE), by=portals)
+    def say_three_in_a_row(self, ats: tuple[int, int, int], key: Key, then: str, by: int) -> None:
+        """Those that wait are answered in their order, whichever process has them, and whatever happens."""
+        talk, (name, session) = self.live.setdefault(key, Talk()), key
+        ids = [f"{at}-{len(self.fake.requests)}" for at in ("first", "second", "third")]
+        answers = threading.Event()
+        self.fake.script = Script(echo=True, gate=answers)
+
+        async def begin() -> list[str]:
+            turns = []
+            for at, id in zip(ats, ids, strict=True):
+                request = self.request(key, id, request_id=id)
+                turns.append((await self.portals[at].sessions.submit(request)).id)
+            return turns
+
+        turns = self.run(begin())
+        sessions = self.portals[by].sessions
+        if then == "stop the second":
+            assert self.run(sessions.stop(PEOPLE[name], session, ids[1])) == turns[1]
+        elif then == "clear":
+            self.run(sessions.clear(PEOPLE[name], session))
+        elif then == "restart":
+            self.restart(by)
+        answers.set()
+        self.fake.script = ECHO
+
+        async def ended() -> list[str]:
+            found = [await self.portals[by].sessions.find(PEOPLE[name], id) for id in turns]
+            return [type_of(await turn.ended()) for turn in found]
+
+        first, second, third = map(answered, ids)
+        told, shown = self.run(ended()), talk.shown
+        if then == "clear":
+            assert told == ["cancelled"] * 3
+            talk.said, talk.leaf = {}, None
+        elif then == "stop the second":
+            assert told == ["final", "cancelled", "final"]
+            self.learn(by, key, shown, ("user", ids[1], "cancelled"), *first, *third)
+        else:
+            assert told == ["final"] * 3
+            self.learn(by, key, shown, *first, *second, *third)
 
     @rule(at=portals, key=keys)
     def answer_again(self, at: int, key: Key) -> None:
