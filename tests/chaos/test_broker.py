@@ -29,6 +29,7 @@ def broker(tmp_path: Path) -> Iterator[GuardedMosquitto]:
 def portal(fake_thread: FakeLLM, broker: GuardedMosquitto, tmp_path: Path, make_portal: MakePortal) -> Portal:
     fake_thread.script = Script(random=True, between=0.02)
     settings = {"LLM_SERVER_URL": fake_thread.url, "MQTT_PROJECTS": "maze", **broker.settings}
+    settings["LOG_LEVEL"] = "debug"  # all attempts to connect are told then
     return make_portal(tmp_path, **settings).start()
 
 

@@ -264,10 +264,10 @@ class MqttConnection:
         return True
 
     def _tell_of(self, trouble: str, reason: str) -> None:
-        """Logs why there is no connection, once: it is tried again every few seconds."""
-        if (trouble, reason) not in self._troubles:
-            self._troubles.add((trouble, reason))
-            log.warning(trouble, reason=reason)
+        """Logs why there is no connection, as a warning once: it is tried again every few seconds."""
+        say = log.debug if (trouble, reason) in self._troubles else log.warning
+        self._troubles.add((trouble, reason))
+        say(trouble, reason=reason)
 
     async def _serve(self) -> None:
         """Does paho's housekeeping until the connection is lost."""

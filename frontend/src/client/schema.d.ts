@@ -6982,7 +6982,7 @@ export interface operations {
             query?: {
                 limit?: number;
                 offset?: number;
-                /** @description Only titles and descriptions with this text */
+                /** @description Only those with this text in title, description or content */
                 search?: string;
             };
             header?: never;

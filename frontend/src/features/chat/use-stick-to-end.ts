@@ -50,15 +50,21 @@ export function useStickToEnd(ready: boolean) {
       else if (scrollTop < place.current) following.current = false;
       place.current = scrollTop;
     };
+    // On a busy page it may have scrolled to the end again before it hears of a scroll of the person.
+    const onWheel = (event: WheelEvent) => {
+      if (event.deltaY < 0 && window.scrollY > 0) following.current = false;
+    };
     const grown = new ResizeObserver(() => {
       if (following.current) scrollToEnd();
     });
     if (mark.parentElement) grown.observe(mark.parentElement);
     window.addEventListener("scroll", onScroll, { passive: true });
+    window.addEventListener("wheel", onWheel, { passive: true });
     return () => {
       seen.disconnect();
       grown.disconnect();
       window.removeEventListener("scroll", onScroll);
+      window.removeEventListener("wheel", onWheel);
     };
   }, [ready, scrollToEnd]);
 
