@@ -35,7 +35,11 @@ function Conversation({ sessionId }: { sessionId: string }) {
   const turns = useLiveTurns();
   const messages = history.data?.messages ?? [];
   const running = messages.some((message) => message.status === "pending");
-  const answered = new Set(messages.map((message) => message.role === "assistant" && message.turn_id));
+  const answers = messages.filter((message) => message.role === "assistant");
+  const answered = new Set(answers.flatMap((answer) => [answer.turn_id, answer.parent_id]));
+  // A message whose own turn has failed may have the answer of a later one.
+  const hasAnswer = ({ id, turn_id, status }: HistoryMessage) =>
+    answered.has(turn_id) || (status !== "pending" && answered.has(id));
   const { end, atEnd, scrollToEnd, keepPlace, restorePlace } = useStickToEnd(history.isSuccess);
   const first = messages[0];
   // biome-ignore lint/correctness/useExhaustiveDependencies: earlier messages are there now
@@ -83,7 +87,7 @@ function Conversation({ sessionId }: { sessionId: string }) {
             key={message.id}
             message={message}
             sessionId={sessionId}
-            hasAnswer={answered.has(message.turn_id)}
+            hasAnswer={hasAnswer(message)}
             onAskAgain={askAgain}
           />
         ))}
