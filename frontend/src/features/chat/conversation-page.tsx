@@ -8,6 +8,7 @@ import { llmAPI } from "../../api";
 import { PortalError } from "../../client/errors";
 import type { HistoryMessage, Session } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
+import { NotFoundPage } from "../../components/error-pages";
 import { Loading } from "../../components/loading";
 import { notifyError } from "../../components/notify";
 import { useClearSession, useHistory, useSession } from "../../queries/sessions";
@@ -61,6 +62,7 @@ function Conversation({ sessionId }: { sessionId: string }) {
     await llmAPI.stopSession(sessionId);
   };
   const failure = failureOf(session) ?? failureOf(history);
+  if (failure?.code === "not_found") return <NotFoundPage />;
   if (failure) {
     return (
       <Center mih="60dvh" p="md">
