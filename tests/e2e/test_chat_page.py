@@ -241,6 +241,22 @@ class TestWithAnLLMThatDoesAsItIsTold:
         expect(ada.get_by_role("article", name="You")).to_have_count(2)
 
     @AT_ONE_WIDTH
+    def test_a_failure_is_told_of_only_until_another_answer_is_there(
+        self, ada: Page, portal: Portal, username: str, script: Script
+    ) -> None:
+        script.status = 500
+        ask(ada, "Hi")
+        expect(ada.get_by_role("alert")).to_have_count(1)
+        script.status = 200
+        with portal.client(username) as elsewhere:
+            path = f"/api/llm/chat/session/{ada.url.rsplit('/', 1)[1]}/regenerate"
+            assert elsewhere.post(path, json={}).status_code == 200
+        assert history(portal, ada, username)[0]["status"] == "failed"
+        ada.reload()
+        expect(answers(ada)).to_contain_text("Hello there")
+        expect(ada.get_by_role("alert")).to_have_count(0)
+
+    @AT_ONE_WIDTH
     def test_an_answer_that_breaks_off_stays_as_far_as_it_came(self, ada: Page, script: Script) -> None:
         script.pieces, script.between, script.cut_after = text("As far as", " this", " and on"), 0.05, 2
         ask(ada, "Hi")

@@ -72,3 +72,13 @@ def test_the_menu_of_a_phone_can_be_used_by_keyboard(ada: Page, portal: Portal, 
     expect(shown.get_by_role("link", name="Templates")).to_have_count(0)
     with ada.expect_request(permissions):
         shown.get_by_role("button", name="Try again").click()
+
+
+@pytest.mark.parametrize("context", [360], indirect=True)
+def test_what_is_gone_is_not_asked_for_again(ada: Page, portal: Portal) -> None:
+    for path in ("nowhere", "chat/gone", "templates/gone"):
+        ada.goto(f"{portal.url}/{path}")
+        expect(ada.get_by_role("heading", name="There is nothing here")).to_be_visible()
+        expect(ada.get_by_role("main").get_by_role("button", name="Try again")).to_have_count(0)
+    ada.get_by_role("link", name="Go to the chat").click()
+    expect(ada.get_by_role("textbox", name="Message")).to_be_visible()

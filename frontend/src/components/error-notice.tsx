@@ -27,14 +27,16 @@ export function ErrorNotice({ error, onRetry, retryLabel = "Try again" }: Props)
       title={error.message}
       role="alert"
     >
-      <Stack gap="xs" align="flex-start">
-        {advice && <Text size="sm">{advice}</Text>}
-        {onRetry && (
-          <Button size="xs" variant="default" loading={trying} onClick={() => void retry()}>
-            {retryLabel}
-          </Button>
-        )}
-      </Stack>
+      {(advice || onRetry) && (
+        <Stack gap="xs" align="flex-start">
+          {advice && <Text size="sm">{advice}</Text>}
+          {onRetry && (
+            <Button size="xs" variant="default" loading={trying} onClick={() => void retry()}>
+              {retryLabel}
+            </Button>
+          )}
+        </Stack>
+      )}
     </Alert>
   );
 }

@@ -21,7 +21,7 @@ export function KeyLine({ apiKey, onRevoke }: { apiKey: Key; onRevoke?: () => vo
         </Text>
       </div>
       {onRevoke && (
-        <Button size="xs" variant="default" onClick={onRevoke} aria-label={`Revoke ${name}`}>
+        <Button size="xs" variant="default" flex="none" onClick={onRevoke} aria-label={`Revoke ${name}`}>
           Revoke
         </Button>
       )}

@@ -38,4 +38,9 @@ describe("Markdown", () => {
     expect(anchors(html)).toHaveLength(1);
     expect(html).toContain("A maze (image)");
   });
+
+  it("lets who has no mouse scroll a table", () => {
+    const html = render("| A | B |\n| - | - |\n| 1 | 2 |");
+    expect(html).toMatch(/tabindex="0" role="region" aria-label="Table"/);
+  });
 });

@@ -1,10 +1,11 @@
-import { Anchor, Code, Table, Typography } from "@mantine/core";
+import { Anchor, Code, Typography } from "@mantine/core";
 import { createContext, memo, type ReactNode, useContext, useId } from "react";
 import ReactMarkdown, { type Components } from "react-markdown";
 import rehypeHighlight from "rehype-highlight";
 import remarkGfm from "remark-gfm";
 import { CodeBlock } from "./code-block";
 import classes from "./markdown.module.css";
+import { WideTable } from "./wide-table";
 
 /**
  * What a model wrote, as Markdown. HTML in it is shown as text, addresses have harmless schemes only, and
@@ -41,11 +42,9 @@ const COMPONENTS: Components = {
   code: ({ className, children }) =>
     className?.includes("hljs") ? <code className={className}>{children}</code> : <Code>{children}</Code>,
   table: ({ children }) => (
-    <Table.ScrollContainer minWidth={0}>
-      <Table withTableBorder withColumnBorders>
-        {children}
-      </Table>
-    </Table.ScrollContainer>
+    <WideTable label="Table" withTableBorder withColumnBorders>
+      {children}
+    </WideTable>
   ),
 };
 

@@ -139,6 +139,7 @@ function SignInRow({
         <Button
           size="xs"
           variant="default"
+          flex="none"
           loading={isEnding}
           onClick={onEnd}
           aria-label={`Sign out on ${device}`}

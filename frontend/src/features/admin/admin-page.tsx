@@ -1,4 +1,4 @@
-import { Group, NavLink, ScrollArea, Stack, Title } from "@mantine/core";
+import { Group, NavLink, Stack, Title } from "@mantine/core";
 import { Link, Navigate, Outlet, useLocation } from "react-router";
 import { Loaded } from "../../components/loaded";
 import { useMay, usePermissions } from "../../queries/access";
@@ -20,22 +20,20 @@ export function AdminPage() {
       <Loaded query={permissions} label="what you may">
         {() => (
           <>
-            <ScrollArea type="never">
-              <Group component="nav" aria-label="Admin" gap={4} wrap="nowrap">
-                {pages.map(({ to, label }) => (
-                  <NavLink
-                    key={to}
-                    component={Link}
-                    to={to}
-                    label={label}
-                    active={pathname === to}
-                    aria-current={pathname === to ? "page" : undefined}
-                    w="auto"
-                    className={classes["tab"] ?? ""}
-                  />
-                ))}
-              </Group>
-            </ScrollArea>
+            <Group component="nav" aria-label="Admin" gap={4}>
+              {pages.map(({ to, label }) => (
+                <NavLink
+                  key={to}
+                  component={Link}
+                  to={to}
+                  label={label}
+                  active={pathname === to}
+                  aria-current={pathname === to ? "page" : undefined}
+                  w="auto"
+                  className={classes["tab"] ?? ""}
+                />
+              ))}
+            </Group>
             <Outlet />
           </>
         )}

@@ -10,7 +10,7 @@ import { Section } from "../../components/section";
 import { WideTable } from "../../components/wide-table";
 import { type AuditQuery, download, useAudit, useVerifyAudit } from "../../queries/admin";
 import classes from "./admin.module.css";
-import { OwnerName } from "./owner-name";
+import { OwnerName, useOwnerCalled } from "./owner-name";
 
 const SEARCH_AFTER_MS = 300;
 const BAD = new Set(["denied", "error"]);
@@ -19,6 +19,7 @@ export function AuditPage() {
   const [filter, setFilter] = useState<AuditQuery>({});
   const [before, setBefore] = useState<number>();
   const [wanted] = useDebouncedValue(filter, SEARCH_AFTER_MS);
+  const actor = useOwnerCalled(wanted.actor);
   const verify = useVerifyAudit();
   const change = (name: keyof AuditQuery) => (event: React.ChangeEvent<HTMLInputElement>) => {
     const { [name]: _, ...others } = filter;
@@ -54,11 +55,11 @@ export function AuditPage() {
       <title>Audit · Prompt Portal</title>
       {verify.data && <Verdict verdict={verify.data} />}
       <Group grow preventGrowOverflow={false}>
-        <TextInput label="Who" placeholder="user:…" onChange={change("actor")} />
+        <TextInput label="Who" placeholder="a name, or user:…" onChange={change("actor")} />
         <TextInput label="What" placeholder="auth." onChange={change("action")} />
         <TextInput label="How it ended" placeholder="denied" onChange={change("outcome")} />
       </Group>
-      <Entries query={wanted} before={before} onOlder={setBefore} />
+      <Entries query={actor ? { ...wanted, actor } : wanted} before={before} onOlder={setBefore} />
     </Section>
   );
 }
@@ -142,7 +143,7 @@ function EntryRow({ entry }: { entry: AuditEntry }) {
       <Table.Td>
         {entry.action} {entry.door && <Text span c="dimmed" size="sm">{`by ${entry.door}`}</Text>}{" "}
         {entry.personal_data && (
-          <Badge variant="default" tt="none">
+          <Badge variant="default" tt="none" miw="max-content">
             personal data
           </Badge>
         )}

@@ -12,6 +12,7 @@ import { ShownOnce } from "../../components/shown-once";
 import { WideTable } from "../../components/wide-table";
 import { useMay } from "../../queries/access";
 import { useAddDevice, useDevicePassword, useDevices, useRemoveDevice } from "../../queries/devices";
+import classes from "./admin.module.css";
 import { DeviceForm } from "./device-form";
 
 type Keeper = DeviceList["acl"];
@@ -111,7 +112,7 @@ function DeviceTable({ devices, ...rest }: TableProps) {
 function DeviceRow({ device, acl, canWrite, onPassword }: Omit<TableProps, "devices"> & { device: Device }) {
   return (
     <Table.Tr>
-      <Table.Td>
+      <Table.Td className={classes["name"] ?? ""}>
         <Text fw={600}>{device.name}</Text>
       </Table.Td>
       <Table.Td>{device.owner}</Table.Td>

@@ -81,6 +81,7 @@ function InvitationRow({ invitation, canTakeBack }: { invitation: Invitation; ca
         <Button
           size="xs"
           variant="default"
+          flex="none"
           loading={takeBack.isPending}
           onClick={() => takeBack.mutate(invitation.id, { onError: notifyError })}
         >

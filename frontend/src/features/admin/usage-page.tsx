@@ -101,7 +101,9 @@ function lastDays(): DateRange {
 
 function ByDay(range: DateRange) {
   const { data } = useUsage({ ...range, by: ["day"] });
-  const tokens = new Map(data?.lines.map((line) => [line.day ?? "", tokensOf(line)]));
+  // What is not known is not nothing.
+  if (data === undefined) return null;
+  const tokens = new Map(data.lines.map((line) => [line.day ?? "", tokensOf(line)]));
   return <DayChart title="Tokens" unit="tokens" {...range} values={tokens} />;
 }
 

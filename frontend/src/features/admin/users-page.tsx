@@ -13,6 +13,7 @@ import { ShownOnce } from "../../components/shown-once";
 import { WideTable } from "../../components/wide-table";
 import { useMay } from "../../queries/access";
 import { useChangeUser, usePasswordLink, useRoles, useSignUserOut, useUsers } from "../../queries/admin";
+import classes from "./admin.module.css";
 import { InvitationsSection } from "./invitations-section";
 import { UserKeys } from "./user-keys";
 
@@ -81,7 +82,7 @@ function UserRow({ user, onLink, onKeys }: RowProps) {
   const canWrite = may("users:write");
   return (
     <Table.Tr>
-      <Table.Td>
+      <Table.Td className={classes["name"] ?? ""}>
         <Group gap="xs">
           <Text fw={600}>{user.username}</Text>
           {user.closed_at && (

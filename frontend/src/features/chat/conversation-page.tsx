@@ -8,6 +8,7 @@ import { llmAPI } from "../../api";
 import { PortalError } from "../../client/errors";
 import type { HistoryMessage, Session } from "../../client/schema";
 import { ErrorNotice } from "../../components/error-notice";
+import { NotFoundPage } from "../../components/error-pages";
 import { Loading } from "../../components/loading";
 import { notifyError } from "../../components/notify";
 import { useClearSession, useHistory, useSession } from "../../queries/sessions";
@@ -35,7 +36,11 @@ function Conversation({ sessionId }: { sessionId: string }) {
   const turns = useLiveTurns();
   const messages = history.data?.messages ?? [];
   const running = messages.some((message) => message.status === "pending");
-  const answered = new Set(messages.map((message) => message.role === "assistant" && message.turn_id));
+  const answers = messages.filter((message) => message.role === "assistant");
+  const answered = new Set(answers.flatMap((answer) => [answer.turn_id, answer.parent_id]));
+  // A message whose own turn has failed may have the answer of a later one.
+  const hasAnswer = ({ id, turn_id, status }: HistoryMessage) =>
+    answered.has(turn_id) || (status !== "pending" && answered.has(id));
   const { end, atEnd, scrollToEnd, keepPlace, restorePlace } = useStickToEnd(history.isSuccess);
   const first = messages[0];
   // biome-ignore lint/correctness/useExhaustiveDependencies: earlier messages are there now
@@ -57,6 +62,7 @@ function Conversation({ sessionId }: { sessionId: string }) {
     await llmAPI.stopSession(sessionId);
   };
   const failure = failureOf(session) ?? failureOf(history);
+  if (failure?.code === "not_found") return <NotFoundPage />;
   if (failure) {
     return (
       <Center mih="60dvh" p="md">
@@ -83,7 +89,7 @@ function Conversation({ sessionId }: { sessionId: string }) {
             key={message.id}
             message={message}
             sessionId={sessionId}
-            hasAnswer={answered.has(message.turn_id)}
+            hasAnswer={hasAnswer(message)}
             onAskAgain={askAgain}
           />
         ))}

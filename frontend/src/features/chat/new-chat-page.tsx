@@ -107,7 +107,7 @@ export function NewChatPage() {
         )}
         {templateId === null && (
           <div>
-            <UnstyledButton onClick={toggle} aria-expanded={opened}>
+            <UnstyledButton py={2} onClick={toggle} aria-expanded={opened}>
               <Text size="sm" c="dimmed" td="underline">
                 Write a system prompt for this chat alone
               </Text>

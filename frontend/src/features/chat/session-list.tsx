@@ -68,7 +68,6 @@ function Entry({ session, isOpen }: { session: Session; isOpen: boolean }) {
           <ActionIcon
             variant="subtle"
             color="gray"
-            size="sm"
             className={classes["menu"] ?? ""}
             aria-label={`What to do with “${session.title}”`}
           >

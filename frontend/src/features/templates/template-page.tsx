@@ -2,6 +2,7 @@ import { Center } from "@mantine/core";
 import { useLocation, useParams, useSearchParams } from "react-router";
 import { PortalError } from "../../client/errors";
 import { ErrorNotice } from "../../components/error-notice";
+import { NotFoundPage } from "../../components/error-pages";
 import { Loading } from "../../components/loading";
 import { useAccount } from "../../queries/account";
 import { useTemplate } from "../../queries/templates";
@@ -26,10 +27,12 @@ function EditorOf({ id }: { id: string }) {
     return <TemplateEditor person={account.data.id} saved={template.data} initial={initial} />;
   }
   const failed = [account, template].find(({ error }) => error !== null);
+  const failure = failed && PortalError.from(failed.error);
+  if (failure?.code === "not_found") return <NotFoundPage />;
   return (
     <Center mih="60dvh" p="md">
-      {failed ? (
-        <ErrorNotice error={PortalError.from(failed.error)} onRetry={() => void failed.refetch()} />
+      {failure ? (
+        <ErrorNotice error={failure} onRetry={() => void failed?.refetch()} />
       ) : (
         <Loading label="Loading the template" />
       )}

@@ -65,7 +65,7 @@ function TemplateCard({ template }: { template: Template }) {
           <Text fw={600} lineClamp={2}>
             {template.title}
           </Text>
-          <Badge variant="light" tt="none">
+          <Badge variant="light" tt="none" flex="none">
             v{template.version}
           </Badge>
         </Group>

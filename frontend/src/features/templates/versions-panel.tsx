@@ -42,7 +42,7 @@ function Versions({ versions, draft, onPick }: Omit<Props, "template"> & { versi
             aria-pressed={version === chosen}
             label={
               <Group gap="xs" wrap="nowrap">
-                <Badge variant="light" tt="none">
+                <Badge variant="light" tt="none" flex="none">
                   v{version.version}
                 </Badge>
                 <Text size="sm" truncate>
