@@ -82,12 +82,13 @@ class Outbox:
         self._database = database
 
     async def ready(self, project: str) -> list[Delivery]:
-        """The replies owed to a project's clients now, oldest first, at most `MOST_READ`."""
+        """The replies owed to a project's clients now, in the order in which their turns ended, at most
+        `MOST_READ`."""
         wanted = (
             select(*_COLUMNS)
             .join(turns, turns.c.id == outbox.c.turn_id)
             .where(outbox.c.project == project, turns.c.ended_at.is_not(None))
-            .order_by(outbox.c.id)
+            .order_by(turns.c.ended_at, turns.c.position)  # whoever asks again gives an old reply a new id
             .limit(MOST_READ)
         )
         return await self._database.read(lambda c: [_delivery(row) for row in c.execute(wanted)])
