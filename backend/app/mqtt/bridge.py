@@ -32,7 +32,7 @@ from app.services.drain import Drain
 from app.services.leases import Leases
 from app.services.llm_client import LLMClient
 from app.services.metrics import ProjectFigures
-from app.services.outbox import Delivery, Outbox
+from app.services.outbox import MOST_READ, Delivery, Outbox
 from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.store import Store
@@ -151,6 +151,11 @@ class ProjectDoor:
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
         """Since the outbox was read last: what was read then may be in it."""
+        self._is_behind = True
+        """Whether replies are stored that come before those of the turns that end here now."""
+        self._look_again = asyncio.Event()
+        self._postponed: list[tuple[Delivery, Turn]] = []
+        """Since then, too: what ended here, and is published behind what was read."""
         self._to_forget: list[Delivery] = []
         self._has_confirmed = asyncio.Event()
         self._tasks = Tasks(f"mqtt {project}")
@@ -200,6 +205,7 @@ class ProjectDoor:
                 await asyncio.sleep(RENEW_S)
                 continue
             self._serves.set()
+            self._is_behind = True
             async with AsyncExitStack() as stack:
                 for coroutine, name in (
                     (self._connection.run(), "session"),
@@ -347,8 +353,19 @@ class ProjectDoor:
 
     def deliver(self, delivery: Delivery, turn: Turn) -> None:
         """Publishes the reply to a turn that has ended, unless another instance serves the project: that one
-        finds it in the outbox."""
-        if not self._serves.is_set() or delivery.id in self._delivering:
+        finds it in the outbox. Stored replies that come before it are published first."""
+        if not self._serves.is_set():
+            return
+        if turn.is_after_others:
+            self._is_behind = True
+            self._look_again.set()
+        if self._is_behind:
+            self._postponed.append((delivery, turn))
+        else:
+            self._publish(delivery, turn)
+
+    def _publish(self, delivery: Delivery, turn: Turn) -> None:
+        if delivery.id in self._delivering:
             return
         self._delivering.add(delivery.id)
         outgoing = _outgoing(delivery.target, self._payload(delivery.target, turn))
@@ -402,18 +419,35 @@ class ProjectDoor:
     async def _deliver_stored(self) -> None:
         """Publishes the replies that an earlier process left, and those to turns that another process
         has ended. Runs until cancelled."""
-        parts = self._parts
         while True:
+            self._look_again.clear()
             self._delivered.clear()
-            for delivery in await insist(lambda: parts.outbox.ready(self._project)):
-                if delivery.id in self._delivering:
-                    continue
+            self._postponed.clear()
+            await self._publish_stored()
+            if self._look_again.is_set():
+                continue
+            self._is_behind = False
+            for delivery, turn in self._postponed:
+                if delivery.id not in self._delivered:
+                    self._publish(delivery, turn)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(OUTBOX_S):
+                    await self._look_again.wait()
+
+    async def _publish_stored(self) -> None:
+        parts, last = self._parts, None
+        while True:
+            stored = await insist(lambda after=last: parts.outbox.ready(self._project, after))  # type: ignore[misc]
+            new = [delivery for delivery in stored if delivery.id not in self._delivering]
+            for delivery in new:
                 found = await insist(lambda turn=delivery.turn_id: parts.store.turn(turn))  # type: ignore[misc]
                 if delivery.id in self._delivered:
                     continue
                 if found is not None and found[0].ending is not None:
-                    self.deliver(delivery, recall(*found))
-            await asyncio.sleep(OUTBOX_S)
+                    self._publish(delivery, recall(*found))
+            if len(stored) < MOST_READ or not new:
+                return
+            last = stored[-1]
 
     # --- streams ---
 
