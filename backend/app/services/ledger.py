@@ -84,8 +84,8 @@ class Ledger(Protocol):
         """Tells what is spent of a budget already, unless it is known by now."""
 
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
-        """Reserves all, or returns the budget that has not enough left; with `force` it reserves in any
-        case."""
+        """Reserves all, in the place of what `id` has reserved, or returns the budget that has not enough
+        left; with `force` it reserves in any case."""
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
         """Gives the reservations back and adds what was spent by key; returns the sums by key. What is not
@@ -180,7 +180,8 @@ class MemoryLedger:
             for hold in holds:
                 budget = self._budget(hold)
                 spent = budget.spent or 0.0
-                if spent + sum(budget.reserved.values()) + hold.amount > hold.budget:
+                of_others = sum(budget.reserved.values()) - budget.reserved.get(id, 0.0)
+                if spent + of_others + hold.amount > hold.budget:
                     return Lacking(hold, spent)
         for hold in holds:
             self._budget(hold).reserved[id] = hold.amount
