@@ -228,6 +228,29 @@ def test_a_budget_is_reserved_before_and_settled_after(client: httpx.Client, adm
     assert ask(client, max_tokens=40).status_code == 200
 
 
+@pytest.mark.parametrize("reserved", [False, True], ids=["at rest", "while a turn runs"])
+def test_a_budget_that_was_taken_away_for_a_time_counts_what_was_spent_meanwhile(
+    client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM, reserved: bool
+) -> None:
+    owner, gate = owner_of(client), threading.Event()
+    limit(admin, owner, daily_tokens=200)
+    if not reserved:
+        gate.set()
+    module_fake.script = Script(usage=USAGE, gate=gate)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, client, max_tokens=40)
+        wait_until(lambda: module_fake.running or first.done(), what="the generation")
+        module_fake.script = Script(usage=USAGE)
+        assert admin.delete(f"/api/admin/limits/{owner}").status_code == 204
+        for _ in range(2):
+            assert ask(client, max_tokens=40).status_code == 200
+        limit(admin, owner, daily_tokens=200)
+        gate.set()
+        assert first.result().status_code == 200
+    assert ask(client, max_tokens=40).status_code == 200
+    assert code(ask(client, max_tokens=40)) == "budget_exceeded", "four times 50 tokens"
+
+
 def test_as_much_is_reserved_as_the_model_may_write(
     make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM
 ) -> None:

@@ -147,6 +147,12 @@ class Ledgers(RuleBasedStateMachine):
         known = {f"b{number}": self.budgets[number].spent for number in numbers}
         assert sums == {key: total for key, total in known.items() if total is not None}
 
+    @rule(at=processes, number=st.sampled_from([0, 1]))
+    def forget(self, at: int, number: int) -> None:
+        """What is spent, and not what is reserved."""
+        self.run(self.ledgers[at].forget([f"b{number}"]))
+        self.budgets[number].spent = None
+
     @rule(at=processes, id=ids, numbers=some)
     def hand_over(self, at: int, id: str, numbers: list[int]) -> None:
         """It is free where nobody else counts."""

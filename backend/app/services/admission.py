@@ -133,6 +133,14 @@ class Admission:
             requests_per_session_minute=settings.rate_limit_session_per_minute,
             daily_tokens=settings.daily_token_budget,
         )
+        policies.on_limits = self._limits_changed
+
+    async def _limits_changed(self, subject: str) -> None:
+        """What was spent while a budget was not set was not counted: what is spent is read anew. An owner's
+        own limits may have stood before those of the settings."""
+        subjects = (subject, f"{PERSON}{subject.removeprefix('user:')}")
+        keys = [_key_of(one, budget, today()) for one in subjects for budget in BUDGETS]
+        await self._arrears.tell(partial(self._ledger.forget, keys))
 
     async def close(self) -> None:
         """Tells the ledger what it does not know yet."""
@@ -279,9 +287,9 @@ class Admission:
                 amount = getattr(limits, budget)
                 if amount:
                     most = most or estimate()
-                    period = day if budget.startswith("daily") else day[:7]
-                    key = f"{subject}|{budget}|{period}"
-                    holds.append(Hold(key, float(getattr(most, counted)), amount, _end_of(period)))
+                    key = _key_of(subject, budget, day)
+                    ends_at = _end_of(key.rpartition("|")[2])
+                    holds.append(Hold(key, float(getattr(most, counted)), amount, ends_at))
                     budgets[key] = (subject, budget)
         return holds, budgets
 
@@ -411,6 +419,11 @@ def _check_windows(quotas: Sequence[Quota]) -> None:
         retry_after=worst.resets_in,
         quotas=[quota.info for quota in quotas],
     )
+
+
+def _key_of(subject: str, budget: str, day: str) -> str:
+    """What a budget is counted by: each day, or each month, is another one."""
+    return f"{subject}|{budget}|{day if budget.startswith('daily') else day[:7]}"
 
 
 def _period(hold: Hold) -> str:

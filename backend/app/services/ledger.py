@@ -83,6 +83,9 @@ class Ledger(Protocol):
     async def seed(self, hold: Hold, spent: float) -> None:
         """Tells what is spent of a budget already, unless it is known by now."""
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        """What is spent of these budgets is not known any more; what is reserved of them stays."""
+
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """Reserves all, in the place of what `id` has reserved, or returns the budget that has not enough
         left; with `force` it reserves in any case."""
@@ -173,6 +176,12 @@ class MemoryLedger:
         budget = self._budget(hold)
         if budget.spent is None:
             budget.spent = spent
+
+    async def forget(self, keys: Sequence[str]) -> None:
+        """See `Ledger`."""
+        for key in keys:
+            if key in self._budgets:
+                self._budgets[key].spent = None
 
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""

@@ -142,6 +142,10 @@ class RedisLedger:
         until = int(hold.ends_at * 1000)
         await _answered(self._redis.set(self._keys(hold)[0], spent, nx=True, pxat=until))
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        """See `Ledger`."""
+        await _answered(self._redis.delete(*(f"{self._prefix}s:{key}" for key in keys)))
+
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
         arguments: list[Any] = [id, int(force), RESERVATION_S]
