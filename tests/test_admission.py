@@ -381,6 +381,28 @@ def test_what_ends_while_redis_is_away_is_counted_when_it_is_back(
         assert code(ask(client, max_tokens=40)) == "budget_exceeded", "each was counted, and once"
 
 
+def test_a_turn_that_began_again_and_is_taken_up_is_counted_once(
+    make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, redis: Redis
+) -> None:
+    limits = {"MAX_TURNS_PER_USER": "1", "REDIS_URL": redis.url}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, **limits).start()
+    session = new_id()
+    with portal.client() as client:
+        fake_thread.script = Script(status=500)
+        assert ask(client, session, request_id="r").status_code == 502
+        fake_thread.script = Script(usage=USAGE, before_first=30)
+        dying = threading.Thread(target=lambda: _refused(client, session=session, request_id="r"))
+        dying.start()
+        wait_until(lambda: fake_thread.running, what="the generation")
+        portal.kill()
+        dying.join()
+    fake_thread.script = Script(usage=USAGE)
+    portal.start()
+    with portal.client() as client:
+        wait_until(lambda: ask(client, session, request_id="r").status_code == 200, what="the turn")
+        assert ask(client).status_code == 200
+
+
 def test_cost_and_gpu_time_are_budgets_too(
     make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM
 ) -> None:

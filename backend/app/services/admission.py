@@ -23,7 +23,7 @@ import msgspec
 
 from app.access import Identity, Limits
 from app.config import Settings
-from app.errors import BudgetExceeded, InvalidRequest, RateLimited, quota_headers
+from app.errors import BudgetExceeded, InvalidRequest, Overloaded, RateLimited, quota_headers
 from app.events import TurnRequest, Usage
 from app.logs import get_logger
 from app.services.alerts import Alerts
@@ -208,6 +208,18 @@ class Admission:
         await self._seed(ticket)
         await self._ledger.reserve(turn_id, ticket.holds, force=True)
         return msgspec.structs.replace(ticket, windows=())
+
+    async def rename(self, ticket: Ticket, turn_id: str) -> Ticket:
+        """The ticket of a turn that was accepted before and begins again, under that turn's id: whoever takes
+        the turn up finds what is reserved for it."""
+        if not ticket.holds:
+            return ticket
+        try:
+            await self._ledger.reserve(turn_id, ticket.holds, force=True)
+        except Overloaded:
+            return ticket
+        await self._arrears.tell(partial(self._settle, ticket, NOTHING))
+        return msgspec.structs.replace(ticket, turn_id=turn_id)
 
     async def admit_work(self, turn: Ticket, work_id: str) -> Ticket:
         """The ticket of work that follows a turn: it is charged to the same budgets, and counts for no rate
