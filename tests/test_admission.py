@@ -381,6 +381,26 @@ def test_what_ends_while_redis_is_away_is_counted_when_it_is_back(
         assert code(ask(client, max_tokens=40)) == "budget_exceeded", "each was counted, and once"
 
 
+def test_what_runs_while_redis_begins_anew_is_counted(
+    make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, redis: Redis
+) -> None:
+    limits = {"DAILY_TOKEN_BUDGET": "200", "REDIS_URL": redis.url}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, **limits).start()
+    gate = threading.Event()
+    fake_thread.script = Script(usage=USAGE, gate=gate)
+    with portal.client() as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, client, max_tokens=40)
+        wait_until(lambda: fake_thread.running, what="the generation")
+        redis.stop()
+        redis.start()
+        fake_thread.script = Script(usage=USAGE)
+        wait_until(lambda: ask(client, max_tokens=40).status_code == 200, what="the ledger")
+        gate.set()
+        assert first.result().status_code == 200
+        assert [ask(client, max_tokens=40).status_code for _ in range(2)] == [200, 200]
+        assert code(ask(client, max_tokens=40)) == "budget_exceeded", "four times 50 tokens"
+
+
 def test_a_turn_that_began_again_and_is_taken_up_is_counted_once(
     make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, redis: Redis
 ) -> None:

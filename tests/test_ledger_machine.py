@@ -136,16 +136,20 @@ class Ledgers(RuleBasedStateMachine):
 
     @rule(at=processes, id=ids, numbers=some, spent=st.integers(0, 6))
     def settle(self, at: int, id: str, numbers: list[int], spent: int) -> None:
-        """Also what is not reserved, or was told before."""
+        """Also what is not reserved, or was told before: then nobody knows what is spent."""
         holds = [self.hold(number) for number in numbers]
         amounts = {hold.key: float(spent) for hold in holds if hold.ends_at}
         sums = self.run(self.ledgers[at].settle(id, holds, amounts))
+        expected = {}
         for number in numbers:
-            budget = self.budgets[number]
-            if budget.reserved.pop(id, None) is not None and budget.spent is not None:
-                budget.spent += spent
-        known = {f"b{number}": self.budgets[number].spent for number in numbers}
-        assert sums == {key: total for key, total in known.items() if total is not None}
+            budget, was_reserved = self.budgets[number], id in self.budgets[number].reserved
+            budget.reserved.pop(id, None)
+            if budget.spent is not None:
+                budget.spent += spent * was_reserved
+                expected[f"b{number}"] = budget.spent
+            if spent and not was_reserved:
+                budget.spent = None
+        assert sums == expected
 
     @rule(at=processes, number=st.sampled_from([0, 1]))
     def forget(self, at: int, number: int) -> None:

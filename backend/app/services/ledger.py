@@ -92,7 +92,8 @@ class Ledger(Protocol):
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
         """Gives the reservations back and adds what was spent by key; returns the sums by key. What is not
-        reserved any more counts no further: told twice, it counts once."""
+        reserved adds nothing: told twice, it counts once. But it may have been reserved in a ledger that
+        was lost since, so what is spent of that budget is not known any more."""
 
     async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
         """Another process counts for `id` now: gives back what is reserved for this one alone. Where they
@@ -202,10 +203,10 @@ class MemoryLedger:
         for hold in holds:
             budget = self._budget(hold)
             was_reserved = budget.reserved.pop(id, None) is not None
+            amount = spent.get(hold.key, 0.0)
             if budget.spent is not None:
-                if was_reserved:
-                    budget.spent += spent.get(hold.key, 0.0)
-                sums[hold.key] = budget.spent
+                sums[hold.key] = budget.spent + (amount if was_reserved else 0.0)
+                budget.spent = sums[hold.key] if was_reserved or not amount else None
         return sums
 
     async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:

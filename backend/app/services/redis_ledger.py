@@ -95,6 +95,8 @@ for i = 1, #KEYS / 2 do
     sums[i] = redis.call('GET', KEYS[2 * i - 1]) or ''
     if reserved and sums[i] ~= '' then
         sums[i] = redis.call('INCRBYFLOAT', KEYS[2 * i - 1], ARGV[1 + i])
+    elseif tonumber(ARGV[1 + i]) ~= 0 then
+        redis.call('DEL', KEYS[2 * i - 1])
     end
 end
 return sums
