@@ -7,6 +7,7 @@ published from the outbox, where it stays until the broker has confirmed it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ class ProjectDoor:
         self._for_all: asyncio.Task[None] | None = None
         self._serves = asyncio.Event()
         """Whether this instance holds the project's lease, as far as it knows."""
+        self._renewed_at = 0.0
         self._streaming: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
@@ -227,8 +229,11 @@ class ProjectDoor:
             stream.cancel()
 
     async def _has_lease(self) -> bool:
+        now = time.monotonic()
         try:
-            return await self._parts.leases.acquire(self._lease, self._holder, LEASE_S)
+            has_lease = await self._parts.leases.acquire(self._lease, self._holder, LEASE_S)
+            self._renewed_at = now if has_lease else self._renewed_at
+            return has_lease
         except StorageUnavailable as error:
             log.warning("the project's lease could not be written", reason=type(error).__name__)
             return self.is_connected
@@ -296,12 +301,20 @@ class ProjectDoor:
         if message.retain:
             return  # it was meant for whoever listened then
         note_trace(message.user.get("traceparent"), message.user.get("tracestate"))
-        command = read(self._project, message)
+        command = read(self._project, self._with_doubt(message))
         if isinstance(command, Refusal):
             await self._parts.requests.refused(command)
             self._refuse(command.target, command.error, command.request_id)
         elif command is not None:
             await self._in_order(command)
+
+    def _with_doubt(self, message: Incoming) -> Incoming:
+        """Where the lease may have run out, another instance may have had the message as one that is sent
+        again, while this one stood still."""
+        late = time.monotonic() - self._renewed_at
+        if message.again or late <= LEASE_S:
+            return message
+        return msgspec.structs.replace(message, again=True, since=time.time() - late - LEASE_S)
 
     async def _in_order(self, command: Command) -> None:
         task, lane = asyncio.current_task(), f"{command.address.device}/{command.session_id}"

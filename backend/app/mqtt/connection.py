@@ -75,9 +75,9 @@ Properties.__init__, Properties.clear = _make_properties, _clear_properties  # t
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A message from the broker. `connection` counts the connections of this process; `again` when the
-    broker may have sent it before. The rest is MQTT 5's: `expiry` in seconds that are left, `user` the
-    first value of each user property."""
+    """A message from the broker. `connection` counts the connections of this process; `again` when somebody
+    may have had it before: not before `since` (Unix time), then. The rest is MQTT 5's: `expiry` in seconds
+    that are left, `user` the first value of each user property."""
 
     topic: str
     payload: bytes
@@ -86,6 +86,7 @@ class Incoming(msgspec.Struct, frozen=True):
     mid: int = 0
     connection: int = 0
     again: bool = False
+    since: float = 0.0
     response_topic: str | None = None
     correlation: bytes | None = None
     expiry: int | None = None

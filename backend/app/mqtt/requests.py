@@ -154,7 +154,7 @@ class Requests:
 
 async def _insist(mark: Mark, change: Callable[[Mark], Awaitable[T]]) -> T:
     """Repeats what the database cannot take now. It may have been taken, and nobody heard of the commit."""
-    again = replace(mark, again=True, since=0.0 if mark.again else time.time())
+    again = mark if mark.again else replace(mark, again=True, since=time.time())
 
     async def next_try() -> T:
         nonlocal mark
