@@ -180,7 +180,13 @@ class Mosquitto:
     lets everybody in, or nobody."""
 
     def __init__(
-        self, directory: Path, port: int | None = None, *, websockets: bool = False, open_to_all: bool = True
+        self,
+        directory: Path,
+        port: int | None = None,
+        *,
+        websockets: bool = False,
+        open_to_all: bool = True,
+        max_packet_size: int = 0,
     ) -> None:
         self.port = port or free_port()
         self.url = f"mqtt://127.0.0.1:{self.port}"
@@ -189,6 +195,8 @@ class Mosquitto:
         lines = [f"allow_anonymous {str(open_to_all).lower()}", f"listener {self.port} 127.0.0.1"]
         lines += ["set_tcp_nodelay true"]
         lines += ["persistence true", f"persistence_location {directory}/", "max_queued_messages 100000"]
+        if max_packet_size:
+            lines += [f"max_packet_size {max_packet_size}"]
         if websockets:
             lines += [f"listener {self.ws_port} 127.0.0.1", "protocol websockets"]
         self._config.write_text("\n".join([*lines, "user root", ""]))

@@ -228,6 +228,29 @@ def test_a_budget_is_reserved_before_and_settled_after(client: httpx.Client, adm
     assert ask(client, max_tokens=40).status_code == 200
 
 
+@pytest.mark.parametrize("reserved", [False, True], ids=["at rest", "while a turn runs"])
+def test_a_budget_that_was_taken_away_for_a_time_counts_what_was_spent_meanwhile(
+    client: httpx.Client, admin: httpx.Client, module_fake: FakeLLM, reserved: bool
+) -> None:
+    owner, gate = owner_of(client), threading.Event()
+    limit(admin, owner, daily_tokens=200)
+    if not reserved:
+        gate.set()
+    module_fake.script = Script(usage=USAGE, gate=gate)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, client, max_tokens=40)
+        wait_until(lambda: module_fake.running or first.done(), what="the generation")
+        module_fake.script = Script(usage=USAGE)
+        assert admin.delete(f"/api/admin/limits/{owner}").status_code == 204
+        for _ in range(2):
+            assert ask(client, max_tokens=40).status_code == 200
+        limit(admin, owner, daily_tokens=200)
+        gate.set()
+        assert first.result().status_code == 200
+    assert ask(client, max_tokens=40).status_code == 200
+    assert code(ask(client, max_tokens=40)) == "budget_exceeded", "four times 50 tokens"
+
+
 def test_as_much_is_reserved_as_the_model_may_write(
     make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM
 ) -> None:
@@ -356,6 +379,48 @@ def test_what_ends_while_redis_is_away_is_counted_when_it_is_back(
         wait_until(lambda: ask(client, max_tokens=40).status_code == 200, what="the ledger")
         assert ask(client, max_tokens=40).status_code == 200, "four times 50 tokens"
         assert code(ask(client, max_tokens=40)) == "budget_exceeded", "each was counted, and once"
+
+
+def test_what_runs_while_redis_begins_anew_is_counted(
+    make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, redis: Redis
+) -> None:
+    limits = {"DAILY_TOKEN_BUDGET": "200", "REDIS_URL": redis.url}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, **limits).start()
+    gate = threading.Event()
+    fake_thread.script = Script(usage=USAGE, gate=gate)
+    with portal.client() as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, client, max_tokens=40)
+        wait_until(lambda: fake_thread.running, what="the generation")
+        redis.stop()
+        redis.start()
+        fake_thread.script = Script(usage=USAGE)
+        wait_until(lambda: ask(client, max_tokens=40).status_code == 200, what="the ledger")
+        gate.set()
+        assert first.result().status_code == 200
+        assert [ask(client, max_tokens=40).status_code for _ in range(2)] == [200, 200]
+        assert code(ask(client, max_tokens=40)) == "budget_exceeded", "four times 50 tokens"
+
+
+def test_a_turn_that_began_again_and_is_taken_up_is_counted_once(
+    make_portal: MakePortal, tmp_path: Path, fake_thread: FakeLLM, redis: Redis
+) -> None:
+    limits = {"MAX_TURNS_PER_USER": "1", "REDIS_URL": redis.url}
+    portal = make_portal(tmp_path, LLM_SERVER_URL=fake_thread.url, **limits).start()
+    session = new_id()
+    with portal.client() as client:
+        fake_thread.script = Script(status=500)
+        assert ask(client, session, request_id="r").status_code == 502
+        fake_thread.script = Script(usage=USAGE, before_first=30)
+        dying = threading.Thread(target=lambda: _refused(client, session=session, request_id="r"))
+        dying.start()
+        wait_until(lambda: fake_thread.running, what="the generation")
+        portal.kill()
+        dying.join()
+    fake_thread.script = Script(usage=USAGE)
+    portal.start()
+    with portal.client() as client:
+        wait_until(lambda: ask(client, session, request_id="r").status_code == 200, what="the turn")
+        assert ask(client).status_code == 200
 
 
 def test_cost_and_gpu_time_are_budgets_too(

@@ -7,11 +7,13 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 import app.mqtt.connection as connection_module
-from app.mqtt.connection import KEEPALIVE_S, Broker, Incoming, MqttConnection, Outgoing
+from app.mqtt.connection import KEEPALIVE_S, Broker, Incoming, MqttConnection, Outgoing, PublishRefused
+from tests.support import Mosquitto
 
 uvloop = pytest.importorskip("uvloop", reason="other event loops tell of a failed socket again and again")
 
@@ -205,3 +207,31 @@ async def test_a_subscription_that_is_refused_is_asked_for_again(monkeypatch: py
         await broker.serve(10, NOT_AUTHORIZED, NOT_AUTHORIZED)
         await subscribed.wait()
         assert connection.is_subscribed
+
+
+async def test_what_is_larger_than_the_broker_takes_is_refused_and_breaks_no_connection(
+    tmp_path: Path,
+) -> None:
+    broker = Mosquitto(tmp_path, max_packet_size=2000)
+    connection = MqttConnection(
+        Broker(broker.url),
+        "client",
+        ["t"],
+        will=lambda: ("will", b""),
+        on_message=lambda _: None,
+        on_connected=lambda: None,
+    )
+    running = asyncio.create_task(connection.run())
+    try:
+        async with asyncio.timeout(10):
+            fits, too_large, after = (
+                connection.send(Outgoing("t", b"x" * size, correlation=b"c" * 100))
+                for size in (1800, 1990, 1)
+            )
+            await fits
+            with pytest.raises(PublishRefused, match="2000"):
+                await too_large
+            await after
+    finally:
+        running.cancel()
+        broker.stop()

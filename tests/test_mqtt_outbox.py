@@ -14,6 +14,7 @@ from app.config import Settings
 from app.container import Container, open_container
 from app.events import ReplyTarget, TurnRequest, new_id
 from app.mqtt import bridge
+from app.services import outbox
 from app.services.leases import Leases
 from app.services.outbox import Delivery
 from tests.fake_llm import FakeLLM, Script, text
@@ -31,12 +32,12 @@ async def test_a_reply_that_is_confirmed_while_the_outbox_is_read_is_published_o
     monkeypatch.setattr(bridge, "OUTBOX_S", 0.01)
     settings = settings_for(fake.url, mqtt_broker_url=mosquitto.url, mqtt_projects="outbox")
     async with open_container(settings) as portal:
-        store, outbox = portal.store, portal.outbox
+        store, owed = portal.store, portal.outbox
         was_read, was_confirmed = asyncio.Event(), asyncio.Event()
-        ready, delivered, turn = outbox.ready, outbox.delivered, store.turn
+        ready, delivered, turn = owed.ready, owed.delivered, store.turn
 
-        async def read_outbox(project: str) -> Any:
-            rows = await ready(project)
+        async def read_outbox(*wanted: Any) -> Any:
+            rows = await ready(*wanted)
             if rows:
                 was_read.set()
             return rows
@@ -50,8 +51,8 @@ async def test_a_reply_that_is_confirmed_while_the_outbox_is_read_is_published_o
             await was_confirmed.wait()
             return await turn(turn_id)
 
-        monkeypatch.setattr(outbox, "ready", read_outbox)
-        monkeypatch.setattr(outbox, "delivered", confirm)
+        monkeypatch.setattr(owed, "ready", read_outbox)
+        monkeypatch.setattr(owed, "delivered", confirm)
         monkeypatch.setattr(store, "turn", read_turn)
         session, topic = new_id(), "outbox/assistant_response/"
         game = await asyncio.to_thread(GameClient, mosquitto.port, f"{topic}#", "outbox/status")
@@ -222,6 +223,82 @@ async def test_a_stream_ends_with_the_lease(
             await asyncio.to_thread(game.reply, f"gone/assistant_response/{session}")
             await ask(portal, "gone", "late")
             assert b"final" not in b"".join(game.messages(topic))
+    finally:
+        held.set()
+        await asyncio.to_thread(game.close)
+
+
+async def test_all_that_is_stored_is_published_before_what_ends_now(
+    mosquitto: Mosquitto,
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbox, "MOST_READ", 2)
+    monkeypatch.setattr(bridge, "MOST_READ", 2)
+    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
+    game = await asyncio.to_thread(GameClient, mosquitto.port, "stored/hint/#")
+    settings = settings_for(fake.url, mqtt_broker_url=mosquitto.url, mqtt_projects="stored")
+    try:
+        async with open_container(settings) as portal:
+            leases = Leases(portal.database)
+            await until(lambda: door(portal)[0])
+            await leases.acquire("mqtt:stored", "another", 60, force=True)
+            await until(lambda: not door(portal)[0])
+            for number in range(7):
+                await ask(portal, "stored", f"s{number}")
+            was_read, may_go_on, turn = asyncio.Event(), asyncio.Event(), portal.store.turn
+
+            async def read_turn(turn_id: str) -> Any:
+                was_read.set()
+                await may_go_on.wait()
+                return await turn(turn_id)
+
+            monkeypatch.setattr(portal.store, "turn", read_turn)
+            await leases.release("mqtt:stored", "another")
+            await asyncio.wait_for(was_read.wait(), 20)
+            await ask(portal, "stored", "s7")
+            may_go_on.set()
+            await asyncio.to_thread(game.wait_for, lambda: len(game.received) == 8)
+        assert [topic for topic, _, _ in game.received] == [f"stored/hint/s{number}" for number in range(8)]
+    finally:
+        await asyncio.to_thread(game.close)
+
+
+async def test_replies_of_a_session_keep_their_order_when_a_project_moves(
+    mosquitto: Mosquitto,
+    fake: FakeLLM,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first turn ends in the process that has lost the project, the others in the one that has it."""
+    monkeypatch.setattr(bridge, "RENEW_S", 0.05)
+    topic, held = "moved/assistant_response/s", threading.Event()
+    fake.script = Script(echo=True, held=held)
+    game = await asyncio.to_thread(GameClient, mosquitto.port, topic)
+
+    def settings(name: str) -> Settings:
+        changes = {"mqtt_broker_url": mosquitto.url, "mqtt_projects": "moved", "instance": name}
+        return settings_for(fake.url, **changes)
+
+    try:
+        async with open_container(settings("one")) as one, open_container(settings("two")) as two:
+            await until(lambda: door(one)[0])
+            await asyncio.to_thread(game.publish, "moved/user_input/s", "first")
+            await until(lambda: len(fake.requests) == 1)
+            await Leases(one.database).acquire("mqtt:moved", "two", 60, force=True)
+            await until(lambda: door(two)[0] and not door(one)[0])
+            for message in ("second", "third"):
+                await asyncio.to_thread(game.publish, "moved/user_input/s", message)
+            who = two.accounts.anonymous("moved")
+            await until(lambda: len(two.sessions.live_turns(who, "s")) == 2)
+            held.set()
+            await asyncio.to_thread(game.reply, topic, 3)
+            fake.script = Script(echo=True)
+            await asyncio.to_thread(game.publish, "moved/user_input/s", "fourth")
+            await asyncio.to_thread(game.reply, topic, 4)
+        said = ("first", "second", "third", "fourth")
+        assert game.messages(topic) == [f"echo: {message}".encode() for message in said]
     finally:
         held.set()
         await asyncio.to_thread(game.close)

@@ -385,6 +385,20 @@ async def test_a_reply_is_owed_from_the_turns_end_until_it_is_delivered(store: S
     assert await outbox.ready("maze") == [repeated.delivery]
 
 
+async def test_replies_are_owed_in_the_order_of_their_turns(store: Store, outbox: Outbox) -> None:
+    target = ReplyTarget("maze", "maze/assistant_response/s", "s")
+    asked = [request(str(number), request_id=str(number), reply_to=target) for number in range(5)]
+    accepted = [await accept(store, one) for one in asked]
+    for one in accepted[:3]:
+        await finish(store, one)
+    await accept(store, asked[1])
+    await accept(store, asked[3])
+    for one in accepted[3:]:
+        await finish(store, one)
+    owed = [delivery.turn_id for delivery in await outbox.ready("maze")]
+    assert owed == [one.turn.id for one in accepted], "whoever asks again gets no reply before its time"
+
+
 async def test_a_new_attempt_owes_its_own_reply(store: Store, outbox: Outbox) -> None:
     asked = request(request_id="r", reply_to=ReplyTarget("maze", "maze/assistant_response/s", "s"))
     first = await accept(store, asked)

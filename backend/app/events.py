@@ -143,11 +143,12 @@ class ReplyTarget(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """What a broker's message without a request id is known by. `again` when the broker says that it may
-    have sent it before."""
+    """What a broker's message without a request id is known by. `again` when it may have been taken before:
+    not before `since` (Unix time), then."""
 
     hash: str
     again: bool
+    since: float = 0.0
 
 
 class TurnRequest(msgspec.Struct, frozen=True):

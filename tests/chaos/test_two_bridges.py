@@ -16,7 +16,7 @@ import pytest
 from app.mqtt.bridge import LEASE_S, RENEW_S
 from tests.chaos.support import Form, Player, assert_stored_once, listens
 from tests.fake_llm import FakeLLM, Script
-from tests.support import MakePortal, Mosquitto, Portal, wait_until
+from tests.support import GameClient, MakePortal, Mosquitto, Portal, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -122,3 +122,26 @@ def played_to_the_end(form: Form, pair: Pair, player: Player) -> int:
     pair.listening.stop()
     pair.waiting.stop()
     return again
+
+
+def test_what_was_sent_to_one_that_stood_still_is_one_turn(
+    fake_thread: FakeLLM, pair: Pair, mosquitto: Mosquitto
+) -> None:
+    """Without request ids: the broker has sent it to both, and says so to the other one only."""
+    fake_thread.script = Script(random=True)
+    game = GameClient(mosquitto.port, "twice/assistant_response/#")
+    said = [f"message {number}" for number in range(20)]
+    pause(pair)
+    for number, message in enumerate(said):
+        game.publish(f"twice/user_input/still-{number}", message)
+    pair.wait_for_takeover(time.monotonic())
+    for number in range(len(said)):
+        game.reply(f"twice/assistant_response/still-{number}")
+    os.kill(pid(pair.waiting), signal.SIGCONT)
+    log = pair.waiting.log
+    wait_until(lambda: "another instance took over" in log.read_text(), 30, "what it has heard")
+    pair.waiting.stop()
+    game.close()
+    with closing(sqlite3.connect(pair.database)) as connection:
+        asked = connection.execute("SELECT content FROM messages WHERE role = 'user'").fetchall()
+    assert sorted(content for (content,) in asked) == sorted(said)

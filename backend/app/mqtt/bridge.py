@@ -7,6 +7,7 @@ published from the outbox, where it stays until the broker has confirmed it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from app.services.drain import Drain
 from app.services.leases import Leases
 from app.services.llm_client import LLMClient
 from app.services.metrics import ProjectFigures
-from app.services.outbox import Delivery, Outbox
+from app.services.outbox import MOST_READ, Delivery, Outbox
 from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.store import Store
@@ -147,10 +148,16 @@ class ProjectDoor:
         self._for_all: asyncio.Task[None] | None = None
         self._serves = asyncio.Event()
         """Whether this instance holds the project's lease, as far as it knows."""
+        self._renewed_at = 0.0
         self._streaming: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._delivering: set[str] = set()
         self._delivered: set[str] = set()
         """Since the outbox was read last: what was read then may be in it."""
+        self._is_behind = True
+        """Whether replies are stored that come before those of the turns that end here now."""
+        self._look_again = asyncio.Event()
+        self._postponed: list[tuple[Delivery, Turn]] = []
+        """Since then, too: what ended here, and is published behind what was read."""
         self._to_forget: list[Delivery] = []
         self._has_confirmed = asyncio.Event()
         self._tasks = Tasks(f"mqtt {project}")
@@ -200,6 +207,7 @@ class ProjectDoor:
                 await asyncio.sleep(RENEW_S)
                 continue
             self._serves.set()
+            self._is_behind = True
             async with AsyncExitStack() as stack:
                 for coroutine, name in (
                     (self._connection.run(), "session"),
@@ -221,8 +229,11 @@ class ProjectDoor:
             stream.cancel()
 
     async def _has_lease(self) -> bool:
+        now = time.monotonic()
         try:
-            return await self._parts.leases.acquire(self._lease, self._holder, LEASE_S)
+            has_lease = await self._parts.leases.acquire(self._lease, self._holder, LEASE_S)
+            self._renewed_at = now if has_lease else self._renewed_at
+            return has_lease
         except StorageUnavailable as error:
             log.warning("the project's lease could not be written", reason=type(error).__name__)
             return self.is_connected
@@ -290,12 +301,20 @@ class ProjectDoor:
         if message.retain:
             return  # it was meant for whoever listened then
         note_trace(message.user.get("traceparent"), message.user.get("tracestate"))
-        command = read(self._project, message)
+        command = read(self._project, self._with_doubt(message))
         if isinstance(command, Refusal):
             await self._parts.requests.refused(command)
             self._refuse(command.target, command.error, command.request_id)
         elif command is not None:
             await self._in_order(command)
+
+    def _with_doubt(self, message: Incoming) -> Incoming:
+        """Where the lease may have run out, another instance may have had the message as one that is sent
+        again, while this one stood still."""
+        late = time.monotonic() - self._renewed_at
+        if message.again or late <= LEASE_S:
+            return message
+        return msgspec.structs.replace(message, again=True, since=time.time() - late - LEASE_S)
 
     async def _in_order(self, command: Command) -> None:
         task, lane = asyncio.current_task(), f"{command.address.device}/{command.session_id}"
@@ -347,8 +366,19 @@ class ProjectDoor:
 
     def deliver(self, delivery: Delivery, turn: Turn) -> None:
         """Publishes the reply to a turn that has ended, unless another instance serves the project: that one
-        finds it in the outbox."""
-        if not self._serves.is_set() or delivery.id in self._delivering:
+        finds it in the outbox. Stored replies that come before it are published first."""
+        if not self._serves.is_set():
+            return
+        if turn.is_after_others:
+            self._is_behind = True
+            self._look_again.set()
+        if self._is_behind:
+            self._postponed.append((delivery, turn))
+        else:
+            self._publish(delivery, turn)
+
+    def _publish(self, delivery: Delivery, turn: Turn) -> None:
+        if delivery.id in self._delivering:
             return
         self._delivering.add(delivery.id)
         outgoing = _outgoing(delivery.target, self._payload(delivery.target, turn))
@@ -402,18 +432,35 @@ class ProjectDoor:
     async def _deliver_stored(self) -> None:
         """Publishes the replies that an earlier process left, and those to turns that another process
         has ended. Runs until cancelled."""
-        parts = self._parts
         while True:
+            self._look_again.clear()
             self._delivered.clear()
-            for delivery in await insist(lambda: parts.outbox.ready(self._project)):
-                if delivery.id in self._delivering:
-                    continue
+            self._postponed.clear()
+            await self._publish_stored()
+            if self._look_again.is_set():
+                continue
+            self._is_behind = False
+            for delivery, turn in self._postponed:
+                if delivery.id not in self._delivered:
+                    self._publish(delivery, turn)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(OUTBOX_S):
+                    await self._look_again.wait()
+
+    async def _publish_stored(self) -> None:
+        parts, last = self._parts, None
+        while True:
+            stored = await insist(lambda after=last: parts.outbox.ready(self._project, after))  # type: ignore[misc]
+            new = [delivery for delivery in stored if delivery.id not in self._delivering]
+            for delivery in new:
                 found = await insist(lambda turn=delivery.turn_id: parts.store.turn(turn))  # type: ignore[misc]
                 if delivery.id in self._delivered:
                     continue
                 if found is not None and found[0].ending is not None:
-                    self.deliver(delivery, recall(*found))
-            await asyncio.sleep(OUTBOX_S)
+                    self._publish(delivery, recall(*found))
+            if len(stored) < MOST_READ or not new:
+                return
+            last = stored[-1]
 
     # --- streams ---
 

@@ -45,6 +45,9 @@ MOST_UNCONFIRMED = 1000
 are counted here: paho does not read the broker's Receive Maximum, cannot be told another number while it is
 connected, and heeds none when it sends again what was not confirmed."""
 
+PACKET_BYTES = 64
+"""What a publish has, at most, beside its topic, payload and correlation data."""
+
 REFUSED_USER = {0x86, 0x87}
 """Bad user name or password, not authorized (MQTT 5, 3.2.2.2)."""
 
@@ -72,9 +75,9 @@ Properties.__init__, Properties.clear = _make_properties, _clear_properties  # t
 
 
 class Incoming(msgspec.Struct, frozen=True):
-    """A message from the broker. `connection` counts the connections of this process; `again` when the
-    broker may have sent it before. The rest is MQTT 5's: `expiry` in seconds that are left, `user` the
-    first value of each user property."""
+    """A message from the broker. `connection` counts the connections of this process; `again` when somebody
+    may have had it before: not before `since` (Unix time), then. The rest is MQTT 5's: `expiry` in seconds
+    that are left, `user` the first value of each user property."""
 
     topic: str
     payload: bytes
@@ -83,6 +86,7 @@ class Incoming(msgspec.Struct, frozen=True):
     mid: int = 0
     connection: int = 0
     again: bool = False
+    since: float = 0.0
     response_topic: str | None = None
     correlation: bytes | None = None
     expiry: int | None = None
@@ -122,7 +126,8 @@ class Broker:
 
 
 class PublishRefused(Exception):
-    """The broker took a message and threw it away: its rules do not allow the topic."""
+    """The broker took a message and threw it away, for its rules do not allow the topic; or it takes none
+    that are so large."""
 
 
 class MqttConnection:
@@ -150,6 +155,7 @@ class MqttConnection:
         self._connections = 0
         self._lost = asyncio.Event()
         self._most_unconfirmed = MOST_UNCONFIRMED
+        self._largest = sys.maxsize
         self._unconfirmed: dict[int, tuple[Outgoing, asyncio.Future[None]]] = {}
         self._held: deque[tuple[Outgoing, asyncio.Future[None]]] = deque()
         self._is_up = False
@@ -208,6 +214,11 @@ class MqttConnection:
             confirmed.cancel()
 
     def _publish(self, message: Outgoing, confirmed: asyncio.Future[None]) -> None:
+        if _size_of(message) > self._largest:
+            # The broker would break the connection, and the next one, and the next one.
+            if not confirmed.done():
+                confirmed.set_exception(PublishRefused(f"The broker takes at most {self._largest} bytes."))
+            return
         try:
             info = self._client.publish(
                 message.topic, message.payload, qos=1, retain=message.retain, properties=_properties(message)
@@ -283,6 +294,7 @@ class MqttConnection:
             self._lost.set()
             return
         self._connections += 1
+        self._largest = getattr(properties, "MaximumPacketSize", sys.maxsize)
         self._heed(getattr(properties, "ReceiveMaximum", MOST_UNCONFIRMED))
         self._loop.call_soon(self._came_up)  # after paho has sent again what was not confirmed
         self._subscribe()
@@ -296,10 +308,11 @@ class MqttConnection:
 
     def _heed(self, receive_maximum: int) -> None:
         """Keeps to the number of unconfirmed publishes that the broker wants (MQTT 5, 3.3.4). Where more than
-        that were sent on the connection before, they are all held back again: paho would send them at
-        once."""
+        that were sent on the connection before, or larger ones than it takes, they are all held back again:
+        paho would send them at once."""
         self._most_unconfirmed = min(MOST_UNCONFIRMED, receive_maximum)
-        if len(self._unconfirmed) > self._most_unconfirmed:
+        is_too_large = any(_size_of(message) > self._largest for message, _ in self._unconfirmed.values())
+        if len(self._unconfirmed) > self._most_unconfirmed or is_too_large:
             self._client.drop_out_messages()
             self._held.extendleft(reversed(self._unconfirmed.values()))
             self._unconfirmed.clear()
@@ -397,6 +410,11 @@ def _has_failed(sock: Any) -> bool:
     failure = select.poll()
     failure.register(sock, 0)
     return bool(failure.poll(0))
+
+
+def _size_of(message: Outgoing) -> int:
+    """How many bytes a publish has at most."""
+    return PACKET_BYTES + len(message.topic.encode()) + len(message.payload) + len(message.correlation or b"")
 
 
 def _properties(message: Outgoing) -> Properties | None:

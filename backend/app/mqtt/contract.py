@@ -135,7 +135,7 @@ class Command(msgspec.Struct, frozen=True):
     @property
     def mark(self) -> Mark:
         """By what this very message is known when the broker sends it again."""
-        return Mark(_hash(self.message), self.message.again)
+        return Mark(_hash(self.message), self.message.again, self.message.since)
 
     @property
     def is_for_all(self) -> bool:

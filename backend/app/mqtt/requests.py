@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import TypeVar
+
+from msgspec.structs import replace
 
 from app.access import Identity
 from app.config import Settings
 from app.database import insist
 from app.errors import Forbidden, NotFound, Unauthenticated
-from app.events import TurnRequest
+from app.events import Mark, TurnRequest
 from app.mqtt.answers import new_session, notice
 from app.mqtt.contract import Ask, Command, ForeignReplyTopic, Refusal, TargetBody, TemplateBody
 from app.services.accounts import Accounts
@@ -17,6 +22,8 @@ from app.services.devices import Devices
 from app.services.projects import Projects
 from app.services.session_manager import SessionManager
 from app.services.turns import Turn
+
+T = TypeVar("T")
 
 
 class Requests:
@@ -88,19 +95,21 @@ class Requests:
             options=body,
             deadline=command.deadline,
             reply_to=command.target,
-            mark=None if command.request_id else command.mark,
         )
-        return await insist(lambda: self._sessions.submit(request))
+        if command.request_id:
+            return await insist(lambda: self._sessions.submit(request))
+        return await _insist(command.mark, lambda mark: self._sessions.submit(replace(request, mark=mark)))
 
     async def _set_prompt(self, command: Command, who: Identity) -> bytes:
         body, project, key = command.body, command.address.project, command.key
         assert isinstance(body, TemplateBody)
         prompt = body.prompt
         if key is not None and not command.is_for_all:
-            await insist(
-                lambda: self._sessions.set_prompt(
-                    who, key, prompt, project=project, reset=body.reset, mark=command.mark
-                )
+            await _insist(
+                command.mark,
+                lambda mark: self._sessions.set_prompt(
+                    who, key, prompt, project=project, reset=body.reset, mark=mark
+                ),
             )
         else:
 
@@ -109,7 +118,7 @@ class Requests:
                 if body.reset:
                     await self._sessions.set_prompts(who, project, prompt)
 
-            await insist(lambda: self._sessions.once(command.mark, change_all))
+            await _insist(command.mark, lambda mark: self._sessions.once(mark, change_all))
         return notice(command.target, "Template updated", command.request_id)
 
     async def _clear(self, command: Command, who: Identity) -> bytes:
@@ -120,11 +129,11 @@ class Requests:
             async def clear_all() -> None:
                 await self._sessions.clear_all(who, project, delete=deletes)
 
-            await insist(lambda: self._sessions.once(command.mark, clear_all))
+            await _insist(command.mark, lambda mark: self._sessions.once(mark, clear_all))
         else:
             change = self._sessions.delete if deletes else self._sessions.clear
             with suppress(NotFound):  # it is as empty as it should be
-                await insist(lambda: change(who, key, command.mark))
+                await _insist(command.mark, lambda mark: change(who, key, mark))
         if command.address.verb == "user_input":
             return notice(command.target, "Session cleared", command.request_id)
         done = "Session deleted" if deletes else "History cleared"
@@ -141,3 +150,15 @@ class Requests:
         if stopped is not None:
             return None  # whoever asked for the turn is told that it is cancelled
         return notice(command.target, "Nothing to cancel", command.request_id)
+
+
+async def _insist(mark: Mark, change: Callable[[Mark], Awaitable[T]]) -> T:
+    """Repeats what the database cannot take now. It may have been taken, and nobody heard of the commit."""
+    again = mark if mark.again else replace(mark, again=True, since=time.time())
+
+    async def next_try() -> T:
+        nonlocal mark
+        tried, mark = mark, again
+        return await change(tried)
+
+    return await insist(next_try)

@@ -63,7 +63,8 @@ _OF_MARK = Prepared(
     select(*TURN_COLUMNS, *SESSION_COLUMNS)
     .join(sessions, sessions.c.id == turns.c.session)
     .join(received, received.c.turn_id == turns.c.id)
-    .where(received.c.mark == bindparam("hash"), sessions.c.owner == bindparam("owner"))
+    .where(received.c.mark == bindparam("hash"), received.c.at >= bindparam("since"))
+    .where(sessions.c.owner == bindparam("owner"))
 )
 _ACTIVE = Prepared(
     select(turns.c.id, turns.c.state, turns.c.kind).where(turns.c.session == bindparam("of"), text(ACTIVE))
@@ -356,7 +357,7 @@ def _new_attempt(connection: Connection, turn: TurnRow, draft: _Draft, state: st
 
 def _of_mark(connection: Connection, request: TurnRequest, mark: Mark) -> Acceptance | None:
     """The turn that this very message has made before. Its reply is owed, or was delivered, already."""
-    row = _OF_MARK.first(connection, {"hash": mark.hash, "owner": request.who.owner})
+    row = _OF_MARK.first(connection, {"hash": mark.hash, "since": mark.since, "owner": request.who.owner})
     return None if row is None else Acceptance("known", *turn_and_session(row), delivery=None)
 
 
@@ -367,7 +368,8 @@ def remember(connection: Connection, mark: Mark, turn_id: str | None, now: float
 
 def is_known(connection: Connection, mark: Mark) -> bool:
     """Whether a message was noted."""
-    known = select(func.count()).select_from(received).where(received.c.mark == mark.hash)
+    known = select(func.count()).select_from(received)
+    known = known.where(received.c.mark == mark.hash, received.c.at >= mark.since)
     return bool(connection.execute(known).scalar_one())
 
 

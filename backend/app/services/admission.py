@@ -23,7 +23,7 @@ import msgspec
 
 from app.access import Identity, Limits
 from app.config import Settings
-from app.errors import BudgetExceeded, InvalidRequest, RateLimited, quota_headers
+from app.errors import BudgetExceeded, InvalidRequest, Overloaded, RateLimited, quota_headers
 from app.events import TurnRequest, Usage
 from app.logs import get_logger
 from app.services.alerts import Alerts
@@ -133,6 +133,14 @@ class Admission:
             requests_per_session_minute=settings.rate_limit_session_per_minute,
             daily_tokens=settings.daily_token_budget,
         )
+        policies.on_limits = self._limits_changed
+
+    async def _limits_changed(self, subject: str) -> None:
+        """What was spent while a budget was not set was not counted: what is spent is read anew. An owner's
+        own limits may have stood before those of the settings."""
+        subjects = (subject, f"{PERSON}{subject.removeprefix('user:')}")
+        keys = [_key_of(one, budget, today()) for one in subjects for budget in BUDGETS]
+        await self._arrears.tell(partial(self._ledger.forget, keys))
 
     async def close(self) -> None:
         """Tells the ledger what it does not know yet."""
@@ -200,6 +208,18 @@ class Admission:
         await self._seed(ticket)
         await self._ledger.reserve(turn_id, ticket.holds, force=True)
         return msgspec.structs.replace(ticket, windows=())
+
+    async def rename(self, ticket: Ticket, turn_id: str) -> Ticket:
+        """The ticket of a turn that was accepted before and begins again, under that turn's id: whoever takes
+        the turn up finds what is reserved for it."""
+        if not ticket.holds:
+            return ticket
+        try:
+            await self._ledger.reserve(turn_id, ticket.holds, force=True)
+        except Overloaded:
+            return ticket
+        await self._arrears.tell(partial(self._settle, ticket, NOTHING))
+        return msgspec.structs.replace(ticket, turn_id=turn_id)
 
     async def admit_work(self, turn: Ticket, work_id: str) -> Ticket:
         """The ticket of work that follows a turn: it is charged to the same budgets, and counts for no rate
@@ -279,9 +299,9 @@ class Admission:
                 amount = getattr(limits, budget)
                 if amount:
                     most = most or estimate()
-                    period = day if budget.startswith("daily") else day[:7]
-                    key = f"{subject}|{budget}|{period}"
-                    holds.append(Hold(key, float(getattr(most, counted)), amount, _end_of(period)))
+                    key = _key_of(subject, budget, day)
+                    ends_at = _end_of(key.rpartition("|")[2])
+                    holds.append(Hold(key, float(getattr(most, counted)), amount, ends_at))
                     budgets[key] = (subject, budget)
         return holds, budgets
 
@@ -411,6 +431,11 @@ def _check_windows(quotas: Sequence[Quota]) -> None:
         retry_after=worst.resets_in,
         quotas=[quota.info for quota in quotas],
     )
+
+
+def _key_of(subject: str, budget: str, day: str) -> str:
+    """What a budget is counted by: each day, or each month, is another one."""
+    return f"{subject}|{budget}|{day if budget.startswith('daily') else day[:7]}"
 
 
 def _period(hold: Hold) -> str:

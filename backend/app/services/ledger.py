@@ -83,13 +83,17 @@ class Ledger(Protocol):
     async def seed(self, hold: Hold, spent: float) -> None:
         """Tells what is spent of a budget already, unless it is known by now."""
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        """What is spent of these budgets is not known any more; what is reserved of them stays."""
+
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
-        """Reserves all, or returns the budget that has not enough left; with `force` it reserves in any
-        case."""
+        """Reserves all, in the place of what `id` has reserved, or returns the budget that has not enough
+        left; with `force` it reserves in any case."""
 
     async def settle(self, id: str, holds: Sequence[Hold], spent: Mapping[str, float]) -> dict[str, float]:
         """Gives the reservations back and adds what was spent by key; returns the sums by key. What is not
-        reserved any more counts no further: told twice, it counts once."""
+        reserved adds nothing: told twice, it counts once. But it may have been reserved in a ledger that
+        was lost since, so what is spent of that budget is not known any more."""
 
     async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:
         """Another process counts for `id` now: gives back what is reserved for this one alone. Where they
@@ -174,13 +178,20 @@ class MemoryLedger:
         if budget.spent is None:
             budget.spent = spent
 
+    async def forget(self, keys: Sequence[str]) -> None:
+        """See `Ledger`."""
+        for key in keys:
+            if key in self._budgets:
+                self._budgets[key].spent = None
+
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
         if not force:
             for hold in holds:
                 budget = self._budget(hold)
                 spent = budget.spent or 0.0
-                if spent + sum(budget.reserved.values()) + hold.amount > hold.budget:
+                of_others = sum(budget.reserved.values()) - budget.reserved.get(id, 0.0)
+                if spent + of_others + hold.amount > hold.budget:
                     return Lacking(hold, spent)
         for hold in holds:
             self._budget(hold).reserved[id] = hold.amount
@@ -192,10 +203,10 @@ class MemoryLedger:
         for hold in holds:
             budget = self._budget(hold)
             was_reserved = budget.reserved.pop(id, None) is not None
+            amount = spent.get(hold.key, 0.0)
             if budget.spent is not None:
-                if was_reserved:
-                    budget.spent += spent.get(hold.key, 0.0)
-                sums[hold.key] = budget.spent
+                sums[hold.key] = budget.spent + (amount if was_reserved else 0.0)
+                budget.spent = sums[hold.key] if was_reserved or not amount else None
         return sums
 
     async def hand_over(self, id: str, holds: Sequence[Hold]) -> None:

@@ -81,15 +81,20 @@ class Outbox:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def ready(self, project: str) -> list[Delivery]:
-        """The replies owed to a project's clients now, oldest first, at most `MOST_READ`."""
+    async def ready(self, project: str, after: Delivery | None = None) -> list[Delivery]:
+        """The replies owed to a project's clients now, in the order in which their turns ended, at most
+        `MOST_READ`; of turns that ended `after` that of another reply."""
         wanted = (
             select(*_COLUMNS)
             .join(turns, turns.c.id == outbox.c.turn_id)
             .where(outbox.c.project == project, turns.c.ended_at.is_not(None))
-            .order_by(outbox.c.id)
+            .order_by(turns.c.ended_at, turns.c.position)  # whoever asks again gives an old reply a new id
             .limit(MOST_READ)
         )
+        if after is not None:
+            last = turns.alias()
+            ended_at = select(last.c.ended_at).where(last.c.id == after.turn_id).scalar_subquery()
+            wanted = wanted.where(turns.c.ended_at > ended_at)
         return await self._database.read(lambda c: [_delivery(row) for row in c.execute(wanted)])
 
     async def depths(self) -> dict[str, int]:

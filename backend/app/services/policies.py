@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +108,8 @@ class Policies:
         of_files = {} if projects is None else projects.limits()
         self._below = {subject: found for subject, found in of_files.items() if found != _NONE}
         self._limits: Mapping[str, Limits] = self._below
+        self.on_limits: Callable[[str], Awaitable[None]] = _nothing
+        """Called with each subject whose limits are others now."""
 
     async def open(self) -> None:
         """Reads what the database has."""
@@ -129,7 +131,10 @@ class Policies:
         self._roles = {**self._from_files, **defined}
         self._set = {subject: Limits.model_validate(body) for subject, body in stored_limits}
         over = {subject: found.over(self._below.get(subject, _NONE)) for subject, found in self._set.items()}
-        self._limits = {**self._below, **over}
+        before, self._limits = self._limits, {**self._below, **over}
+        for subject in before.keys() | self._limits.keys():
+            if before.get(subject, _NONE) != self.limits(subject):
+                await self.on_limits(subject)
 
     # --- roles ---
 
@@ -253,6 +258,10 @@ class Policies:
         if not await self._database.write(operation):
             raise NotFound("No limits are set for this.")
         await self._refresh()
+
+
+async def _nothing(_subject: str) -> None:
+    """Nobody is to be told."""
 
 
 def _put(connection: Connection, table: Table, key: dict[str, Any], body: dict[str, Any]) -> None:

@@ -95,6 +95,8 @@ for i = 1, #KEYS / 2 do
     sums[i] = redis.call('GET', KEYS[2 * i - 1]) or ''
     if reserved and sums[i] ~= '' then
         sums[i] = redis.call('INCRBYFLOAT', KEYS[2 * i - 1], ARGV[1 + i])
+    elseif tonumber(ARGV[1 + i]) ~= 0 then
+        redis.call('DEL', KEYS[2 * i - 1])
     end
 end
 return sums
@@ -141,6 +143,10 @@ class RedisLedger:
         """See `Ledger`."""
         until = int(hold.ends_at * 1000)
         await _answered(self._redis.set(self._keys(hold)[0], spent, nx=True, pxat=until))
+
+    async def forget(self, keys: Sequence[str]) -> None:
+        """See `Ledger`."""
+        await _answered(self._redis.delete(*(f"{self._prefix}s:{key}" for key in keys)))
 
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""

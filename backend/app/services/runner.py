@@ -247,7 +247,7 @@ class Runner:
         """Waits until the turn is the running one of its session, also among other instances; False
         when it is no longer this instance's to run."""
         if turn.row.state == "running":
-            self._refresh(live, turn.session)
+            self._refresh(live, turn, turn.session)
             return turn.interruption != "ended"
         while turn.interruption is None:
             if turn.row.deadline is not None and turn.row.deadline <= time.time():
@@ -255,7 +255,7 @@ class Runner:
                 break
             session = await self._insist(lambda: self._store.claim(turn.row, self.instance))
             if session is not None:
-                self._refresh(live, session)
+                self._refresh(live, turn, session)
                 return True
             found = await self._insist(lambda: self._store.turn(turn.id))
             if found is not None and found[0].ending is not None:
@@ -272,11 +272,11 @@ class Runner:
             await asyncio.sleep(ELSEWHERE_POLL_S)
         return turn.interruption in {"stop", "expired"}
 
-    def _refresh(self, live: LiveSession, session: SessionRow) -> None:
+    def _refresh(self, live: LiveSession, turn: Turn, session: SessionRow) -> None:
         """Forgets a history that somebody else has changed."""
         live.row = session
         if live.version != session.version:
-            live.history = None
+            live.history, turn.is_after_others = None, session.version > 0
 
     async def _answer(self, live: LiveSession, turn: Turn) -> tuple[Ending | None, Reply | None]:
         """The ending to store, and the reply with it; no ending when the turn must stay active."""

@@ -202,6 +202,8 @@ class SessionManager:
             raise
         if acceptance.kind == "known":
             await self._admission.give_back(ticket)
+        elif acceptance.kind == "again":
+            ticket = await self._admission.rename(ticket, acceptance.turn.id)
         for ended in acceptance.superseded:
             self._cut_off_turn(ended)
         turn = self._taken_in(acceptance, request, ticket, known)

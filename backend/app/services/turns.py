@@ -103,6 +103,8 @@ class Turn:
         self.context: Context | None = None
         """That of its acceptance: whichever task starts it, it runs in this one."""
         self.spans: TurnSpans | None = None
+        self.is_after_others = False
+        """Whether turns of its session that came before it may have ended in another process."""
         self.on_followed: Callable[[Turn], None] | None = None
         self.on_abandoned: Callable[[Turn], None] | None = None
         self.is_whole = True
