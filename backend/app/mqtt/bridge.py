@@ -451,14 +451,15 @@ class ProjectDoor:
         parts, last = self._parts, None
         while True:
             stored = await insist(lambda after=last: parts.outbox.ready(self._project, after))  # type: ignore[misc]
-            new = [delivery for delivery in stored if delivery.id not in self._delivering]
-            for delivery in new:
+            for delivery in stored:
+                if delivery.id in self._delivering:
+                    continue
                 found = await insist(lambda turn=delivery.turn_id: parts.store.turn(turn))  # type: ignore[misc]
                 if delivery.id in self._delivered:
                     continue
                 if found is not None and found[0].ending is not None:
                     self._publish(delivery, recall(*found))
-            if len(stored) < MOST_READ or not new:
+            if len(stored) < MOST_READ:
                 return
             last = stored[-1]
 
