@@ -481,6 +481,23 @@ async def test_turns_of_a_process_that_died_are_taken_up(fake: FakeLLM, settings
         assert sent(fake) == ["hi", "echo: hi", "next"]
 
 
+async def test_a_turn_that_is_cut_off_while_it_all_ends_is_counted(
+    fake: FakeLLM, settings_for: SettingsFor
+) -> None:
+    settings = settings_for(fake.url)
+    fake.script = LONG
+    async with open_container(settings) as portal:
+        turn = await portal.sessions.submit(request())
+        async for _ in turn.follow():
+            if turn.written:
+                break
+        await portal.sessions.clear(ADA, "s")
+        await portal.sessions.close()
+        assert not [task for task in asyncio.all_tasks() if turn.id in task.get_name()]
+    async with open_container(settings) as portal:
+        assert (await portal.book.spent(ADA.owner, today())).turns == 1
+
+
 async def test_two_instances_keep_one_order(fake: FakeLLM, settings_for: SettingsFor) -> None:
     fake.script = Script(echo=True, before_first=0.05)
     async with (

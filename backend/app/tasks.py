@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 
 from app.logs import get_logger
@@ -21,9 +22,11 @@ class Tasks:
         self._whose = whose
         self._running: set[asyncio.Task[Any]] = set()
 
-    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Starts one more; `name` says what it does."""
-        task = asyncio.create_task(work, name=f"{self._whose}: {name}")
+    def start(
+        self, work: Coroutine[Any, Any, T], name: str, context: Context | None = None
+    ) -> asyncio.Task[T]:
+        """Starts one more, in a copy of this context or in the given one; `name` says what it does."""
+        task = asyncio.create_task(work, name=f"{self._whose}: {name}", context=context)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task

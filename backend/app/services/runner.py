@@ -82,7 +82,7 @@ class Runner:
         self._tracing = tracing
         self.instance = instance
         self._sessions: OrderedDict[str, LiveSession] = OrderedDict()
-        self._aside, self._chores = Tasks("turns"), Tasks("rest")
+        self._running, self._aside, self._chores = Tasks("turn"), Tasks("turns"), Tasks("rest")
         self._closing = False
         self.watchers = Watchers()
         self.turns: dict[str, Turn] = {}
@@ -92,10 +92,9 @@ class Runner:
     async def close(self) -> None:
         """Stops working; turns that are not done stay accepted, for whoever takes them up."""
         self._closing = True
-        tasks = [turn.task for turn in self.turns.values() if turn.task is not None]
         for turn in list(self.turns.values()):
             self.interrupt(turn, "shutdown")
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._running.wait()  # also those whose turns were ended by others, and that clean up
         await self._chores.close()
         await self._aside.wait()
         await self.elsewhere.close()
@@ -125,7 +124,7 @@ class Runner:
         self._begin(turn)
         turn.on_abandoned = self._abandoned
         working = self._work_unstored(turn, messages, options)
-        turn.task = asyncio.create_task(working, name=f"chat {turn.id}", context=turn.context)
+        turn.task = self._running.start(working, turn.id, turn.context)
 
     def _begin(self, turn: Turn) -> None:
         self.turns[turn.id] = turn
@@ -175,7 +174,7 @@ class Runner:
             turn = live.running = live.waiting.pop(0)
             _cancel_expiry(turn)  # the deadline is now that of the wait for a place
             working = self._work(live, turn)
-            turn.task = asyncio.create_task(working, name=f"turn {turn.id}", context=turn.context)
+            turn.task = self._running.start(working, turn.id, turn.context)
             return
         self._sessions.move_to_end(live.row.id)
         while len(self._sessions) > IDLE_SESSIONS:
