@@ -491,7 +491,7 @@ def test_both_show_what_was_said(databases: Callable[[], str]) -> None:
     run_state_machine_as_test(
         Shared,
         settings=settings(
-            max_examples=10,
+            max_examples=6,
             stateful_step_count=25,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

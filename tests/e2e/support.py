@@ -42,6 +42,12 @@ def go(page: Page, link: str) -> None:
     page.get_by_role("navigation").get_by_role("link", name=link, exact=True).click()
 
 
+def try_in_chat(page: Page) -> None:
+    """Begins a chat with the template whose page this is, and has inputs of the same names."""
+    page.get_by_role("link", name="Try in a chat").click()
+    expect(page.get_by_role("heading", name="What is it about?")).to_be_visible()
+
+
 def ask(page: Page, message: str) -> None:
     box = page.get_by_role("textbox", name="Message")
     box.fill(message)

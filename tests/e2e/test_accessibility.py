@@ -12,6 +12,7 @@ from tests.e2e.support import (
     go,
     scrolls_sideways,
     sign_up,
+    try_in_chat,
     write_template,
 )
 from tests.support import Portal
@@ -38,7 +39,7 @@ def test_every_page_can_be_used_by_everybody(page: Page, portal: Portal, usernam
     page.get_by_role("button", name="v1").click()
     expect(page.get_by_role("region", name="Changes")).to_be_visible()
     check(page)
-    page.get_by_role("link", name="Try in a chat").click()
+    try_in_chat(page)
     page.get_by_label("name", exact=True).fill("a guide, and write Python code in ``` fences")
     check(page)
     ask(page, "Write a short Python function that adds two numbers.")

@@ -18,6 +18,7 @@ from tests.e2e.support import (
     let_in,
     scrolls_sideways,
     serious_findings,
+    try_in_chat,
     write_template,
 )
 from tests.fake_llm import FakeLLM, Script, text
@@ -65,7 +66,7 @@ def history(portal: Portal, page: Page, username: str) -> list[dict[str, str]]:
 
 def test_a_template_is_written_and_chatted_with(ada: Page, portal: Portal, username: str) -> None:
     write_template(ada, "Guide", "You are {{ name }}, a {{ mood | default('silent') }} guide. Be brief.")
-    ada.get_by_role("link", name="Try in a chat").click()
+    try_in_chat(ada)
     ask(ada, "Who are you?")
     expect(ada.get_by_role("alert")).to_contain_text("Fill in name first")
     ada.get_by_label("name", exact=True).fill("Theseus")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.e2e.support import answered, ask, go, sign_up
+from tests.e2e.support import answered, ask, go, sign_up, try_in_chat
 from tests.support import Portal
 
 
@@ -27,7 +27,7 @@ def test_the_pages_look_as_in_the_readme(
     expect(page.get_by_role("region", name="Prompt")).to_contain_text("You are Ariadne")
     shot(page, "template")
     page.get_by_role("button", name="Save").click()
-    page.get_by_role("link", name="Try in a chat").click()
+    try_in_chat(page)
     page.get_by_label("name", exact=True).fill("Ariadne")
     page.get_by_label("age", exact=True).fill("9")
     ask(page, "Hello! I stand at a crossing. What should I think about?")
