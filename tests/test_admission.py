@@ -337,12 +337,7 @@ def test_a_budget_outlasts_a_restart_and_a_turn_that_died_with_it(
     fake_thread.script = Script(usage=USAGE)
     with portal.client() as client:
         assert ask(client, max_tokens=100).status_code == 200
-        fake_thread.script = Script(usage=USAGE, before_first=30)
-        dying = threading.Thread(target=lambda: _refused(client, request_id="dies", max_tokens=100))
-        dying.start()
-        wait_until(lambda: fake_thread.running, what="the generation")
-        portal.kill()
-        dying.join()
+        _die_while_it_answers(portal, fake_thread, client, request_id="dies", max_tokens=100)
     fake_thread.script = Script(usage=USAGE)
     portal.start()
     with portal.client() as client:
@@ -355,9 +350,15 @@ def test_a_budget_outlasts_a_restart_and_a_turn_that_died_with_it(
         assert ask(client, max_tokens=60).status_code == 200
 
 
-def _refused(client: httpx.Client, **body: Any) -> None:
-    with pytest.raises(httpx.HTTPError):
-        ask(client, **body)
+def _die_while_it_answers(portal: Portal, llm: FakeLLM, client: httpx.Client, **asked: Any) -> None:
+    """Asks something, and kills the portal in the middle of the answer."""
+    llm.script = Script(usage=USAGE, before_first=30)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, client, **asked)
+        wait_until(lambda: llm.running, what="the generation")
+        portal.kill()
+        with pytest.raises(httpx.HTTPError):
+            answer.result()
 
 
 def test_what_ends_while_redis_is_away_is_counted_when_it_is_back(
@@ -410,12 +411,7 @@ def test_a_turn_that_began_again_and_is_taken_up_is_counted_once(
     with portal.client() as client:
         fake_thread.script = Script(status=500)
         assert ask(client, session, request_id="r").status_code == 502
-        fake_thread.script = Script(usage=USAGE, before_first=30)
-        dying = threading.Thread(target=lambda: _refused(client, session=session, request_id="r"))
-        dying.start()
-        wait_until(lambda: fake_thread.running, what="the generation")
-        portal.kill()
-        dying.join()
+        _die_while_it_answers(portal, fake_thread, client, session=session, request_id="r")
     fake_thread.script = Script(usage=USAGE)
     portal.start()
     with portal.client() as client:

@@ -139,7 +139,8 @@ class Admission:
         """What was spent while a budget was not set was not counted: what is spent is read anew. An owner's
         own limits may have stood before those of the settings."""
         subjects = (subject, f"{PERSON}{subject.removeprefix('user:')}")
-        keys = [_key_of(one, budget, today()) for one in subjects for budget in BUDGETS]
+        periods = {budget: _period_of(budget, today()) for budget in BUDGETS}
+        keys = [_key_of(one, budget, period) for one in subjects for budget, period in periods.items()]
         await self._arrears.tell(partial(self._ledger.forget, keys))
 
     async def close(self) -> None:
@@ -299,9 +300,9 @@ class Admission:
                 amount = getattr(limits, budget)
                 if amount:
                     most = most or estimate()
-                    key = _key_of(subject, budget, day)
-                    ends_at = _end_of(key.rpartition("|")[2])
-                    holds.append(Hold(key, float(getattr(most, counted)), amount, ends_at))
+                    period = _period_of(budget, day)
+                    key = _key_of(subject, budget, period)
+                    holds.append(Hold(key, float(getattr(most, counted)), amount, _end_of(period)))
                     budgets[key] = (subject, budget)
         return holds, budgets
 
@@ -433,9 +434,14 @@ def _check_windows(quotas: Sequence[Quota]) -> None:
     )
 
 
-def _key_of(subject: str, budget: str, day: str) -> str:
+def _period_of(budget: str, day: str) -> str:
+    """The day, or its month, that a budget is for."""
+    return day if budget.startswith("daily") else day[:7]
+
+
+def _key_of(subject: str, budget: str, period: str) -> str:
     """What a budget is counted by: each day, or each month, is another one."""
-    return f"{subject}|{budget}|{day if budget.startswith('daily') else day[:7]}"
+    return f"{subject}|{budget}|{period}"
 
 
 def _period(hold: Hold) -> str:

@@ -146,7 +146,7 @@ class RedisLedger:
 
     async def forget(self, keys: Sequence[str]) -> None:
         """See `Ledger`."""
-        await _answered(self._redis.delete(*(f"{self._prefix}s:{key}" for key in keys)))
+        await _answered(self._redis.delete(*map(self._spent_key, keys)))
 
     async def reserve(self, id: str, holds: Sequence[Hold], *, force: bool = False) -> Lacking | None:
         """See `Ledger`."""
@@ -175,7 +175,10 @@ class RedisLedger:
         return [f"{self._prefix}w:{window.key}" for window in windows]
 
     def _keys(self, hold: Hold) -> tuple[str, str]:
-        return f"{self._prefix}s:{hold.key}", f"{self._prefix}r:{hold.key}"
+        return self._spent_key(hold.key), f"{self._prefix}r:{hold.key}"
+
+    def _spent_key(self, key: str) -> str:
+        return f"{self._prefix}s:{key}"
 
 
 async def _answered(call: Any) -> Any:
